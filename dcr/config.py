@@ -226,7 +226,8 @@ def _flatten(content: Mapping, prefix: str = "") -> list[tuple[str, object]]:
 def _set(config, path: list[str], value: object, shown: str):
     names = [f.name for f in dataclasses.fields(config)]
     if path[0] not in names:
-        raise DCRError(f"{shown}: unknown parameter {path[0]!r}; known here: {', '.join(names)}.{_near(path[0], names)}")
+        raise DCRError(f"{shown}: unknown parameter {path[0]!r}; known here: {', '.join(names)}."
+                       + _near(path[0], names))
     current = getattr(config, path[0])
     if dataclasses.is_dataclass(current):
         if len(path) == 1:
