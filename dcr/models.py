@@ -145,17 +145,18 @@ def truncated_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     kept: list[Tensor] = []
     with truncated(model, layer, override) as stack:
         last = decoder_layers(model, override)[-1]
-        handle = last.register_forward_hook(lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0]))
+        handle = last.register_forward_hook(lambda _m, _a, out: kept.append(out if torch.is_tensor(out) else out[0]))
         try:
-            stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **_positions(stack, attention_mask))
+            stack(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                  position_ids=position_ids(attention_mask))
         finally:
             handle.remove()
     return kept[0]
 
 
-def _positions(stack: nn.Module, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Position ids that count real tokens only, so that left padding does not shift them."""
-    return {"position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0)}
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[batch, seq] positions that count real tokens only, so that left padding does not shift them."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tensor:

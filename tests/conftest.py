@@ -34,7 +34,8 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(family: str = "llama", layers: int = 4, hidden: int = 32, vocab: int = 128, tied: bool = True, seed: int = 0):
+def make_model(family: str = "llama", layers: int = 4, hidden: int = 32, vocab: int = 128, tied: bool = True,
+               seed: int = 0):
     """A tiny random causal LM of one family, fp32, eval mode."""
     import transformers as tf
 

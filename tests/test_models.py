@@ -85,7 +85,7 @@ def test_turn_end_is_the_stop_token(tiny_tokenizer):
 def test_template_without_assistant_turn_is_refused(tiny_tokenizer):
     import copy
     broken = copy.deepcopy(tiny_tokenizer)
-    broken.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    broken.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DCRError, match="no assistant turn"):
         render(broken, ["how ?"], ["yes"])
     broken.chat_template = None

@@ -1,0 +1,84 @@
+"""Contrastive losses: naive oracle, batches without pairs, overflow, excluded rows."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dcr.errors import DCRError
+from dcr.losses import LOSSES, ContrastiveLoss, drift
+
+
+def naive_circle(hidden, labels, m, gamma):
+    """Circle loss per anchor from an explicit double loop over pairs (Sun et al., eq. 6), mean over anchors."""
+    unit = torch.nn.functional.normalize(hidden, dim=-1)
+    total = 0.0
+    for i in range(len(labels)):
+        positive = negative = 0.0
+        for j in range(len(labels)):
+            if i == j:
+                continue
+            s = float(unit[i] @ unit[j])
+            if labels[i] == labels[j]:
+                positive += math.exp(-gamma * max(1 + m - s, 0) * (s - (1 - m)))
+            else:
+                negative += math.exp(gamma * max(s + m, 0) * (s - m))
+        total += math.log1p(positive * negative) if positive and negative else 0.0
+    return total / len(labels)
+
+
+@pytest.mark.parametrize("m, gamma", [(0.25, 8.0), (0.4, 16.0)])
+def test_circle_equals_a_naive_double_loop(m, gamma):
+    torch.manual_seed(0)
+    hidden = torch.randn(10, 6, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1, 1, 1])
+    loss = ContrastiveLoss("circle", margin=m, gamma=gamma)(hidden, labels)
+    assert float(loss) == pytest.approx(naive_circle(hidden, labels.tolist(), m, gamma), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, -1], [-1, -1, -1]])
+def test_a_batch_without_pairs_gives_zero_and_a_working_backward(name, labels):
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss = ContrastiveLoss(name)(hidden, torch.tensor(labels))
+    assert float(loss) == pytest.approx(0.0, abs=1e-6)
+    (loss + 0 * hidden.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_overflow_at_gamma_300(name):
+    base = torch.randn(1, 8)
+    hidden = torch.cat([base, base, -base, -base]).requires_grad_()  # worst cosines: 1 across, -1 within
+    loss = ContrastiveLoss(name, gamma=300)(hidden, torch.tensor([0, 1, 0, 1]))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(hidden.grad).all() and loss > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_excluded_rows_take_no_part_and_bf16_is_lifted(name):
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, -1, -1])
+    loss = ContrastiveLoss(name)
+    assert loss(hidden, labels) == loss(hidden[:4], labels[:4])
+    assert loss(hidden.bfloat16(), labels).dtype == torch.float32
+
+
+def test_separated_classes_lose_less_than_mixed_ones():
+    apart = torch.tensor([[1.0, 0], [1, 0.1], [-1, 0], [-1, 0.1]])
+    for name in LOSSES:
+        loss = ContrastiveLoss(name)
+        assert loss(apart, torch.tensor([0, 0, 1, 1])) < loss(apart, torch.tensor([0, 1, 0, 1]))
+
+
+def test_unknown_loss_lists_the_known_ones():
+    with pytest.raises(DCRError, match="circle, supcon, infonce, triplet"):
+        ContrastiveLoss("cosine")
+
+
+def test_drift_is_relative():
+    reference = torch.randn(3, 4)
+    assert drift(reference, reference) == 0
+    assert drift(2 * reference, reference) == pytest.approx(1.0)

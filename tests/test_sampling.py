@@ -1,0 +1,93 @@
+"""The contrastive batch schedule: balance, pairs, seeds, and its errors."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from dcr.errors import DCRError
+from dcr.sampling import FixedBatches, contrastive_batches, shuffled_labels
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    rows = [{"label": label, "form": form, "pair_id": f"p{i}{form[0]}"}
+            for i in range(12) for form in ("question", "imperative") for label in ("toxic", "seemingly_toxic")]
+    rows += [{"label": "general", "form": "imperative", "pair_id": ""} for _ in range(10)]
+    return pd.DataFrame(rows)
+
+
+def counts(table, batch, column="label"):
+    return table.iloc[batch][column].value_counts().to_dict()
+
+
+def test_sources_batches_hold_the_class_share(table):
+    for batch in contrastive_batches(table, batch_size=12, n_batches=9, seed=1, toxic_share=0.25):
+        assert counts(table, batch) == {"toxic": 3, "seemingly_toxic": 9}
+
+
+def test_forms_are_balanced_in_both_classes(table):
+    skewed = table[~((table.label == "toxic") & (table.form == "question") & (table.index > 8))].reset_index(drop=True)
+    seen = []
+    for batch in contrastive_batches(skewed, batch_size=8, n_batches=30, seed=0, balance_forms=True):
+        toxic = skewed.iloc[batch].query("label == 'toxic'")
+        assert len(toxic) == 4 and (toxic.form == "question").sum() == 2
+        seen += batch
+    assert len(set(seen)) == (skewed.label != "general").sum()
+
+
+def test_matched_batches_keep_both_members(table):
+    for batch in contrastive_batches(table, batch_size=10, n_batches=8, seed=2, pairing="matched", balance_forms=True):
+        assert table.iloc[batch].groupby("pair_id")["label"].nunique().eq(2).all() and len(batch) == 10
+
+
+def test_general_share_and_retention_rows(table):
+    batch = contrastive_batches(table, batch_size=16, n_batches=1, seed=0, general_share=0.25)[0]
+    assert counts(table, batch) == {"toxic": 8, "seemingly_toxic": 6, "general": 2}
+    batch = contrastive_batches(table, batch_size=16, n_batches=1, seed=0, retention_rows=4)[0]
+    assert counts(table, batch) == {"toxic": 8, "seemingly_toxic": 8, "general": 4}
+
+
+def test_the_seed_decides_and_a_longer_schedule_begins_alike(table):
+    short, long, other = (contrastive_batches(table, batch_size=8, n_batches=n, seed=s)
+                          for n, s in ((5, 0), (9, 0), (5, 1)))
+    assert long[:5] == short and other != short
+
+
+def test_each_class_is_used_up_before_it_repeats(table):
+    batches = contrastive_batches(table, batch_size=8, n_batches=6, seed=0)
+    toxic = [r for b in batches for r in b if table.label[r] == "toxic"]
+    assert len(set(toxic)) == 24 == len(toxic)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"pairing": "pairs"}, "sources, matched or sham"),
+    ({"toxic_share": 1.0}, "toxic_share"),
+    ({"batch_size": 64}, "24 toxic prompts, but a batch needs 32"),
+    ({"batch_size": 4, "toxic_share": 0.75}, "two of each class"),
+])
+def test_impossible_requests_are_refused(table, change, message):
+    with pytest.raises(DCRError, match=message):
+        contrastive_batches(table, **{"batch_size": 8, "n_batches": 1, "seed": 0, **change})
+
+
+def test_missing_kinds_are_refused(table):
+    no_general = table[table.label != "general"]
+    with pytest.raises(DCRError, match="no general prompts"):
+        contrastive_batches(no_general, batch_size=8, n_batches=1, seed=0, general_share=0.5)
+    with pytest.raises(DCRError, match="all of one form"):
+        contrastive_batches(table[table.form == "question"].reset_index(drop=True), batch_size=8, n_batches=1, seed=0,
+                            balance_forms=True)
+    with pytest.raises(DCRError, match="needs minimal pairs"):
+        contrastive_batches(table.assign(pair_id=""), batch_size=8, n_batches=1, seed=0, pairing="matched")
+
+
+def test_sham_keeps_counts_and_general_rows(table):
+    mixed = shuffled_labels(table["label"], seed=0)
+    assert sorted(mixed) == sorted(table["label"]) and mixed != table["label"].tolist()
+    assert [m for m, t in zip(mixed, table["label"], strict=True) if t == "general"] == ["general"] * 10
+
+
+def test_fixed_batches_repeat_themselves():
+    batches = FixedBatches([[1, 2], [3]])
+    assert list(batches) == list(batches) == [[1, 2], [3]] and len(batches) == 2
