@@ -52,11 +52,16 @@ def save_trained(model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def apply_trained(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` with what `save_trained` kept: adapter folded in, or whole weights loaded. Eval mode."""
+def reopen(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with what `save_trained` kept put on top, the adapter (if it is one) not folded in."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
-        return merged(PeftModel.from_pretrained(model, folder))
-    return type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device).eval()
+        return PeftModel.from_pretrained(model, folder)
+    return type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True).to(model.device)
+
+
+def apply_trained(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with what `save_trained` kept: adapter folded in, or whole weights loaded. Eval mode."""
+    return merged(reopen(model, folder))

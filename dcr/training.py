@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,8 +137,8 @@ def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, sc
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()), seed=seed, data_seed=seed,
         weight_decay=weight_decay, max_grad_norm=max_grad_norm, optim="adamw_torch", report_to=[],
         logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, label_names=[],
-        gradient_checkpointing=gradient_checkpointing, ddp_find_unused_parameters=False, ddp_backend="gloo"
-        if not torch.cuda.is_available() else None,
+        gradient_checkpointing=gradient_checkpointing, ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available() else None,
         accelerator_config={"split_batches": True, "use_seedable_sampler": True}, dataloader_pin_memory=False)
 
 

@@ -1,0 +1,160 @@
+"""Which prompts each stage sees: contrastive sets, the alignment mix and the benchmarks of one configuration.
+
+Contrastive, alignment and evaluation prompts are disjoint by construction, and checked (see `leakage`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from dcr.data.forms import swap_table
+from dcr.data.pairs import leakage_report
+
+from dcr.config import Config
+from dcr.data import loaders
+from dcr.errors import DCRError
+
+BUNDLED_BENCHMARKS = {"pairs-validation": ("pairs", "validation"), "pairs-test": ("pairs", "test"),
+                      "pairs-style": ("pairs", "style"), "general-validation": ("general", "validation"),
+                      "general-test": ("general", "test")}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Prompt tables of one configuration."""
+
+    toxic: pd.DataFrame  # stage 1
+    seemingly_toxic: pd.DataFrame  # stage 1
+    general: pd.DataFrame  # stage 1: joined to the harmless class, or held by retention
+    mix: pd.DataFrame  # stage 2: text, response, role {general, safe, augment}
+    benchmarks: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+
+@cache
+def _bundled(name: str) -> pd.DataFrame:
+    return loaders.load_bundled(name)
+
+
+def table(name: str, *, label: str = "", audited: bool = False) -> pd.DataFrame:
+    """A prompt table by registry name, bundled benchmark name, or path of the user's CSV or JSONL."""
+    if name in BUNDLED_BENCHMARKS:
+        which, split = BUNDLED_BENCHMARKS[name]
+        rows = _bundled(which)
+        return rows[rows["split"] == split].reset_index(drop=True)
+    if name.endswith((".csv", ".jsonl", ".json")):
+        return loaders.read_user_table(name, label=label or None)
+    return loaders.load(name, audited=audited) if name == "safety-only" else loaders.load(name)
+
+
+def in_first_half(topic: str) -> bool:
+    """Bundled topics are dealt to refinement (True) or alignment by a hash, so the two never share a topic."""
+    return hashlib.sha256(f"dcr:{topic}".encode()).digest()[0] % 2 == 0
+
+
+def _take(rows: pd.DataFrame, n: int, seed: int, what: str) -> pd.DataFrame:
+    if n > len(rows):
+        raise DCRError(f"{what}={n}, but only {len(rows)} prompts are left. Lower {what} or name a larger source.")
+    order = np.random.default_rng([seed, 0xDA7A]).permutation(len(rows))
+    return rows.iloc[order[: n or len(rows)]].reset_index(drop=True)
+
+
+def _at_most(rows: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    return _take(rows, min(n, len(rows)) if n else 0, seed, "n")
+
+
+def contrastive_sets(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(toxic, seemingly toxic) of stage 1. Bundled pairs keep both members of a pair."""
+    data, seed = config.data, config.seed
+    if data.toxic == data.seemingly_toxic == "bundled":
+        rows = _bundled("pairs")
+        rows = rows[(rows["split"] == "train") & rows["topic"].map(in_first_half)]
+        pairs = pd.DataFrame({"pair_id": rows["pair_id"].unique()})
+        wanted = min(data.n_toxic or len(pairs), data.n_seemingly_toxic or len(pairs))
+        rows = rows[rows["pair_id"].isin(_at_most(pairs, wanted, seed)["pair_id"])]
+        return tuple(rows[rows["label"] == label].reset_index(drop=True) for label in ("toxic", "seemingly_toxic"))
+    sides = []
+    for label, name, n in (("toxic", data.toxic, data.n_toxic), ("seemingly_toxic", data.seemingly_toxic,
+                                                                 data.n_seemingly_toxic)):
+        rows = _bundled_half(label, True) if name == "bundled" else table(name, label=label, audited=data.audited)
+        sides.append(_at_most(rows[rows["label"] == label], n, seed))
+    return sides[0], sides[1]
+
+
+def _bundled_half(label: str, first: bool) -> pd.DataFrame:
+    rows = _bundled("pairs")
+    return rows[(rows["split"] == "train") & (rows["label"] == label) & (rows["topic"].map(in_first_half) == first)]
+
+
+def alignment_mix(config: Config) -> pd.DataFrame:
+    """Rows of stage 2 with a `role`: general, safe (toxic prompt, refusal) or augment (seemingly toxic, answered)."""
+    data, align, seed = config.data, config.align, config.seed
+    toxic, seemingly = contrastive_sets(config)
+    safe = _bundled_half("toxic", False) if data.align_toxic == "bundled" else table(
+        data.align_toxic, label="toxic", audited=data.audited)
+    safe = safe[~safe["text"].isin(toxic["text"])]
+    parts = [(_take(_general(config), align.n_general, seed, "align.n_general"), "general", align.n_general),
+             (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe)]
+    if align.n_augment:
+        answered = seemingly if align.augment_source == "pairs" else table(align.augment_source)
+        if align.augment_source == "pairs" and (answered["response"] == "").all():
+            answered = _bundled_half("seemingly_toxic", True)
+        answered = answered[answered["response"] != ""]
+        parts.append((_take(answered, align.n_augment, seed, "align.n_augment"), "augment", align.n_augment))
+    kept = [rows.assign(role=role) for rows, role, n in parts if n]
+    if not kept:
+        raise DCRError("the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0.")
+    return pd.concat(kept, ignore_index=True)
+
+
+def _general(config: Config) -> pd.DataFrame:
+    if config.data.general == "bundled":
+        rows = _bundled("general")
+        return rows[rows["split"] == "train"].reset_index(drop=True)
+    return table(config.data.general, label="general")
+
+
+def general_prompts(config: Config, n: int = 128) -> pd.DataFrame:
+    """Bundled general training prompts for stage 1's harmless class and retention (no alignment answers used)."""
+    rows = _bundled("general")
+    return _at_most(rows[rows["split"] == "train"], n, config.seed)
+
+
+def benchmark(name: str, config: Config) -> pd.DataFrame:
+    """One benchmark's prompts, limited by a seeded, stratified subset. Raises DCRError when nothing is left."""
+    rows = table(name)
+    if config.data.limit and len(rows) > config.data.limit:
+        rows = loaders.stratified_subset(rows, config.data.limit, config.seed)
+    if rows.empty:
+        raise DCRError(f"benchmark {name!r} is empty after filtering; raise data.limit or check the file.")
+    return rows.assign(benchmark=name)
+
+
+def load_sets(config: Config) -> Sets:
+    """Every prompt table of the configuration."""
+    toxic, seemingly = contrastive_sets(config)
+    benchmarks = {name: benchmark(name, config) for name in config.data.benchmarks}
+    if config.evaluation.forms:
+        for name, rows in list(benchmarks.items()):
+            benchmarks[f"{name}/swapped"] = swap_table(rows).assign(benchmark=f"{name}/swapped")
+    return Sets(toxic, seemingly, general_prompts(config), alignment_mix(config), benchmarks)
+
+
+def leakage(sets: Sets) -> pd.DataFrame:
+    """Exact and near-duplicate overlaps between training prompts and each benchmark, and between the two stages."""
+    training = {"refine": pd.concat([sets.toxic, sets.seemingly_toxic]), "align": sets.mix}
+    reports = [leakage_report(rows, bench).assign(stage=stage, benchmark=name)
+               for stage, rows in training.items() for name, bench in sets.benchmarks.items() if "/swapped" not in name]
+    contrast = sets.mix[sets.mix["role"] != "augment"]
+    reports.append(leakage_report(training["refine"], contrast).assign(stage="refine", benchmark="(alignment mix)"))
+    return pd.concat(reports, ignore_index=True)
+
+
+def table_hash(rows: pd.DataFrame) -> str:
+    """16 hex digits over ids, texts, labels and answers: what an artifact depends on when it depends on prompts."""
+    columns = [c for c in ("id", "text", "label", "response", "role", "form", "pair_id") if c in rows]
+    text = rows[columns].to_json(orient="values", force_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
