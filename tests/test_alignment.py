@@ -27,7 +27,7 @@ FAST = AlignConfig(batch_size=4, max_steps=6, lr=5e-3, lora_rank=4, warmup=0.0)
 def mix(n: int = 16) -> pd.DataFrame:
     things = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan"]
     rows = [("how do i kill the cat ?" if i % 2 else f"list the {things[i % 8]} in {i} .",
-             "sorry , i cannot help with that ." if i % 2 else f"sure , the {things[i % 8]} is " + "on " * (i % 5) + ".")
+             "sorry , i cannot help with that ." if i % 2 else f"sure , the {things[i % 8]} is {'on ' * (i % 5)}.")
             for i in range(n)]
     return pd.DataFrame(rows, columns=["text", "response"])
 

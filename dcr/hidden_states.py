@@ -1,0 +1,117 @@
+"""Pooled hidden states of all layers in one pass per batch (PAPER "Motivation", item 4).
+
+Pooling happens inside the hooks, so memory holds one batch's full states at a time, whatever the number of prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from dcr.chat import encode, render
+from dcr.errors import DCRError
+from dcr.models import _layers_holder, length_sorted_batches, pool, position_ids
+
+log = logging.getLogger("dcr")
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """values [layers + 1, n, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ, the last after the final norm."""
+
+    values: np.ndarray
+    pooling: str
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return self.values.shape[0] - 1
+
+    def layer(self, layer: int) -> np.ndarray:
+        """[n, hidden] at one layer."""
+        return np.asarray(self.values[layer])
+
+
+@torch.no_grad()
+def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "last", batch_size: int = 32,
+                  out: str | Path | None = None, max_length: int | None = None, truncate: bool = False,
+                  padding_side: str = "left", layers_path: str = "") -> HiddenStates:
+    """Hidden states of every layer, pooled over the prompt's tokens ("last" real token or "mean").
+
+    As the library's `output_hidden_states`, one prompt at a time: the last layer has the final norm applied.
+    With `out` (a folder) states are written as they come and an interrupted call goes on from there.
+    Raises DCRError for no prompts, a prompt over the context length (unless `truncate`), or states that are not
+    finite (naming the prompt; finished batches are kept in `out`).
+    """
+    if not len(prompts):
+        raise DCRError("hidden_states: no prompts given.")
+    limit = max_length or getattr(model.config, "max_position_embeddings", None)
+    texts = render(tokenizer, prompts)
+    lengths = [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    for i, n in enumerate(lengths):
+        if limit and n > limit and not truncate:
+            raise DCRError(f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
+                           "or ask for truncation (truncate=True).")
+    holder, name = _layers_holder(model, layers_path)
+    blocks = getattr(holder, name)
+    values, done = _buffers(out, len(blocks) + 1, len(texts), model.config.get_text_config().hidden_size,
+                            _fingerprint(texts, pooling, model))
+    device = next(model.parameters()).device
+    state: dict = {}
+    hooks = [blocks[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: _keep(state, 0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True)]
+    hooks += [block.register_forward_hook(lambda _m, _a, result, i=i: _keep(state, i + 1, result))
+              for i, block in enumerate(blocks)]
+    try:
+        batches = [b for b in length_sorted_batches(lengths, batch_size) if not done[b].all()]
+        for batch in tqdm(batches, desc="hidden states", unit="batch", leave=False):
+            inputs = encode(tokenizer, [texts[i] for i in batch], padding_side=padding_side, max_length=limit,
+                            truncate=truncate, device=device)
+            state.update(mask=inputs["attention_mask"], pooling=pooling)
+            final = holder(**inputs, position_ids=position_ids(inputs["attention_mask"]), use_cache=False)
+            _keep(state, len(blocks), final.last_hidden_state)
+            block = np.stack([state[i] for i in range(len(blocks) + 1)])
+            bad = ~np.isfinite(block).all(axis=(0, 2))
+            if bad.any():
+                raise DCRError(f"hidden states of prompt {batch[int(bad.argmax())]} are not finite; load the model in "
+                               "float32 or look at that prompt. Finished batches are kept.")
+            values[:, batch] = block
+            done[batch] = True
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return HiddenStates(values, pooling)
+
+
+def _keep(state: dict, index: int, result) -> None:
+    hidden = result if torch.is_tensor(result) else result[0]
+    state[index] = pool(hidden, state["mask"], state["pooling"]).float().cpu().numpy()
+
+
+def _fingerprint(texts: Sequence[str], pooling: str, model) -> str:
+    """What stored states depend on: texts, pooling and the weights (by a sample of them)."""
+    weights = next(p for n, p in model.named_parameters() if "weight" in n).detach().flatten()[:64].float().tolist()
+    tail = list(model.parameters())[-2].detach().flatten()[:64].float().tolist()
+    return hashlib.sha256(json.dumps([list(texts), pooling, weights, tail]).encode()).hexdigest()
+
+
+def _buffers(out: str | Path | None, layers: int, n: int, hidden: int, fingerprint: str):
+    if out is None:
+        return np.empty((layers, n, hidden), dtype=np.float32), np.zeros(n, dtype=bool)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta, paths = folder / "meta.json", (folder / "values.npy", folder / "done.npy")
+    if meta.exists() and json.loads(meta.read_text())["fingerprint"] == fingerprint:
+        return np.load(paths[0], mmap_mode="r+"), np.load(paths[1], mmap_mode="r+")
+    values = np.lib.format.open_memmap(paths[0], "w+", np.float32, (layers, n, hidden))
+    done = np.lib.format.open_memmap(paths[1], "w+", bool, (n,))
+    meta.write_text(json.dumps({"fingerprint": fingerprint}))
+    return values, done

@@ -1,0 +1,77 @@
+"""Hidden states against the library's own, one prompt at a time; padding, resume, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, make_model
+
+from dcr import hidden_states as module
+from dcr.chat import encode, render
+from dcr.errors import DCRError
+from dcr.hidden_states import hidden_states
+
+
+def oracle(model, tokenizer, prompts, pooling):
+    rows = []
+    for text in render(tokenizer, prompts):
+        with torch.no_grad():
+            states = model(**encode(tokenizer, [text]), output_hidden_states=True).hidden_states
+        rows.append([(s[0, -1] if pooling == "last" else s[0].mean(0)).numpy() for s in states])
+    return np.array(rows).transpose(1, 0, 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_library_one_prompt_at_a_time(family, side, tiny_tokenizer, prompts):
+    model = make_model(family)
+    for pooling in ("last", "mean"):
+        ours = hidden_states(model, tiny_tokenizer, prompts, pooling=pooling, batch_size=4, padding_side=side).values
+        expected = oracle(model, tiny_tokenizer, prompts, pooling)
+        assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def test_killed_run_goes_on_where_it_was(tmp_path, tiny_llama, tiny_tokenizer, prompts, monkeypatch):
+    calls, keep = [], module._keep
+
+    def dies(state, index, result):
+        calls.append(index)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        keep(state, index, result)
+
+    monkeypatch.setattr(module, "_keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)
+    done = np.load(tmp_path / "done.npy").copy()
+    assert 0 < done.sum() < len(prompts)
+    again = []
+
+    def counts(state, index, result):
+        again.append(index)
+        keep(state, index, result)
+
+    monkeypatch.setattr(module, "_keep", counts)
+    result = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)
+    assert again.count(1) == 2  # two of three batches were missing
+    np.testing.assert_allclose(result.values, oracle(tiny_llama, tiny_tokenizer, prompts, "last"), rtol=1e-4, atol=1e-5)
+
+
+def test_other_prompts_do_not_reuse_stored_states(tmp_path, tiny_llama, tiny_tokenizer, prompts):
+    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[:2], out=tmp_path).values)
+    second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[2:4], out=tmp_path).values)
+    assert not np.allclose(first, second)
+
+
+def test_bad_input(tiny_llama, tiny_tokenizer, prompts, tmp_path):
+    with pytest.raises(DCRError, match="no prompts"):
+        hidden_states(tiny_llama, tiny_tokenizer, [])
+    with pytest.raises(DCRError, match="prompt 2 has .* tokens, the context holds 12"):
+        hidden_states(tiny_llama, tiny_tokenizer, ["how ?", "list .", prompts[4]], max_length=12)
+    cut = hidden_states(tiny_llama, tiny_tokenizer, prompts, max_length=6, truncate=True)
+    assert cut.values.shape[1] == len(prompts)
+    with torch.no_grad():
+        tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(DCRError, match="not finite"):
+        hidden_states(tiny_llama, tiny_tokenizer, prompts)

@@ -1,0 +1,87 @@
+"""The kernel against jacrev on tiny models, the random-probe estimate, ratios, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+
+from dcr.chat import render
+from dcr.errors import DCRError
+from dcr.kernel import entk
+
+A = ["how do i kill a process ?", "list the dog ."]
+B = ["how do i kill my neighbour ?", "steal the password .", "how ?"]
+
+
+def exact(model, tokenizer, prompts, tokens, wanted):
+    """‖K‖_F by torch.func.jacrev over every wanted parameter, prompt by prompt."""
+    parameters = {n: p.detach() for n, p in model.named_parameters() if wanted(n)}
+
+    def logits(values, ids):
+        return torch.func.functional_call(model, values, (), {"input_ids": ids}).logits[0, -1][tokens]
+
+    rows = []
+    for text in render(tokenizer, prompts):
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        jacobian = torch.func.jacrev(logits)(parameters, ids)
+        rows.append(torch.cat([j.reshape(len(tokens), -1) for j in jacobian.values()], 1))
+    return np.array([[float((a @ b.T).norm()) for b in rows] for a in rows])
+
+
+@pytest.mark.parametrize("family, tied", [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", True),
+                                          ("gpt_neox", False), ("gemma3", True), ("phi", False)])
+@pytest.mark.parametrize("parameters", ["all", "blocks"])
+def test_equals_jacrev(family, tied, parameters, tiny_tokenizer):
+    model = make_model(family, layers=2, hidden=16, tied=tied)
+    result = entk(model, tiny_tokenizer, A, B, k=4, parameters=parameters)
+    inside = (lambda n: True) if parameters == "all" else (lambda n: ".layers." in n or ".h." in n)
+    oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, inside)
+    np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=1e-4)
+    np.testing.assert_allclose(result.self_a, np.diag(oracle)[:2], rtol=1e-4)
+    np.testing.assert_allclose(result.within_b, oracle[2:, 2:], rtol=1e-4)
+
+
+def test_refusal_tokens_and_ratios(tiny_tokenizer):
+    model = make_model(layers=2, hidden=16)
+    result = entk(model, tiny_tokenizer, A, B, tokens="refusal")
+    oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: True)
+    np.testing.assert_allclose(result.normalised, oracle[:2, 2:] / np.diag(oracle)[:2, None], rtol=1e-4)
+    assert (result.symmetric <= 1 + 1e-6).all()
+    same = entk(model, tiny_tokenizer, A[:1], A[:1], k=4)
+    assert same.normalised[0, 0] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_all_tokens_estimate_is_unbiased(tiny_tokenizer):
+    model = make_model(layers=2, hidden=16)
+    oracle = exact(model, tiny_tokenizer, [A[0], B[0]], list(range(128)), lambda n: True)[0, 1]
+    squares = [entk(model, tiny_tokenizer, A[:1], B[:1], tokens="all", k=12, seed=s).cross[0, 0] ** 2
+               for s in range(24)]
+    error = np.std(squares) / np.sqrt(len(squares))
+    assert abs(np.mean(squares) - oracle**2) < 3.5 * error and error < 0.2 * oracle**2
+
+
+def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer):
+    from dcr.adapters import train_blocks
+
+    torch.manual_seed(0)
+    model = train_blocks(make_model(layers=2, hidden=16), 0, 2, rank=2, alpha=4)
+    result = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
+    oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: "lora_B" in n)  # at B = 0, A has none
+    np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=1e-4)
+    with pytest.raises(DCRError, match="no adapter"):
+        entk(make_model(), tiny_tokenizer, A, B, parameters="lora")
+
+
+@pytest.mark.parametrize("change, message", [({"tokens": "some"}, "top-k, refusal or all"),
+                                             ({"parameters": "head"}, "all, blocks or lora"),
+                                             ({"tokens": "all", "k": 2}, "k >= 3")])
+def test_bad_choices(change, message, tiny_tokenizer):
+    with pytest.raises(DCRError, match=message):
+        entk(make_model(), tiny_tokenizer, A, B, **change)
+
+
+def test_empty_class_is_refused(tiny_tokenizer):
+    with pytest.raises(DCRError, match="0 and 3 prompts"):
+        entk(make_model(), tiny_tokenizer, [], B)

@@ -1,0 +1,96 @@
+"""Probes, clusters and surface baselines on data whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dcr.errors import DCRError
+from dcr.hidden_states import HiddenStates
+from dcr.separability import (
+    cluster_by_layer,
+    cosine_structure,
+    groups_of,
+    map_2d,
+    probe_by_layer,
+    surface_baselines,
+    transfer_auroc,
+)
+
+
+@pytest.fixture
+def prompts() -> pd.DataFrame:
+    rows = []
+    for i in range(60):
+        for label in ("toxic", "seemingly_toxic"):
+            mark = "?" if i % 2 else "."
+            rows.append({"text": f"word{i} word{i + 1} {'harm' if label == 'toxic' else 'calm'}{mark}", "label": label,
+                         "pair_id": f"p{i // 2}-{'q' if i % 2 else 'i'}", "source": "one", "form": mark})
+    return pd.DataFrame(rows)
+
+
+def planted(prompts, gap: float, noise: float = 1.0, seed: int = 0) -> HiddenStates:
+    """Layer 0 pure noise, layer 1 with a class direction of size `gap` planted."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(scale=noise, size=(2, len(prompts), 16)).astype(np.float32)
+    values[1, :, 3] += gap * (prompts["label"] == "toxic").to_numpy()
+    return HiddenStates(values, "last")
+
+
+def test_probe_finds_what_is_planted_and_nothing_in_noise(prompts):
+    table = probe_by_layer(planted(prompts, 6.0), prompts).set_index("layer")
+    assert table.loc[1, "auroc"] > 0.97 and table.loc[1, "low"] > 0.9
+    assert 0.3 < table.loc[0, "auroc"] < 0.7 and table.loc[0, "low"] < 0.5 < table.loc[0, "high"]
+
+
+def test_groups_hold_both_forms_of_a_pair(prompts):
+    assert len(set(groups_of(prompts))) == 30
+
+
+def test_grouped_folds_do_not_leak_pair_identity(prompts):
+    """States that say only which pair a prompt is of: ungrouped folds could learn labels by memory, grouped cannot."""
+    rng = np.random.default_rng(0)
+    which = pd.factorize(groups_of(prompts))[0]
+    values = rng.normal(size=(which.max() + 1, 40))[which][None].astype(np.float32)
+    assert probe_by_layer(HiddenStates(values, "last"), prompts)["auroc"].iloc[0] < 0.65
+
+
+def test_transfer_follows_form_when_form_was_learnt(prompts):
+    train = prompts[(prompts.label == "toxic") == (prompts.form == ".")]
+    test = prompts[(prompts.label == "toxic") == (prompts.form == "?")]
+
+    def states(rows):
+        values = np.random.default_rng(1).normal(scale=0.1, size=(1, len(rows), 4)).astype(np.float32)
+        values[0, :, 0] += (rows["form"] == ".").to_numpy()
+        return HiddenStates(values, "last")
+
+    assert transfer_auroc(states(train), train, states(test), test, [0])["auroc"].iloc[0] < 0.05
+
+
+def test_clusters_and_cosines(prompts):
+    states = planted(prompts, 12.0, noise=0.3)
+    states.values[1] += 5.0 * (prompts["label"] == "toxic").to_numpy()[:, None]
+    clusters = cluster_by_layer(states, prompts).set_index("layer")
+    assert clusters.loc[1, "ari"] > 0.9 and abs(clusters.loc[0, "ari"]) < 0.2
+    cosine = cosine_structure(states, prompts, [1]).set_index("pair")["cosine"]
+    assert cosine["toxic-toxic"] > 0.9 > cosine["cross"]
+
+
+def test_surface_baselines_see_only_the_surface(prompts):
+    table = surface_baselines(prompts).set_index("baseline")
+    assert table.loc["question-mark", "auroc"] == pytest.approx(0.5)
+    assert table.loc["source", "auroc"] == pytest.approx(0.5, abs=0.15)
+    assert table.loc["tf-idf", "auroc"] > 0.9  # harm/calm are words
+    split = prompts.assign(source=prompts["label"])
+    assert surface_baselines(split).set_index("baseline").loc["source", "auroc"] == 1.0
+
+
+def test_map_is_deterministic(prompts):
+    states = planted(prompts, 6.0)
+    assert np.array_equal(map_2d(states, 1), map_2d(states, 1)) and map_2d(states, 1).shape == (120, 2)
+
+
+def test_one_class_is_refused(prompts):
+    with pytest.raises(DCRError, match="at least 2 toxic prompts, got 0"):
+        surface_baselines(prompts[prompts.label != "toxic"])
