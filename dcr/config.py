@@ -40,7 +40,7 @@ class DataConfig:
     toxic: str = "bundled"  # stage 1, toxic side
     align_toxic: str = "bundled"  # stage 2, toxic prompts with safe answers
     general: str = "bundled"  # stage 2, ordinary instructions with answers
-    benchmarks: tuple[str, ...] = ("pairs-test", "pairs-style", "general-test")
+    benchmarks: tuple[str, ...] = ("pairs-safe", "pairs-toxic", "style-safe", "style-toxic", "general-test")
     n_seemingly_toxic: int = 250  # paper: XSTest safe; 0 takes all there are
     n_toxic: int = 500  # paper: HH-RLHF
     audited: bool = False  # drop toxic training prompts that the committed audit marks harmless or ambiguous

@@ -242,7 +242,7 @@ class Experiment:
     def generations(self, method: str, step: int = -1) -> pd.DataFrame:
         """Answers of a method to all evaluation prompts (last step) or to the curve's subset (earlier steps)."""
         from dcr.data.sets import table_hash
-        from dcr.generation import generate
+        from dcr.generation import generate, inference_dtype
 
         prompts = self.prompts if step < 0 else self.curve_prompts
         dependencies = {"weights": self._weights_key(method, step), "prompts": table_hash(prompts),
@@ -252,10 +252,12 @@ class Experiment:
         def build(folder: Path) -> dict:
             model, tokenizer = self.model(method, step)
             options = self.config.generation
+            model = model.to(inference_dtype(options.dtype, str(model.device)))
             rows = generate(model, tokenizer, prompts, method=method, seed=self.config.seed,
-                            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, dtype=options.dtype,
+                            max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
                             temperature=options.temperature, out=folder / "generations.jsonl")
-            return {"prompts": len(rows), "truncated": int((rows["finish"] == "length").sum()), **self._facts()}
+            return {"prompts": len(rows), "truncated": int((rows["finish"] == "length").sum()),
+                    "dtype": str(model.dtype), "batch_size": options.batch_size, **self._facts()}
 
         artifact = self.store.get("generate", name, dependencies, build)
         return pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))

@@ -11,16 +11,19 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
-from dcr.data.forms import swap_table
-from dcr.data.pairs import leakage_report
 
 from dcr.config import Config
 from dcr.data import loaders
+from dcr.data.forms import swap_table
+from dcr.data.pairs import leakage_report
 from dcr.errors import DCRError
 
-BUNDLED_BENCHMARKS = {"pairs-validation": ("pairs", "validation"), "pairs-test": ("pairs", "test"),
-                      "pairs-style": ("pairs", "style"), "general-validation": ("general", "validation"),
-                      "general-test": ("general", "test")}
+# Benchmark name → bundled table, split, label.
+BUNDLED_BENCHMARKS = {
+    f"{name}-{side}": ("pairs", split, label)
+    for name, split in (("pairs", "test"), ("style", "style"), ("validation", "validation"))
+    for side, label in (("safe", "seemingly_toxic"), ("toxic", "toxic"))
+} | {"general-test": ("general", "test", "general"), "general-validation": ("general", "validation", "general")}
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,9 @@ def _bundled(name: str) -> pd.DataFrame:
 def table(name: str, *, label: str = "", audited: bool = False) -> pd.DataFrame:
     """A prompt table by registry name, bundled benchmark name, or path of the user's CSV or JSONL."""
     if name in BUNDLED_BENCHMARKS:
-        which, split = BUNDLED_BENCHMARKS[name]
+        which, split, wanted = BUNDLED_BENCHMARKS[name]
         rows = _bundled(which)
-        return rows[rows["split"] == split].reset_index(drop=True)
+        return rows[(rows["split"] == split) & (rows["label"] == wanted)].reset_index(drop=True)
     if name.endswith((".csv", ".jsonl", ".json")):
         return loaders.read_user_table(name, label=label or None)
     return loaders.load(name, audited=audited) if name == "safety-only" else loaders.load(name)

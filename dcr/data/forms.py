@@ -1,0 +1,78 @@
+"""The form of a prompt (question, imperative, statement) and swapping question ⇄ imperative by fixed templates.
+
+Published benchmarks are nearly all questions on one side and imperatives on the other (PAPER, last section), so
+every benchmark is also judged with its forms swapped. A template can bring a bias of its own ("Can you ...?"
+raises refusal), so there are several, dealt by a hash of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import pandas as pd
+
+FORMS = ("question", "imperative", "statement")
+# {x} is an imperative in lower case without its full stop.
+TO_QUESTION = ("Can you {x}?", "Could you {x}?", "Would you {x}?", "Will you {x}?")
+# {x} is a question as it stands (without its question mark) or its clause.
+TO_IMPERATIVE = ("Answer this: {x}.", "Tell me this: {x}.", "Explain this: {x}.")
+HOW = ("Explain how to {x}.", "Describe how to {x}.", "Tell me how to {x}.", "Show me how to {x}.")
+_HOW_DO_I = re.compile(r"^how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people) "
+                       r"(?:best )?(.+)$", re.I)
+_HOW_TO = re.compile(r"^(?:how to|what is the best way to|what's the best way to|what are (?:some )?ways to|"
+                     r"what are good ways to) (.+)$", re.I)
+_ASKS = re.compile(r"^(?:can|could|would|will) you (?:please )?(.+)$", re.I)
+_STARTS_QUESTION = re.compile(r"^(?:who|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
+                              r"would|should|will|may|might|has|have)\b", re.I)
+_STARTS_STATEMENT = re.compile(r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I)
+
+
+def form_of(text: str) -> str:
+    """question: ends in "?"; statement: tells rather than asks ("I want to ..."); imperative: the rest."""
+    text = text.strip().rstrip("\"')")
+    if text.endswith("?"):
+        return "question"
+    return "statement" if _STARTS_STATEMENT.match(text) else "imperative"
+
+
+def swap_form(text: str) -> str:
+    """A question as an imperative, anything else as a question. Deterministic; meaning kept, words nearly so."""
+    text = re.sub(r"\s+", " ", text.strip())
+    return _to_imperative(text) if form_of(text) == "question" else _to_question(text)
+
+
+def _pick(templates: tuple[str, ...], text: str) -> str:
+    return templates[hashlib.sha256(text.encode()).digest()[0] % len(templates)]
+
+
+def _to_imperative(text: str) -> str:
+    *before, last = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    body = last.rstrip("?\"' ").strip()
+    for pattern in (_HOW_DO_I, _HOW_TO):
+        if match := pattern.match(body):
+            swapped = _pick(HOW, text).format(x=match[1])
+            break
+    else:
+        if match := _ASKS.match(body):
+            swapped = match[1][0].upper() + match[1][1:] + "."
+        else:
+            swapped = _pick(TO_IMPERATIVE, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
+                                                        else body)
+    return " ".join([*before, swapped])
+
+
+def _to_question(text: str) -> str:
+    body = text.rstrip(".!:;\"' ").strip()
+    if form_of(text) == "statement":
+        return f"{body}. Can you help with that?"
+    first = body.split(" ", 1)[0]
+    # Keep capitals of acronyms and names; lower only an ordinary first word.
+    body = body if first.isupper() and len(first) > 1 else body[0].lower() + body[1:]
+    return _pick(TO_QUESTION, text).format(x=re.sub(r"^please ", "", body, flags=re.I))
+
+
+def swap_table(prompts: pd.DataFrame) -> pd.DataFrame:
+    """The prompt table with every text swapped: ids get "~", form is read anew, answers stay out."""
+    texts = [swap_form(t) for t in prompts["text"]]
+    return prompts.assign(text=texts, form=[form_of(t) for t in texts], id=[f"{i}~" for i in prompts["id"]])
