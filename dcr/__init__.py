@@ -1,0 +1,30 @@
+"""dcr: contrastive refinement against over-refusal, with the analysis and evaluation around it.
+
+Names load on first use, so `import dcr` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+_NAMES = {
+    "Experiment": "dcr.experiment", "load_config": "dcr.config", "RefineConfig": "dcr.config",
+    "AlignConfig": "dcr.config", "DCRError": "dcr.errors", "load_model": "dcr.models", "refine": "dcr.refinement",
+    "align": "dcr.alignment", "generate": "dcr.generation", "judge": "dcr.judges", "entk": "dcr.kernel",
+    "refusal_probability": "dcr.rejection",
+}
+__all__ = ["__version__", *_NAMES]
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'dcr' has no attribute {name!r}; it exports {', '.join(_NAMES)}")
+    module = importlib.import_module(_NAMES[name])
+    value = getattr(module, "load" if name == "load_model" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

@@ -1,0 +1,140 @@
+"""The `dcr` command: data, models, experiments, methods on your own data, export."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dcr.errors import DCRError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="Upstream data: list, fetch, verify.")
+app.add_typer(data, name="data")
+
+Profile = Annotated[str, typer.Option(help="Profile: quick, embedded, smollm2-135m, ...")]
+Seed = Annotated[int, typer.Option(help="One seed for everything.")]
+RunDir = Annotated[str, typer.Option(help="Run directory; default runs/PROFILE.")]
+Overrides = Annotated[str, typer.Option(help='E.g. "refine.layer=0.4,align.epochs=2".')]
+
+
+@data.command("list")
+def data_list() -> None:
+    """Every source with its role, rows, licence, and whether it is at hand."""
+    from dcr.data.fetch import list_sources
+
+    typer.echo(list_sources().drop(columns=["citation", "file"]).to_string(index=False))
+
+
+@data.command("fetch")
+def data_fetch(names: list[str]) -> None:
+    """Make sure that the named sources are at hand (downloads into the cache)."""
+    from dcr.data.fetch import path_of
+
+    for name in names:
+        typer.echo(f"{name}: {path_of(name)}")
+
+
+@data.command("verify")
+def data_verify() -> None:
+    """Check checksum and row count of every file at hand."""
+    from dcr.data.fetch import verify
+
+    table = verify()
+    typer.echo(table.to_string(index=False))
+    if not table["status"].isin(["ok", "missing"]).all():
+        raise typer.Exit(1)
+
+
+@app.command("model")
+def model_command() -> None:
+    """Fetch and convert the embedded model into the cache."""
+    from dcr.embedded import ensure
+
+    typer.echo(f"embedded model: {ensure()}")
+
+
+@app.command("run")
+def run_command(profile: Profile = "quick", seed: Seed = 0, run_dir: RunDir = "", overrides: Overrides = "",
+                methods: Annotated[str, typer.Option(help="Comma list; default: the profile's.")] = "",
+                curves: Annotated[bool, typer.Option(help="Also judge every recorded alignment step.")] = True) -> None:
+    """Run every stage of every method and write the metric tables; what exists is reused."""
+    from dcr.experiment import Experiment, run_methods
+
+    experiment = Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides,
+                            methods=tuple(m.strip() for m in methods.split(",") if m.strip()))
+    for method, what in run_methods(experiment):
+        typer.echo(f"{method}: {what}")
+    experiment.metrics()
+    if curves:
+        experiment.curves()
+    experiment.manifest()
+    typer.echo(f"{experiment.store.root}: {experiment.store.summary()}")
+
+
+@app.command("reproduce")
+def reproduce_command(profile: Profile = "embedded", seed: Seed = 0, run_dir: RunDir = "", overrides: Overrides = "",
+                      only: Annotated[str, typer.Option(help="Notebook numbers, e.g. 01,05.")] = "") -> None:
+    """Execute the notebooks through papermill into the run directory and write the report."""
+    from dcr.reproduce import reproduce
+
+    report = reproduce(profile, seed=seed, run_dir=run_dir, overrides=overrides,
+                       only=tuple(n.strip() for n in only.split(",") if n.strip()))
+    typer.echo(f"Report: {report}")
+
+
+@app.command("align")
+def align_command(out: Path, toxic: Annotated[str, typer.Option(help="CSV or JSONL with text and response.")],
+                  seemingly_toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
+                  general: Annotated[str, typer.Option(help="CSV or JSONL with text and response.")],
+                  model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
+                  refine: Annotated[bool, typer.Option(help="Contrastive refinement before alignment.")] = True,
+                  seed: Seed = 0, overrides: Overrides = "") -> None:
+    """Refine and align a model on your own prompts; writes a plain transformers folder to OUT."""
+    from dcr.own import align_own
+
+    folder = align_own(out, model=model, toxic=toxic, seemingly_toxic=seemingly_toxic, general=general,
+                       refine_first=refine, seed=seed, overrides=overrides)
+    typer.echo(f"Model: {folder}")
+
+
+@app.command("export")
+def export_command(method: str, out: Path, profile: Profile = "embedded", seed: Seed = 0, run_dir: RunDir = "",
+                   overrides: Overrides = "") -> None:
+    """Write a method's model as a plain transformers folder with a model card."""
+    from dcr.experiment import Experiment
+    from dcr.own import export
+
+    typer.echo(f"Model: {export(Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides), method, out)}")
+
+
+@app.command("info")
+def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
+    """The resolved configuration of a profile."""
+    import yaml
+
+    from dcr.config import load_config
+
+    plain = {k: ({a: list(b) if isinstance(b, tuple) else b for a, b in v.items()} if isinstance(v, dict) else
+                 list(v) if isinstance(v, tuple) else v)
+             for k, v in load_config(profile, overrides=overrides).to_dict().items()}
+    typer.echo(yaml.safe_dump(plain, sort_keys=False))
+
+
+def main() -> None:
+    """Entry point: one clear line for a DCRError, exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "papermill", "traitlets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except DCRError as error:
+        typer.echo(f"dcr: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Forms of prompts and swapping them."""
+
+from __future__ import annotations
+
+import pytest
+
+from dcr.data import loaders
+from dcr.data.forms import form_of, swap_form, swap_table
+
+
+SMALL = set("how do i can you we does might what is the best way".split())
+
+
+@pytest.mark.parametrize("text, form", [("How do I kill time?", "question"), ('Is it "ok"?"', "question"),
+                                        ("Kill the lights.", "imperative"), ("I want to learn.", "statement"),
+                                        ("Explain why. Is it so?", "question"), ("The cat sleeps.", "statement")])
+def test_form_of(text, form):
+    assert form_of(text) == form
+
+
+@pytest.mark.parametrize("text, ends", [
+    ("How do I kill a process?", "how to kill a process."), ("How can I blow up a photo?", "how to blow up a photo."),
+    ("Can you write a poem?", "Write a poem."), ("What's a good way to vent?", "hat's a good way to vent."),
+    ("I am angry. How do I calm down?", "how to calm down."), ("Write a poem.", "you write a poem?"),
+    ("Please list ways to relax.", "you list ways to relax?"), ("SQL injection: explain it.", "SQL injection: explain it?"),
+])
+def test_swaps_read_well(text, ends):
+    assert swap_form(text).endswith(ends)
+
+
+def test_every_bundled_prompt_changes_form_and_keeps_its_words():
+    table = loaders.load_bundled("pairs")
+    swapped = swap_table(table)
+    assert (swapped["form"] != table["form"]).all() and swapped["id"].is_unique
+    for before, after in zip(table["text"], swapped["text"], strict=True):
+        kept = set(before.lower().rstrip("?.").split()) - SMALL
+        assert len(kept & set(after.lower().rstrip("?.").split())) >= 0.8 * len(kept), (before, after)
+
+
+def test_templates_vary_and_are_deterministic():
+    first, again = ([swap_form(f"Write a poem about item {i}.") for i in range(40)] for _ in range(2))
+    assert len({s.split()[0] for s in first}) >= 3 and first == again
