@@ -46,15 +46,15 @@ def _some(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
     return stratified_subset(rows, min(MAX_PROMPTS, len(rows)), seed)
 
 
-def _states(experiment: Experiment, method: str, name: str, rows: pd.DataFrame):
+def _states(experiment: Experiment, method: str, name: str, rows: pd.DataFrame, step: int = -1):
     """Hidden states of one set under one method's model, kept on disk."""
     from dcr.data.sets import table_hash
     from dcr.hidden_states import HiddenStates, hidden_states
 
-    key = {"weights": experiment._weights_key(method, -1), "prompts": table_hash(rows)}
+    key = {"weights": experiment._weights_key(method, step), "prompts": table_hash(rows)}
 
     def build(folder) -> None:
-        model, tokenizer = experiment.model(method)
+        model, tokenizer = experiment.model(method, step)
         hidden_states(model, tokenizer, rows["text"].tolist(), out=folder)
 
     artifact = experiment.store.get("states", f"{method}-{name.replace(' ', '-')}".replace(",", ""), key, build)
@@ -99,12 +99,13 @@ def separability(experiment: Experiment, method: str = "base", layers: int = 8) 
     return tables
 
 
-def map_points(experiment: Experiment, layer: int, name: str = "matched pairs", method: str = "base") -> pd.DataFrame:
+def map_points(experiment: Experiment, layer: int, name: str = "matched pairs", method: str = "base",
+               step: int = -1) -> pd.DataFrame:
     """x, y of a set's prompts at one layer (principal components) with text, label, form, source: a map to explore."""
     from dcr.separability import map_2d
 
     rows = probe_sets(experiment)[name]
-    points = map_2d(_states(experiment, method, name, rows), layer)
+    points = map_2d(_states(experiment, method, name, rows, step), layer)
     return rows[["id", "text", "label", "form", "source", "category"]].assign(x=points[:, 0], y=points[:, 1], layer=layer)
 
 

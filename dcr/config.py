@@ -124,7 +124,7 @@ class GenerationConfig:
 class EvaluationConfig:
     """Judges, statistics and general ability."""
 
-    judge: str = "consensus"
+    judge: str = "phrases"
     curve_judge: str = "phrases"
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped

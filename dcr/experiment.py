@@ -125,9 +125,19 @@ class Experiment:
         model, tokenizer = self.base()
         if "refine" in self.stages(method):
             model = apply_trained(model, self.refined(method).path / "model")
-        if "align" in self.stages(method):
+        if "align" in self.stages(method) and step != 0:  # adapters change nothing before their first step
             model = self._at_step(model, self.aligned(method).path, step)
         return model, tokenizer
+
+    def layers(self, n: int) -> list[int]:
+        """`n` layers spread over the base model's depth, the last one included."""
+        return sorted({round(self._depth * (i + 1) / n) for i in range(n)})
+
+    @cached_property
+    def _depth(self) -> int:
+        from dcr.models import decoder_layers
+
+        return len(decoder_layers(self.base()[0], self.config.model.layers_path))
 
     @staticmethod
     def _at_step(model, folder: Path, step: int):
@@ -235,7 +245,7 @@ class Experiment:
         key = {"model": self.model_key, "step": step}
         if "refine" in self.stages(method):
             key["refine"] = self.refined(method).path.name
-        if "align" in self.stages(method):
+        if "align" in self.stages(method) and step != 0:
             key["align"] = self.aligned(method).path.name
         return key
 

@@ -7,7 +7,6 @@ import pytest
 from dcr.data import loaders
 from dcr.data.forms import form_of, swap_form, swap_table
 
-
 SMALL = set("how do i can you we does might what is the best way".split())
 
 

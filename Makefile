@@ -1,0 +1,41 @@
+# Two commands matter: `make reproduce` and `make test`. Both work on a bare machine with Python >= 3.11.
+PYTHON ?= python3
+PROFILE ?= embedded
+SEEDS ?= 0
+RUN_DIR ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: reproduce test lab lint clean install
+.DEFAULT_GOAL := reproduce
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; call: make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $(STAMP)
+
+reproduce: $(STAMP)
+	@$(BIN)/dcr model
+	@for seed in $(SEEDS); do \
+	  if [ "$(words $(SEEDS))" -gt 1 ]; then dir="$(if $(RUN_DIR),$(RUN_DIR),runs/$(PROFILE))/seed-$$seed"; else dir="$(if $(RUN_DIR),$(RUN_DIR),runs/$(PROFILE))"; fi; \
+	  TQDM_MININTERVAL=5 $(BIN)/dcr reproduce --profile $(PROFILE) --seed $$seed --run-dir "$$dir" || exit 1; \
+	done
+
+test: $(STAMP)
+	@$(BIN)/dcr model
+	$(BIN)/python -m pytest
+	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +

@@ -1,0 +1,55 @@
+"""One look for every figure: seaborn, colour-blind-safe, one colour and line per method and per prompt class."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import seaborn as sns
+from matplotlib.figure import Figure
+
+# Okabe-Ito colours: told apart with any colour vision; line and marker tell them apart in grey.
+METHOD_COLOURS = {"base": "#7f7f7f", "STL": "#D55E00", "STL-aug": "#E69F00", "DCR": "#0072B2", "DCR-matched": "#56B4E9",
+                  "DCR-keep": "#009E73", "DCR-sham": "#999933", "DCR-tuned": "#000000", "SCANS": "#CC79A7",
+                  "Surgical": "#882255", "SelfCD": "#44AA99", "question-mark": "#333333"}
+METHOD_LINES = {m: s for m, s in zip(METHOD_COLOURS, [(0, (1, 1)), "-", "--", "-", "--", "-.", ":", "-", "-.", "--", ":",
+                                                      (0, (5, 1))], strict=True)}
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D ^ v P X * < > h p".split(), strict=True))
+CLASS_COLOURS = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#009E73"}
+CLASS_LINES = {"toxic": "-", "seemingly_toxic": "--", "general": ":"}
+CLASS_NAMES = {"toxic": "toxic", "seemingly_toxic": "seemingly toxic", "general": "general"}
+SALT = "dcr-kit"  # fixes the ids inside SVG files
+
+
+@contextlib.contextmanager
+def look() -> Iterator[None]:
+    """Style for one figure; leaves the caller's settings as they were."""
+    with sns.plotting_context("paper", font_scale=1.15), sns.axes_style("whitegrid"), matplotlib.rc_context({
+            "svg.hashsalt": SALT, "svg.fonttype": "none", "figure.dpi": 110, "savefig.dpi": 160, "axes.titlesize": 11,
+            "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
+            "font.family": "DejaVu Sans"}):
+        yield
+
+
+def picture(figure: Figure, kind: str) -> bytes:
+    """The figure's bytes as "png" or "svg", the same for the same data on one machine."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=kind, bbox_inches="tight",
+                       metadata={"Date": None} if kind == "svg" else {"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | Path) -> list[Path]:
+    """Write `<path>.png` and `<path>.svg` atomically."""
+    from dcr.store import write_atomic
+
+    written = []
+    for kind in ("png", "svg"):
+        target = Path(f"{path}.{kind}")
+        write_atomic(target, picture(figure, kind))
+        written.append(target)
+    return written
