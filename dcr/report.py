@@ -44,7 +44,7 @@ def write_report(root: str | Path) -> Path:
     for path in sorted((root / "tables").glob("table1*.csv")):
         frame = pd.read_csv(path).fillna("")
         tables.append((path.with_suffix(".title").read_text() if path.with_suffix(".title").exists() else path.stem,
-                       frame.to_html(index=False, border=0, escape=True, float_format="%.2f")))
+                       frame.to_html(index=False, border=0, escape=True, float_format=lambda v: f"{v:.2f}")))
     notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     page = environment.get_template("report.html").render(
         profile=manifest.get("config", {}).get("profile", root.name), methods=", ".join(manifest.get("methods", [])),

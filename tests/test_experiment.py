@@ -1,0 +1,143 @@
+"""The whole line on a tiny local model: every stage runs, nothing runs twice, a change recomputes only what hangs on it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+from dcr import analysis
+from dcr.errors import DCRError
+from dcr.experiment import Experiment, run_methods
+from dcr.failures import costs, differences, still_refused
+from dcr.figures import draw_all, draw_tables
+from dcr.report import write_report
+
+OVERRIDES = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 3,
+             "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "generation.max_new_tokens": 3,
+             "generation.dtype": "float32",
+             "data.limit": 6, "data.curve_limit": 20, "evaluation.trajectory_prompts": 4, "evaluation.kernel_prompts": 2,
+             "align.checkpoints": "0,2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model(layers=3).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+def experiment(folder, run_dir, **more) -> Experiment:
+    return Experiment("quick", seed=1, run_dir=run_dir, overrides={**OVERRIDES, "model.name": str(folder), **more})
+
+
+def test_the_whole_line_runs_then_reuses_then_recomputes_what_changed(folder, run_dir):
+    first = experiment(folder, run_dir)
+    assert [m for m, _ in run_methods(first)][-1] == "DCR"
+    rows = first.metrics()
+    assert set(rows["method"]) == {"base", "STL", "DCR", "question-mark"} and rows["value"].between(0, 1).all()
+    curves = first.curves()
+    assert sorted(curves["step"].unique()) == [0, 2, 3]
+
+    again = experiment(folder, run_dir)
+    list(run_methods(again))
+    assert again.metrics().equals(rows) and not again.store.computed and "0 artifacts computed" in again.store.summary()
+
+    changed = experiment(folder, run_dir, **{"align.lr": 1e-4})
+    list(run_methods(changed))
+    kinds = {name.split("-")[0] for name in changed.store.computed}
+    assert kinds == {"align/STL", "align/DCR", "generate/STL", "generate/DCR", "judge/STL", "judge/DCR"} or kinds <= {
+        "align/STL", "align/DCR", "generate/STL", "generate/DCR", "judge/STL", "judge/DCR"}
+    assert any("align/STL" in name for name in changed.store.computed)
+
+
+def test_manifests_prove_what_was_run(folder, run_dir):
+    manifest = experiment(folder, run_dir).aligned("DCR").manifest
+    assert {"dependencies", "environment", "seconds", "peak_memory_mib", "rendering", "config", "outputs"} <= set(manifest)
+    assert manifest["rendering"]["rendered_prompt"] and manifest["dependencies"]["seed"] == 1
+    whole = experiment(folder, run_dir).manifest()
+    assert whole["data"]["mix"]["rows"] == 64 and any(a["kind"] == "align" for a in whole["artifacts"])
+    json.loads((run_dir / "manifest.json").read_text())
+
+
+def test_analysis_figures_tables_and_report(folder, run_dir):
+    exp = experiment(folder, run_dir)
+    analysis.question_shares(exp)
+    tables = analysis.separability(exp, layers=2)
+    assert set(tables) == {"probe", "transfer", "surface", "cosine", "clusters"}
+    mark = tables["surface"].query("baseline == 'question-mark'").set_index("pairing")["auroc"]
+    assert mark["sources (paper)"] == 1.0 and mark["matched pairs"] == pytest.approx(0.5)
+    analysis.before_after(exp)
+    trajectories = analysis.trajectories(exp)
+    assert set(trajectories["kernel"]["method"]) == {"STL", "DCR"}
+    metrics = exp.metrics()
+    from dcr.tables import plane_points
+
+    exp.write_table("plane", plane_points(exp.curves()))
+    assert set(differences(exp)["method"]) == {"base", "DCR", "question-mark"} and len(costs(exp)) >= 5
+    assert set(still_refused(exp, "DCR").columns) >= {"text", "answer", "form"}
+    drawn, missing = draw_all(run_dir / "tables", run_dir / "figures")
+    assert set(missing) == {"losses"} and "plane" in drawn
+    draw_tables(metrics, run_dir / "tables")
+    exp.manifest()
+    assert "question-mark" in write_report(run_dir).read_text()
+
+
+def test_in_distribution_sets_are_marked(folder, run_dir):
+    exp = experiment(folder, run_dir)
+    assert exp.in_distribution("base") == set() and exp.in_distribution("DCR") == {"dcr-pairs", "dcr-general"}
+
+
+def test_sham_and_matched_recipes_differ_from_dcr(folder, run_dir):
+    exp = experiment(folder, run_dir)
+    assert exp.recipe("DCR-sham").refine.pairing == "sham" and exp.recipe("DCR-matched").refine.pairing == "matched"
+    assert exp.recipe("STL-aug").align.n_augment > 0 and exp.stages("STL") == ["align"]
+
+
+def test_unknown_method_and_missing_table(folder, run_dir):
+    with pytest.raises(DCRError, match="method 'DRC' is unknown; known: base"):
+        Experiment("quick", methods=("DRC",))
+    with pytest.raises(DCRError, match="run the notebook that writes it"):
+        experiment(folder, run_dir).read_table("nothing")
+
+
+def test_export_loads_without_the_kit(folder, run_dir, tmp_path):
+    import subprocess
+    import sys
+
+    from dcr.own import export
+
+    out = export(experiment(folder, run_dir), "DCR", tmp_path / "plain")
+    code = ("import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
+            "k = t.AutoTokenizer.from_pretrained(sys.argv[1]); assert k.chat_template and 'dcr' not in sys.modules; "
+            "assert not any('lora' in n for n, _ in m.named_parameters()); print('ok')")
+    assert subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, timeout=120).stdout.strip() == "ok"
+    card = (out / "README.md").read_text()
+    assert "## Results" in card and "| pairs-toxic | dsr |" in card
+
+
+def test_own_model_and_own_data(folder, tmp_path):
+    import pandas as pd
+
+    from dcr.own import align_own
+
+    words = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan", "trip", "game"] * 2
+    for name, text, answer in (("toxic", "steal the {} in {} .", "sorry , i cannot help ."), ("mine", "bake the {} in {} ?", ""),
+                               ("general", "list the {} of {} .", "sure , the cat .")):
+        pd.DataFrame({"text": [text.format(w, i) for i, w in enumerate(words)], "response": answer}).to_csv(
+            tmp_path / f"{name}.csv", index=False)
+    files = {"toxic": str(tmp_path / "toxic.csv"), "seemingly_toxic": str(tmp_path / "mine.csv"), "general": str(tmp_path / "general.csv")}
+    text = "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=1,align.bf16=false"
+    out = align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
+    assert (out / "model.safetensors").exists() and (out / "README.md").exists()
+    with pytest.raises(DCRError, match="is not empty"):
+        align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
+    with pytest.raises(DCRError, match="row 0 has no response"):
+        align_own(tmp_path / "out2", model=str(folder), overrides=text, **{**files, "toxic": files["seemingly_toxic"]})
