@@ -51,7 +51,7 @@ def _states(experiment: Experiment, method: str, name: str, rows: pd.DataFrame, 
     from dcr.data.sets import table_hash
     from dcr.hidden_states import HiddenStates, hidden_states
 
-    key = {"weights": experiment._weights_key(method, step), "prompts": table_hash(rows)}
+    key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(rows)}
 
     def build(folder) -> None:
         model, tokenizer = experiment.model(method, step)
@@ -126,7 +126,7 @@ def kernel_table(experiment: Experiment, method: str, step: int = -1, *, tokens:
     from dcr.kernel import entk
 
     prompts = class_prompts(experiment, experiment.config.evaluation.kernel_prompts)
-    key = {"weights": experiment._weights_key(method, step), "prompts": table_hash(prompts), "tokens": tokens,
+    key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(prompts), "tokens": tokens,
            "parameters": parameters, "version": 1}
 
     def build(folder) -> None:
@@ -167,7 +167,7 @@ def rejection_table(experiment: Experiment, method: str, step: int = -1) -> pd.D
     from dcr.rejection import PHRASES_VERSION, refusal_probability
 
     prompts = class_prompts(experiment, experiment.config.evaluation.trajectory_prompts)
-    key = {"weights": experiment._weights_key(method, step), "prompts": table_hash(prompts), "phrases": PHRASES_VERSION}
+    key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(prompts), "phrases": PHRASES_VERSION}
 
     def build(folder) -> None:
         model, tokenizer = experiment.model(method, step)
