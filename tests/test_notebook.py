@@ -22,7 +22,7 @@ def test_start_refuses_unknown_parameters_and_wrong_types(tmp_path):
     assert start({"profile": "quick", "seed": 3, "run_dir": str(tmp_path), "overrides": ""}).config.seed == 3
     with pytest.raises(DCRError, match="unknown notebook parameter 'sead'; known: profile, seed"):
         start({"profile": "quick", "sead": 3})
-    with pytest.raises(DCRError, match="seed='3' must be"):
+    with pytest.raises(DCRError, match="seed='3' a whole number"):
         start({"profile": "quick", "seed": "3"})
     with pytest.raises(DCRError, match="profile 'fast' is unknown"):
         start({"profile": "fast"})
