@@ -43,6 +43,7 @@ class DataConfig:
     benchmarks: tuple[str, ...] = ("pairs-safe", "pairs-toxic", "style-safe", "style-toxic", "general-test")
     n_seemingly_toxic: int = 250  # paper: XSTest safe; 0 takes all there are
     n_toxic: int = 500  # paper: HH-RLHF
+    form_mix: float = 0.0  # share of stage 1's published prompts put into the other form (question or imperative)
     audited: bool = False  # drop toxic training prompts that the committed audit marks harmless or ambiguous
     limit: int = 0  # prompts a benchmark, stratified; 0 takes all
     curve_limit: int = 400  # prompts (all benchmarks together) judged at each alignment checkpoint
@@ -88,6 +89,7 @@ class AlignConfig:
     n_safe: int = 600
     n_augment: int = 0  # STL-aug: seemingly toxic prompts with substantive answers
     augment_source: str = "pairs"  # or coconot-pref (marks CoCoNot in-distribution)
+    form_mix: float = 0.0  # share of the mix's prompts put into the other form, the same in every role
     labels: str = "completion"  # or all (the paper's reading)
     epochs: float = 1.0
     max_steps: int = 0

@@ -73,6 +73,6 @@ def _to_question(text: str) -> str:
 
 
 def swap_table(prompts: pd.DataFrame) -> pd.DataFrame:
-    """The prompt table with every text swapped: ids get "~", form is read anew, answers stay out."""
+    """The prompt table with every text swapped: ids get "~", form is read anew, answers stay."""
     texts = [swap_form(t) for t in prompts["text"]]
     return prompts.assign(text=texts, form=[form_of(t) for t in texts], id=[f"{i}~" for i in prompts["id"]])

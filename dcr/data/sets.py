@@ -24,6 +24,12 @@ BUNDLED_BENCHMARKS = {
     for name, split in (("pairs", "test"), ("style", "style"), ("validation", "validation"))
     for side, label in (("safe", "seemingly_toxic"), ("toxic", "toxic"))
 } | {"general-test": ("general", "test", "general"), "general-validation": ("general", "validation", "general")}
+# Parts of a published set: one half for choosing a recipe, the other untouched until the end; AdvBench without its many
+# rewordings of one request. name → (source, part).
+PARTS = {"coconot-validation": ("coconot", "first"), "coconot-test": ("coconot", "second"),
+         "i-malicious-validation": ("i-malicious", "first"), "i-malicious-test": ("i-malicious", "second"),
+         "advbench-distinct": ("advbench", "distinct")}
+SAME_REQUEST = 0.5  # cosine of TF-IDF vectors from which prompts count as rewordings of one request
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,38 @@ def table(name: str, *, label: str = "", audited: bool = False) -> pd.DataFrame:
         which, split, wanted = BUNDLED_BENCHMARKS[name]
         rows = _bundled(which)
         return rows[(rows["split"] == split) & (rows["label"] == wanted)].reset_index(drop=True)
+    if name in PARTS:
+        return _part(*PARTS[name])
+    if "+" in name:  # several tables as one, e.g. safety-only+xstest-unsafe
+        return pd.concat([table(n.strip(), label=label, audited=audited) for n in name.split("+")], ignore_index=True)
     if name.endswith((".csv", ".jsonl", ".json")):
         return loaders.read_user_table(name, label=label or None)
     return loaders.load(name, audited=audited) if name == "safety-only" else loaders.load(name)
+
+
+@cache
+def _part(source: str, part: str) -> pd.DataFrame:
+    """A half (rewordings of one request on the same side, dealt by a hash) or one prompt of each request."""
+    rows = loaders.load(source)
+    request = requests_of(rows["text"].tolist())
+    if part == "distinct":
+        return rows[~pd.Series(request).duplicated()].reset_index(drop=True)
+    leader = [rows["text"].iloc[request.index(r)] for r in request]
+    first = np.array([in_first_half(text) for text in leader])
+    return rows[first if part == "first" else ~first].reset_index(drop=True)
+
+
+def requests_of(texts: list[str]) -> list[int]:
+    """Number of the request that each text words: average-linkage clusters of TF-IDF vectors, cut at SAME_REQUEST."""
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts).toarray()
+    empty = ~vectors.any(axis=1)  # only stop words: each such text is a request of its own
+    vectors = np.hstack([vectors, np.diag(empty.astype(float))[:, empty]])
+    clusters = AgglomerativeClustering(n_clusters=None, metric="cosine", linkage="average",
+                                       distance_threshold=1 - SAME_REQUEST)
+    return clusters.fit_predict(vectors).tolist()
 
 
 def in_first_half(topic: str) -> bool:
@@ -83,8 +118,18 @@ def contrastive_sets(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     for label, name, n in (("toxic", data.toxic, data.n_toxic), ("seemingly_toxic", data.seemingly_toxic,
                                                                  data.n_seemingly_toxic)):
         rows = _bundled_half(label, True) if name == "bundled" else table(name, label=label, audited=data.audited)
-        sides.append(_at_most(rows[rows["label"] == label], n, seed))
+        sides.append(mixed_forms(_at_most(rows[rows["label"] == label], n, seed), data.form_mix, seed))
     return sides[0], sides[1]
+
+
+def mixed_forms(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
+    """The rows with `share` of them in the other form (question ⇄ imperative), drawn by the seed; ids keep a "~"."""
+    if not 0 <= share <= 1:
+        raise DCRError(f"share of swapped forms is {share}; give 0 to 1.")
+    if not share:
+        return rows
+    chosen = np.random.default_rng([seed, 0xF0]).permutation(len(rows)) < round(share * len(rows))
+    return pd.concat([rows[~chosen], swap_table(rows[chosen])]).sort_index().reset_index(drop=True)
 
 
 def _bundled_half(label: str, first: bool) -> pd.DataFrame:
@@ -107,7 +152,7 @@ def alignment_mix(config: Config) -> pd.DataFrame:
             answered = _bundled_half("seemingly_toxic", True)
         answered = answered[answered["response"] != ""]
         parts.append((_take(answered, align.n_augment, seed, "align.n_augment"), "augment", align.n_augment))
-    kept = [rows.assign(role=role) for rows, role, n in parts if n]
+    kept = [mixed_forms(rows, align.form_mix, seed).assign(role=role) for rows, role, n in parts if n]
     if not kept:
         raise DCRError("the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0.")
     return pd.concat(kept, ignore_index=True)
