@@ -40,7 +40,7 @@ class Experiment(Training):
             from dcr.steering.stage import steering_of
 
             if step == 0 and method != "SelfCD":  # strength 0 is the model that is steered
-                on = methods_file()[method]["on"]
+                on = methods_file()[method]["steers"]
                 return self.generations(on, self.steps(on)[-1]).assign(method=method)
             steering = steering_of(self, method, step)
             dependencies["steering"] = steering.settings

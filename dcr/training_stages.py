@@ -118,7 +118,7 @@ class Training:
         """
         from dcr.adapters import apply_trained
 
-        method, step = (methods_file()[method]["on"], -1) if "steer" in self.stages(method) else (method, step)
+        method, step = (methods_file()[method]["steers"], -1) if "steer" in self.stages(method) else (method, step)
         model, tokenizer = self.base()
         if "refine" in self.stages(method):
             model = apply_trained(model, self.refined(method).path / "model")
@@ -236,7 +236,7 @@ class Training:
 
             if method != "SelfCD":
                 names |= set(fitted(self, method).manifest["in_distribution"])
-            method = methods_file()[method]["on"]
+            method = methods_file()[method]["steers"]
         if "refine" in self.stages(method):
             names |= set(self.refined(method).manifest["in_distribution"])
         if "align" in self.stages(method):
@@ -248,7 +248,7 @@ class Training:
         if method in RULES:
             return {"rule": method}
         if "steer" in self.stages(method):  # the weights are those of the model it steers
-            method, step = methods_file()[method]["on"], -1
+            method, step = methods_file()[method]["steers"], -1
         key = {"model": self.model_key, "step": step}
         if "refine" in self.stages(method):
             key["refine"] = self.refined(method).path.name
