@@ -10,11 +10,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -77,6 +79,15 @@ class StageTrainer(Trainer):
         temporary = folder / f".{WEIGHTS}.tmp"
         save_file(trained_state(self.accelerator.unwrap_model(self.model)), temporary)
         temporary.replace(folder / WEIGHTS)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """A resume point; on a full disk one clear error, and the points before it stay good."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+            raise DCRError(f"{self.args.output_dir}: the resume point of step {self.state.global_step} could not be saved "
+                           f"({error}). Free space and call again; training goes on from "
+                           f"{Path(whole_checkpoint(Path(self.args.output_dir)) or 'the start').name}.") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
@@ -142,11 +153,17 @@ def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, sc
         accelerator_config={"split_batches": True, "use_seedable_sampler": True}, dataloader_pin_memory=False)
 
 
-def run(trainer: StageTrainer) -> None:
-    """Train, from the last checkpoint in the folder if there is one."""
-    folder = Path(trainer.args.output_dir)
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last resume point that was written to its end; one cut off while saving is set aside."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     while last and not (Path(last) / "trainer_state.json").exists():  # killed while saving: go one further back
-        Path(last).rename(Path(last).with_name("broken-" + Path(last).name))
+        aside = Path(last).with_name("broken-" + Path(last).name)
+        shutil.rmtree(aside, ignore_errors=True)
+        Path(last).rename(aside)
         last = get_last_checkpoint(str(folder))
-    trainer.train(resume_from_checkpoint=last)
+    return last
+
+
+def run(trainer: StageTrainer) -> None:
+    """Train, from the last checkpoint in the folder if there is one."""
+    trainer.train(resume_from_checkpoint=whole_checkpoint(Path(trainer.args.output_dir)))
