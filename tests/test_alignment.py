@@ -125,8 +125,8 @@ def test_a_full_disk_keeps_the_last_resume_point(what, tmp_path, monkeypatch):
 
 
 TWO = """
-import sys
-sys.path.insert(0, {tests!r})
+import os, sys
+sys.path[:0] = [os.path.dirname({tests!r}), {tests!r}]
 from test_alignment import *
 from dcr.config import AlignConfig
 result = run(replace(FAST, batch_size=8, max_steps=4, accumulation=int(sys.argv[2])), work_dir=sys.argv[1])
