@@ -132,9 +132,10 @@ def card(name: str, facts: dict) -> str:
     lines += ["", "## Licences", "", "The base model's licence holds for these weights; the data's licences are in the table above. "
               "A non-commercial licence there (CC-BY-NC) binds what is made from it."]
     if facts.get("results"):
-        lines += ["", "## Results", "", "| benchmark | metric | value | 95 % interval | n | judge |", "|---|---|---|---|---|---|"]
-        lines += [f"| {r['benchmark']}{' (in-distribution)' if r['in_distribution'] else ''} | {r['metric']} | {r['value']:.3f} | "
-                  f"{r['low']:.3f} to {r['high']:.3f} | {r['n']} | {r['judge']} |" for r in facts["results"]]
+        lines += ["", "## Results", "", "| benchmark | metric | value | 95 % interval | n | judge | trained on its source |",
+                  "|---|---|---|---|---|---|---|"]
+        lines += [f"| {r['benchmark']} | {r['metric']} | {r['value']:.3f} | {r['low']:.3f} to {r['high']:.3f} | {r['n']} | "
+                  f"{r['judge']} | {'yes' if r['in_distribution'] else 'no'} |" for r in facts["results"]]
     lines += ["", "## Parameters", "", "```json", json.dumps(facts["config"], indent=1), "```", "",
               f"Environment: {json.dumps(environment())}"]
     return "\n".join(lines) + "\n"

@@ -100,5 +100,6 @@ def test_card_marks_sets_the_method_trained_on():
                 "in_distribution": seen} for seen in (True, False)]
     text = own.card("x", {"base": "embedded", "method": "DCR", "data": [{"role": "stage 1, toxic", "source": "xstest", "rows": 3,
                                                                        "licence": "CC-BY-4.0"}], "config": {}, "results": results})
-    assert "| b (in-distribution) | dsr | 0.500 | 0.400 to 0.600 | 9 | phrases |" in text and "| b | dsr |" in text
+    for mark in ("yes", "no"):
+        assert f"| b | dsr | 0.500 | 0.400 to 0.600 | 9 | phrases | {mark} |" in text
     assert "SmolLM2-135M-Instruct (Apache-2.0)" in text and "CC-BY-4.0" in text
