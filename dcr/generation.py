@@ -63,8 +63,9 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
     done = {row["prompt_id"] for row in rows}
     todo = prompts[~prompts["id"].isin(done)]
     if not todo.empty:
-        build = Decoder if steering is None else steering.decoder
-        decoder = build(model, tokenizer, todo["text"].tolist(), max_new_tokens, temperature, seed, max_length)
+        texts = todo["text"].tolist() if steering else render(tokenizer, todo["text"].tolist())
+        decoder = (steering.decoder if steering else _Decoder)(model, tokenizer, texts, max_new_tokens, temperature, seed,
+                                                               max_length)
         ids = todo["id"].tolist()
         with tqdm(total=len(prompts), initial=len(done), desc=f"generate {method}", unit="prompt", leave=False) as bar:
             for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
@@ -100,25 +101,14 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     return rows
 
 
-@dataclass
-class State:
-    """A batch under way: row numbers, the tokens to read next [rows, n], attention mask [rows, seq], keys and values."""
+class _Decoder:
+    """Greedy or sampled decoding of token rows behind their common prefix."""
 
-    rows: list[int]
-    ids: Tensor
-    mask: Tensor
-    cache: object
-
-
-class Decoder:
-    """Greedy or sampled decoding of prompts behind their common prefix."""
-
-    def __init__(self, model, tokenizer, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int,
+    def __init__(self, model, tokenizer, texts: Sequence[str], max_new_tokens: int, temperature: float, seed: int,
                  max_length: int | None) -> None:
         self.model, self.tokenizer, self.limit, self.temperature = model, tokenizer, max_new_tokens, temperature
         self.device = next(model.parameters()).device
-        texts = render(tokenizer, prompts)
-        self.rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self.rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         room = (max_length or getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
         for text, row in zip(texts, self.rows, strict=True):
             if len(row) > room:
@@ -188,6 +178,16 @@ class Decoder:
             return logits.argmax(-1)
         probability = (logits.float() / self.temperature).softmax(-1)
         return torch.multinomial(probability, 1, generator=self.generator)[:, 0]
+
+
+@dataclass
+class State:
+    """A batch under way: row numbers, the tokens to read next [rows, n], attention mask [rows, seq], keys and values."""
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    cache: object
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -135,7 +135,7 @@ class HistoryCallback(TrainerCallback):
 
 def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, schedule: str, accumulation: int,
                        save_steps: int, bf16: bool, seed: int, weight_decay: float = 0.0,
-                       gradient_checkpointing: bool = False, max_grad_norm: float = 1.0) -> TrainingArguments:
+                       max_grad_norm: float = 1.0) -> TrainingArguments:
     """The library's arguments for one stage; every number that matters is named here."""
     schedules = ("constant", "linear", "cosine")
     if schedule not in schedules:
@@ -148,7 +148,7 @@ def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, sc
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()), seed=seed, data_seed=seed,
         weight_decay=weight_decay, max_grad_norm=max_grad_norm, optim="adamw_torch", report_to=[],
         logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, label_names=[],
-        gradient_checkpointing=gradient_checkpointing, ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,
         ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available() else None,
         accelerator_config={"split_batches": True, "use_seedable_sampler": True}, dataloader_pin_memory=False)
 

@@ -51,7 +51,7 @@ def test_rows_stop_at_their_own_end_token(tiny_llama, tiny_tokenizer, table):
 
 def test_a_killed_run_loses_one_batch_and_resumes(tmp_path, tiny_llama, tiny_tokenizer, table, monkeypatch):
     out, whole = tmp_path / "g.jsonl", generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2)
-    run, calls = generation.Decoder.run, []
+    run, calls = generation._Decoder.run, []
 
     def dies(self, batch):
         calls.append(len(batch))
@@ -59,12 +59,12 @@ def test_a_killed_run_loses_one_batch_and_resumes(tmp_path, tiny_llama, tiny_tok
             raise KeyboardInterrupt
         return run(self, batch)
 
-    monkeypatch.setattr(generation.Decoder, "run", dies)
+    monkeypatch.setattr(generation._Decoder, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2, out=out)
     with open(out, "a") as handle:
         handle.write('{"prompt_id": "p')  # torn by the kill
-    monkeypatch.setattr(generation.Decoder, "run", run)
+    monkeypatch.setattr(generation._Decoder, "run", run)
     again = generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2, out=out)
     assert again["response"].tolist() == whole["response"].tolist()
     assert len(read_jsonl(out)) == len(table) and len(calls) == 3

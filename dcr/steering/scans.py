@@ -15,8 +15,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.generation import Decoder, State
+from dcr.generation import State, _Decoder
 from dcr.steering.hooks import instruction_tail, residuals, shifted, token_rows
 
 # Published for 32 blocks: steer at 10..19, classify at 10..31; other depths in proportion.
@@ -67,16 +68,16 @@ class Scans:
         """+1 for a prompt judged harmful, −1 for the others."""
         return np.where(self.scores(model, tokenizer, prompts) >= self.threshold, 1.0, -1.0).tolist()
 
-    def decoder(self, *args) -> Decoder:
-        """A decoder as `generate` builds it."""
+    def decoder(self, *args) -> _Decoder:
+        """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
         return ScansDecoder(self, *args)
 
 
-class ScansDecoder(Decoder):
+class ScansDecoder(_Decoder):
     """Greedy decoding with each row shifted by its own sign; rows that leave the batch take their sign along."""
 
     def __init__(self, steering: Scans, model, tokenizer, prompts: Sequence[str], *args) -> None:
-        super().__init__(model, tokenizer, prompts, *args)
+        super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
         self.steering = steering
         self.sign = steering.signs(model, tokenizer, prompts)
         self.shared = max(0, min(self.shared, min(map(len, self.rows)) - steering.tail))  # the prefix is never steered

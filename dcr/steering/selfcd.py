@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dcr.generation import Decoder, State
+from dcr.chat import render
+from dcr.generation import State, _Decoder
 
 # The system prompt that the authors' script uses (Llama 2's, shortened there).
 PLEA = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your "
@@ -35,8 +36,8 @@ class SelfCD:
         """The same with another multiple of α."""
         return replace(self, strength=strength)
 
-    def decoder(self, *args) -> Decoder:
-        """A decoder as `generate` builds it."""
+    def decoder(self, *args) -> _Decoder:
+        """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
         return SelfCDDecoder(self, *args)
 
 
@@ -47,13 +48,13 @@ class PairState(State):
     pleading: State
 
 
-class SelfCDDecoder(Decoder):
+class SelfCDDecoder(_Decoder):
     """Two decoders in step: one reads the plain prompts, one the same prompts behind the plea."""
 
     def __init__(self, steering: SelfCD, model, tokenizer, prompts: Sequence[str], *args) -> None:
-        super().__init__(model, tokenizer, prompts, *args)
+        super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
         self.alpha = steering.alpha * steering.strength
-        self.other = Decoder(model, tokenizer, [f"{PLEA} {p}" for p in prompts], *args)
+        self.other = _Decoder(model, tokenizer, render(tokenizer, [f"{PLEA} {p}" for p in prompts]), *args)
 
     def begin(self, batch: Sequence[int]) -> State:
         plain = super().begin(batch)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.generation import Decoder
+from dcr.generation import _Decoder
 from dcr.rejection import opening_tokens
 from dcr.steering.hooks import ablated, instruction_tail, last_logits, residuals, token_rows
 
@@ -44,16 +45,16 @@ class Surgical:
         """The same with another share of the component removed (1: all)."""
         return replace(self, strength=strength)
 
-    def decoder(self, *args) -> Decoder:
-        """A decoder as `generate` builds it."""
+    def decoder(self, *args) -> _Decoder:
+        """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
         return SurgicalDecoder(self, *args)
 
 
-class SurgicalDecoder(Decoder):
+class SurgicalDecoder(_Decoder):
     """Decoding under ablation; the common prefix is computed under it as well."""
 
-    def __init__(self, steering: Surgical, *args) -> None:
-        super().__init__(*args)
+    def __init__(self, steering: Surgical, model, tokenizer, prompts: Sequence[str], *args) -> None:
+        super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
         self.steering = steering
 
     def run(self, batch: Sequence[int]) -> list[list[int]]:
