@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dcr.config import Config
 from dcr.errors import DCRError
+from dcr.generation import inference_dtype
 from dcr.steering.scans import Scans, choose_threshold, fit_scans
 from dcr.steering.selfcd import SelfCD
 from dcr.steering.surgical import Surgical, fit_surgical
@@ -78,6 +79,7 @@ def fitted(experiment, method: str):
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method)
+        model = model.to(inference_dtype(recipe.generation.dtype, str(model.device)))  # as it will be steered
         texts = {role: rows["text"].tolist() for role, rows in anchors.items()}
         path = recipe.model.layers_path
         if method == "SCANS":
