@@ -112,8 +112,9 @@ def export_command(method: str, out: Path, profile: Profile = "embedded", seed: 
 
 
 @app.command("info")
-def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
-    """The resolved configuration of a profile."""
+def info_command(profile: Profile = "quick", overrides: Overrides = "",
+                 cost: Annotated[bool, typer.Option(help="Also estimate parameters, tokens, memory and time here.")] = True) -> None:
+    """The resolved configuration of a profile, and what a run would cost on this machine (about, to a factor of two)."""
     import yaml
 
     from dcr.config import load_config
@@ -122,6 +123,13 @@ def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
                  list(v) if isinstance(v, tuple) else v)
              for k, v in load_config(profile, overrides=overrides).to_dict().items()}
     typer.echo(yaml.safe_dump(plain, sort_keys=False))
+    if cost:
+        from dcr.estimate import estimate
+
+        try:
+            typer.echo(estimate(load_config(profile, overrides=overrides)).to_string(index=False))
+        except DCRError as error:
+            typer.echo(f"No estimate: {error}")
 
 
 def main() -> None:

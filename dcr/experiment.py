@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dcr.config import methods_file
 from dcr.errors import DCRError
 from dcr.store import content_key, read_jsonl, write_atomic
 from dcr.training_stages import RULES, Training
@@ -34,7 +35,15 @@ class Experiment(Training):
         prompts = self.prompts if step < 0 else self.curve_prompts
         dependencies = {"weights": self.weights_key(method, step), "prompts": table_hash(prompts),
                         "generation": asdict(self.config.generation), "seed": self.config.seed}
-        name = method if step < 0 else f"{method}@{step}"
+        name, steering = method if step < 0 else f"{method}@{step}", None
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import steering_of
+
+            if step == 0 and method != "SelfCD":  # strength 0 is the model that is steered
+                on = methods_file()[method]["steers"]
+                return self.generations(on, self.steps(on)[-1]).assign(method=method)
+            steering = steering_of(self, method, step)
+            dependencies["steering"] = steering.settings
 
         def build(folder: Path) -> dict:
             model, tokenizer = self.model(method, step)
@@ -42,9 +51,10 @@ class Experiment(Training):
             model = model.to(inference_dtype(options.dtype, str(model.device)))
             rows = generate(model, tokenizer, prompts, method=method, seed=self.config.seed,
                             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
-                            temperature=options.temperature, out=folder / "generations.jsonl")
+                            temperature=options.temperature, out=folder / "generations.jsonl", steering=steering)
             return {"prompts": len(rows), "truncated": int((rows["finish"] == "length").sum()),
-                    "dtype": str(model.dtype), "batch_size": options.batch_size, **self._facts()}
+                    "dtype": str(model.dtype), "batch_size": options.batch_size, "new_tokens": int(rows["n_tokens"].sum()),
+                    **({"steering": steering.settings} if steering else {}), **self._facts()}
 
         artifact = self.store.get("generate", name, dependencies, build)
         return pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
@@ -82,18 +92,24 @@ class Experiment(Training):
 
     def metrics(self) -> pd.DataFrame:
         """Metric rows of all methods at the last step, the question-mark rule among them; written to metrics.csv."""
-        rows = pd.concat([self.metric_rows(m) for m in (*self.methods, *RULES) if m in RULES or m in self.methods],
+        rows = pd.concat([self.metric_rows(m) for m in dict.fromkeys((*self.methods, *RULES))],
                          ignore_index=True)
         self.write_table("metrics", rows)
         return rows
 
     def curve(self, method: str) -> pd.DataFrame:
-        """Metric rows of a method at every recorded alignment step: its curve in the compliance-safety plane."""
-        return pd.concat([self.metric_rows(method, step) for step in self.steps(method)], ignore_index=True)
+        """Metric rows of a method at every recorded alignment step: its curve in the compliance-safety plane.
+
+        A steering method's curve is its sweep of strengths: `step` is the strength in per cent of the nominal one, and
+        `strength` (missing for the others) the multiple.
+        """
+        steers = "steer" in self.stages(method)
+        return pd.concat([self.metric_rows(method, step).assign(strength=step / 100 if steers else float("nan"))
+                          for step in self.steps(method)], ignore_index=True)
 
     def curves(self) -> pd.DataFrame:
-        """Curves of every method that aligns; written to curves.csv."""
-        rows = pd.concat([self.curve(m) for m in self.methods if "align" in self.stages(m)], ignore_index=True)
+        """Curves of every method that aligns or steers; written to curves.csv."""
+        rows = pd.concat([self.curve(m) for m in self.methods if {"align", "steer"} & set(self.stages(m))], ignore_index=True)
         self.write_table("curves", rows)
         return rows
 
@@ -144,5 +160,10 @@ def run_methods(experiment: Experiment) -> Iterator[tuple[str, str]]:
         if "align" in stages:
             experiment.aligned(method)
             yield method, "aligned"
+        if "steer" in stages and method != "SelfCD":
+            from dcr.steering.stage import fitted
+
+            fitted(experiment, method)
+            yield method, "directions fitted"
         experiment.metric_rows(method)
         yield method, "judged"

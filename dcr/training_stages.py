@@ -118,7 +118,7 @@ class Training:
         """
         from dcr.adapters import apply_trained
 
-        method = methods_file()[method].get("on", method)
+        method, step = (methods_file()[method]["steers"], -1) if "steer" in self.stages(method) else (method, step)
         model, tokenizer = self.base()
         if "refine" in self.stages(method):
             model = apply_trained(model, self.refined(method).path / "model")
@@ -221,13 +221,22 @@ class Training:
         return pd.DataFrame(read_jsonl(artifact.path / name)).assign(method=method, stage=stage)
 
     def steps(self, method: str) -> list[int]:
-        """Alignment steps at which a method's weights are recorded."""
+        """Alignment steps at which a method's weights are recorded; for a steering method, its strengths in per cent."""
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import curve_points
+
+            return curve_points(self.config)
         return self.aligned(method).manifest["recorded_steps"] if "align" in self.stages(method) else [0]
 
     def in_distribution(self, method: str) -> set[str]:
         """Registry names of the sources whose prompts a method trained on or took anchors from."""
         names: set[str] = set()
-        method = methods_file()[method].get("on", method)
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import fitted
+
+            if method != "SelfCD":
+                names |= set(fitted(self, method).manifest["in_distribution"])
+            method = methods_file()[method]["steers"]
         if "refine" in self.stages(method):
             names |= set(self.refined(method).manifest["in_distribution"])
         if "align" in self.stages(method):
@@ -238,6 +247,8 @@ class Training:
         """What identifies a method's weights after an alignment step: the artifacts they come from."""
         if method in RULES:
             return {"rule": method}
+        if "steer" in self.stages(method):  # the weights are those of the model it steers
+            method, step = methods_file()[method]["steers"], -1
         key = {"model": self.model_key, "step": step}
         if "refine" in self.stages(method):
             key["refine"] = self.refined(method).path.name
