@@ -21,18 +21,23 @@ log = logging.getLogger("dcr")
 BEST = "best.safetensors"
 
 
-def held_out_measures(train: Tensor, train_classes: Tensor, held: Tensor, held_classes: Tensor) -> dict[str, float]:
-    """Cross- and within-class cosine of held-out states; AUROC and accuracy of a linear probe from train to held."""
+def fit_probe(states: Tensor, classes: Tensor):
+    """A linear probe of toxic (1) against seemingly toxic (0) on states [n, hidden]; `decision_function` gives scores."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, roc_auc_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(states, classes)
+
+
+def held_out_measures(train: Tensor, train_classes: Tensor, held: Tensor, held_classes: Tensor) -> dict[str, float]:
+    """Cross- and within-class cosine of held-out states; AUROC and accuracy of a linear probe from train to held."""
+    from sklearn.metrics import accuracy_score, roc_auc_score
 
     unit = torch.nn.functional.normalize(held, dim=-1)
     similarity, same = unit @ unit.T, held_classes[:, None] == held_classes[None]
     off = ~torch.eye(len(held), dtype=torch.bool)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(train, train_classes)
-    score = probe.decision_function(held)
+    score = fit_probe(train, train_classes).decision_function(held)
     return {"cross_similarity": similarity[~same].mean().item(),
             "within_similarity": similarity[same & off].mean().item(),
             "probe_auroc": float(roc_auc_score(held_classes, score)),
