@@ -138,13 +138,13 @@ def run_sweep(grid: Grid, run_dir: str | Path, *, retry: bool = False) -> pd.Dat
 
 def chosen_cells(grid: Grid, root: Path) -> list[CellSpec]:
     """The cells to align: all, none, or (per recipe, seeds together) the best n by the screen's probe AUROC."""
-    rows = {c: _read(grid.row_path(root, c, "screen")) for c in grid.cells}
-    passed = {c: r for c, r in rows.items() if r and r["status"] == "done"} if grid.align != "none" else {}
+    rows = [(c, _read(grid.row_path(root, c, "screen"))) for c in grid.cells if grid.align != "none"]
+    passed = [(c, r) for c, r in rows if r and r["status"] == "done"]
     if grid.align in ("none", "all"):
-        return list(passed)
-    mean = pd.DataFrame([{"name": c.name, "value": r["probe_auroc"]} for c, r in passed.items()], columns=["name", "value"])
-    best = mean.groupby("name", sort=False)["value"].mean().sort_values(ascending=False, kind="stable").index[: grid.align]
-    return [c for c in passed if c.name in set(best)]
+        return [c for c, _ in passed]
+    values = pd.DataFrame([{"name": c.name, "value": r["probe_auroc"]} for c, r in passed], columns=["name", "value"])
+    mean = values.groupby("name", sort=False)["value"].mean().sort_values(ascending=False, kind="stable")
+    return [c for c, _ in passed if c.name in mean.index[: grid.align]]
 
 
 def _work_through(grid: Grid, cells, phase: str, root: Path, retry: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dcr.adapters import train_blocks
 from dcr.config import RefineConfig
@@ -197,8 +197,8 @@ def test_nan_stops_with_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_pa
 
 
 def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path):
-    with pytest.raises(DCRError, match="weights are no longer finite at step 2"):
-        run(make_model(), replace(FAST, lr=float("inf"), warmup=0.5, save_steps=2, max_steps=2), work_dir=tmp_path)
+    with pytest.raises(DCRError, match="weights are no longer finite at step 1, batch 1 of 2"):
+        run(make_model(), replace(FAST, lr=float("inf"), warmup=0.0, save_steps=1, max_steps=2), work_dir=tmp_path)
     assert not list(tmp_path.glob("checkpoint-*/trained.safetensors"))
 
 
@@ -228,8 +228,8 @@ def test_accumulated_gradient_is_the_mean_of_the_batches(monkeypatch):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_gradient_checkpointing_changes_nothing_but_memory(rank, monkeypatch):
-    calls, forward = [], LlamaDecoderLayer.forward
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+    calls, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
     config = replace(FAST, lora_rank=rank, max_steps=3)
     plain = run(make_model(), config)
     once = len(calls)
