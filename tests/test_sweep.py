@@ -25,7 +25,7 @@ SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refi
 
 
 def write(path, **content):
-    path.write_text(yaml.safe_dump({"profile": "quick", **content}))
+    path.write_text(yaml.safe_dump({"profile": "quick", **content}, sort_keys=False))
     return path
 
 
