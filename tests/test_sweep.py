@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import make_model, make_tokenizer
 
-from dcr import sweep
+from dcr import plots, sweep
 from dcr.errors import DCRError
 from dcr.sweep import chosen_cells, collect, grid_for, load_grid, run_sweep
 from dcr.sweep_cell import Cell, validation_rows
@@ -104,6 +104,10 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
     assert table.loc["good", "layer"] == 2 and table.loc["good", "general_drift"] > table.loc["STL", "general_drift"] == 0
     written = pd.read_csv(tmp_path / "run" / "tables" / "sweep_tiny.csv")
     assert written["cell"].tolist() == ["good", "broken", "STL"]
+    levers, outcomes = (plots.REDRAW[n](written) for n in ("ablation_levers", "ablation_outcomes"))
+    assert len(levers.axes) == 6 and [t.get_text() for t in levers.axes[0].texts] == ["failed"]
+    dots = outcomes.axes[0].collections
+    assert [tuple(d.get_offsets()[0]) for d in dots] == [(table.loc[c, "dsr"], table.loc[c, "compliance"]) for c in ("good", "STL")]
 
     ran = []
     monkeypatch.setattr(sweep, "_run_cell", lambda grid, cell, *a: ran.append(cell.name) or {"status": "failed", "error": "again"})
@@ -127,7 +131,7 @@ def test_the_best_of_the_screen_are_aligned(tmp_path):
 WORKER = """
 import sys, time, os
 from pathlib import Path
-from dcr import sweep
+from dcr import plots, sweep
 def fake(grid, cell, phase, root):
     with open(root / "log.txt", "a") as log: log.write(f"{os.getpid()} {cell.name} {phase}\\n")
     time.sleep(float(sys.argv[3]))
