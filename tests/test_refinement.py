@@ -306,8 +306,10 @@ for number, change in enumerate(PARALLEL_CONFIGS):
     folder = Path({folder!r}) / str(number)
     taken, result = gradients_of(replace(WIDE, **change), patch, general=GENERAL, work_dir=folder, **texts(40))
     if int(os.environ.get("RANK", 0)) == 0:
-        torch.save([taken, result.history, result.evaluations, weights(result.model)], folder / "out.pt")
+        torch.save([taken, result.history, result.evaluations, int(os.environ.get("WORLD_SIZE", 1))], folder / "out.pt")
 """
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no"]
 WIDE = replace(FAST, batch_size=32, max_steps=3, eval_steps=1, patience=5)
 PARALLEL_CONFIGS = [{"general_share": 0.25}, {"loss": "supcon", "general_share": 0.25, "retention": 0.5}, {"lora_rank": 0}]
 
@@ -316,15 +318,14 @@ PARALLEL_CONFIGS = [{"general_share": 0.25}, {"loss": "supcon", "general_share":
 def test_two_processes_of_16_equal_one_of_32(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     both = []
-    for name, command in (("one", [sys.executable]),
-                          ("two", [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu",
-                                   "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"])):
+    for name, command in (("one", [sys.executable]), ("two", LAUNCH)):
         script = tmp_path / f"{name}.py"
         script.write_text(PARALLEL.format(tests=os.path.dirname(__file__), folder=str(tmp_path / name)))
         done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=280, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         both.append([torch.load(tmp_path / name / str(i) / "out.pt", weights_only=True) for i in range(len(PARALLEL_CONFIGS))])
-    for (one, history, evaluations, _), (two, history2, evaluations2, _) in zip(*both, strict=True):
+    for (one, history, evaluations, alone), (two, history2, evaluations2, together) in zip(*both, strict=True):
+        assert (alone, together) == (1, 2)
         assert [r["loss"] for r in history] == pytest.approx([r["loss"] for r in history2], rel=1e-4)
         assert [r["tokens"] for r in history] == [r["tokens"] for r in history2]
         assert [r["step"] for r in evaluations] == [r["step"] for r in evaluations2]
