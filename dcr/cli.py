@@ -111,6 +111,33 @@ def export_command(method: str, out: Path, profile: Profile = "embedded", seed: 
     typer.echo(f"Model: {export(Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides), method, out)}")
 
 
+@app.command("refine")
+def refine_command(out: Path, toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
+                   seemingly_toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
+                   general: Annotated[str, typer.Option(help="CSV or JSONL with text, for general_share or retention.")] = "",
+                   model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
+                   seed: Seed = 0, overrides: Overrides = "") -> None:
+    """Stage 1 alone on your own prompts; runs under `accelerate launch -m dcr.cli refine ...` too."""
+    from dcr.own import refine_own
+
+    folder = refine_own(out, model=model, toxic=toxic, seemingly_toxic=seemingly_toxic, general=general, seed=seed, overrides=overrides)
+    typer.echo(f"Model: {folder}")
+
+
+@app.command("sweep")
+def sweep_command(grid: Annotated[str, typer.Argument(help="A YAML file, or a grid that ships with the kit by name.")],
+                  run_dir: Annotated[str, typer.Option(help="Run directory, shared by all workers.")],
+                  profile: Annotated[str, typer.Option(help="Default: the grid's.")] = "", seed: Seed = 0, overrides: Overrides = "",
+                  retry: Annotated[bool, typer.Option(help="Run failed cells again.")] = False) -> None:
+    """Run what is missing of a grid of recipes; several workers may share the folder."""
+    from dcr.sweep import load_grid, run_sweep
+
+    table = run_sweep(load_grid(grid, profile=profile, seed=seed, overrides=overrides), run_dir, retry=retry)
+    shown = [c for c in ("cell", "seed", "status", "probe_auroc", "cross_similarity", "general_drift", "dsr", "compliance",
+                         "refusal_auroc", "error") if c in table]
+    typer.echo(table[shown].to_string(index=False, float_format="%.3f", na_rep=""))
+
+
 @app.command("info")
 def info_command(profile: Profile = "quick", overrides: Overrides = "",
                  cost: Annotated[bool, typer.Option(help="Also estimate parameters, tokens, memory and time here.")] = True) -> None:

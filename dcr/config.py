@@ -79,6 +79,8 @@ class RefineConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     max_length: int = 256
+    auto_layers: tuple[float, ...] = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)  # candidates of layer="auto"
+    auto_steps: int = 12  # optimiser steps a candidate
 
 
 @dataclass(frozen=True)

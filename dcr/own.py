@@ -65,6 +65,32 @@ def _train_own(out: Path, toxic: str, seemingly_toxic: str, general: str, model:
                                      "config": config.to_dict(), "data": data, "truncated": result.truncated}
 
 
+def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str = "", model: str = "embedded", seed: int = 0,
+               overrides: str = "") -> Path:
+    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (accelerate).
+
+    Work is kept in `<out>.work`, so an interrupted call goes on. Raises DCRError for a folder that holds something.
+    """
+    from accelerate import PartialState
+
+    from dcr import models
+    from dcr.refinement import refine
+
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
+    config: Config = load_config("quick", seed=seed, overrides={"model.name": model, "refine.max_steps": 0}).override(overrides)
+    tables = {label: loaders.read_user_table(path, label=label) for label, path in
+              (("toxic", toxic), ("seemingly_toxic", seemingly_toxic), ("general", general)) if path}
+    base, tokenizer = models.load(config.model.name, revision=config.model.revision, dtype=config.model.dtype,
+                                  device=config.model.device, chat_template=config.model.chat_template)
+    result = refine(base, tokenizer, **tables, config=config.refine, seed=seed, work_dir=out.with_name(out.name + ".work"),
+                    layers_path=config.model.layers_path)
+    if PartialState().is_main_process:
+        save_plain(result.model, tokenizer, out, facts={"base": model, "method": "contrastive refinement", "config": config.to_dict()})
+    return out
+
+
 def export(experiment, method: str, out: str | Path) -> Path:
     """A method's model as a plain folder: safetensors, tokenizer, chat template, model card.
 

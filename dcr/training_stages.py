@@ -157,7 +157,7 @@ class Training:
 
         recipe = self.recipe(method)
         toxic, seemingly, general, _ = self.training_sets(method)
-        uses_general = recipe.refine.general_share > 0 or recipe.refine.retention > 0
+        uses_general = recipe.refine.general_share > 0 or recipe.refine.retention > 0 or recipe.refine.layer == "auto"
         data = {"toxic": table_hash(toxic), "seemingly_toxic": table_hash(seemingly)}
         if uses_general:
             data["general"] = table_hash(general)
@@ -171,7 +171,8 @@ class Training:
                             work_dir=folder, merge=False, layers_path=recipe.model.layers_path)
             save_trained(result.model, folder / "model")
             _drop_checkpoints(folder)
-            return {"layer": result.layer, "stop_reason": result.stop_reason, "steps": len(result.history),
+            return {"layer": result.layer, "layer_sweep": result.layer_sweep, "stop_reason": result.stop_reason,
+                    "steps": len(result.history), "leakage": _counts(self.leakage),
                     "in_distribution": sorted({*toxic["source"], *seemingly["source"]}), **self._facts()}
 
         return self.store.get("refine", method, dependencies, build)
@@ -187,8 +188,9 @@ class Training:
         first = self.refined(method) if "refine" in self.stages(method) else None
         dependencies = {"model": self.model_key, "refine": first.path.name if first else "", "mix": table_hash(mix),
                         "align": asdict(recipe.align), "seed": recipe.seed}
+        layer = first.manifest["layer"] if first else recipe.refine.layer  # "auto" is settled by then
         if recipe.align.above_layer:
-            dependencies["layer"] = recipe.refine.layer
+            dependencies["layer"] = layer
 
         def build(folder: Path) -> dict:
             _ = self.leakage
@@ -196,7 +198,7 @@ class Training:
             if first:
                 model = apply_trained(model, first.path / "model")
             result = align(model, tokenizer, mix, config=recipe.align, seed=recipe.seed, work_dir=folder, merge=False,
-                           layer=recipe.refine.layer if recipe.align.above_layer else None,
+                           layer=layer if recipe.align.above_layer else None,
                            layers_path=recipe.model.layers_path)
             save_trained(result.model, folder / "model")
             _drop_checkpoints(folder)
@@ -255,6 +257,11 @@ class Training:
         if "align" in self.stages(method) and step != 0:
             key["align"] = self.aligned(method).path.name
         return key
+
+
+def _counts(report: pd.DataFrame) -> list[dict]:
+    """How many overlaps of each kind stand between which prompts, for manifests."""
+    return report.groupby(["stage", "benchmark", "kind"], as_index=False).size().to_dict("records")
 
 
 def _drop_checkpoints(folder: Path) -> None:
