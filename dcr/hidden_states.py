@@ -40,6 +40,19 @@ class HiddenStates:
         return np.asarray(self.values[layer])
 
 
+def check_lengths(model, lengths: Sequence[int], prompts: Sequence[str], max_length: int | None = None,
+                  truncate: bool = False) -> int:
+    """The token limit of a prompt: `max_length`, else the model's context. Raises DCRError naming the first prompt over
+    it unless `truncate` is set."""
+    config = model.config.get_text_config()
+    limit = max_length or getattr(config, "max_position_embeddings", None) or max(lengths)
+    for i, n in enumerate(lengths):
+        if n > limit and not truncate:
+            raise DCRError(f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
+                           "or ask for truncation (truncate=True).")
+    return limit
+
+
 @torch.no_grad()
 def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "last", batch_size: int = 32,
                   out: str | Path | None = None, max_length: int | None = None, truncate: bool = False,
@@ -53,17 +66,13 @@ def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "l
     """
     if not len(prompts):
         raise DCRError("hidden_states: no prompts given.")
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
     texts = render(tokenizer, prompts)
     lengths = [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    for i, n in enumerate(lengths):
-        if limit and n > limit and not truncate:
-            raise DCRError(f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
-                           "or ask for truncation (truncate=True).")
+    limit = check_lengths(model, lengths, prompts, max_length, truncate)
     holder, name = _layers_holder(model, layers_path)
     blocks = getattr(holder, name)
     values, done = _buffers(out, len(blocks) + 1, len(texts), model.config.get_text_config().hidden_size,
-                            _fingerprint(texts, pooling, model))
+                            _fingerprint([*texts, str(limit)], pooling, model) if out else "")
     device = next(model.parameters()).device
     state: dict = {}
     hooks = [blocks[0].register_forward_pre_hook(
@@ -81,8 +90,9 @@ def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "l
             block = np.stack([state[i] for i in range(len(blocks) + 1)])
             bad = ~np.isfinite(block).all(axis=(0, 2))
             if bad.any():
+                kept = f"{int(done.sum())} finished prompts are kept in {out}" if out is not None else "nothing is kept without `out`"
                 raise DCRError(f"hidden states of prompt {batch[int(bad.argmax())]} are not finite; load the model in "
-                               "float32 or look at that prompt. Finished batches are kept.")
+                               f"float32 or look at that prompt ({kept}).")
             values[:, batch] = block
             done[batch] = True
     finally:
@@ -97,10 +107,10 @@ def _keep(state: dict, index: int, result) -> None:
 
 
 def _fingerprint(texts: Sequence[str], pooling: str, model) -> str:
-    """What stored states depend on: texts, pooling and the weights (by a sample of them)."""
-    weights = next(p for n, p in model.named_parameters() if "weight" in n).detach().flatten()[:64].float().tolist()
-    tail = list(model.parameters())[-2].detach().flatten()[:64].float().tolist()
-    return hashlib.sha256(json.dumps([list(texts), pooling, weights, tail]).encode()).hexdigest()
+    """What stored states depend on: texts, pooling and every weight (two sums of each tensor)."""
+    weights = [(n, float(p.detach().sum(dtype=torch.float64)), float(p.detach().float().norm()))
+               for n, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps([list(texts), pooling, weights]).encode()).hexdigest()
 
 
 def _buffers(out: str | Path | None, layers: int, n: int, hidden: int, fingerprint: str):
