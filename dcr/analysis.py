@@ -34,14 +34,20 @@ PAIRINGS = {"sources (paper)": "sources, forms swapped", "matched pairs": "match
 MAX_PROMPTS = 150  # a class, in representation analyses
 
 
-def probe_sets(experiment: Experiment) -> dict[str, pd.DataFrame]:
-    """Named pairings to separate: the profile's own contrastive sets, matched pairs, and XSTest where it is at hand."""
-    from dcr.data import sets
+def probe_sets(experiment: Experiment, method: str = "base") -> dict[str, pd.DataFrame]:
+    """Named pairings to separate: the profile's own contrastive sets, matched pairs, and XSTest where it is at hand.
+
+    For the untouched model matched pairs are those of all splits (unless the profile limits its sets): nothing was
+    trained on them. For any other method only held-out ones.
+    """
+    from dcr.data import loaders, sets
     from dcr.data.forms import swap_table
 
     seed = experiment.config.seed
     pairs = pd.concat([sets.table(n) for n in ("pairs-safe", "pairs-toxic", "validation-safe", "validation-toxic")],
                       ignore_index=True)
+    if method == "base" and not experiment.config.data.limit:
+        pairs = loaders.load_bundled("pairs")
     found = {"matched pairs": pairs, "matched pairs, forms swapped": swap_table(pairs)}
     if experiment.config.data.toxic != "bundled":
         toxic, harmless = experiment.sets.toxic, experiment.sets.seemingly_toxic
@@ -81,7 +87,7 @@ def separability(experiment: Experiment, method: str = "base", layers: int = 8) 
     """Tables `probe` (by layer and pairing), `transfer` (to swapped forms), `surface`, `cosine`, `clusters`."""
     from dcr import separability as s
 
-    seed, named = experiment.config.seed, probe_sets(experiment)
+    seed, named = experiment.config.seed, probe_sets(experiment, method)
     parts: dict[str, list[pd.DataFrame]] = {"probe": [], "transfer": [], "surface": [], "cosine": [], "clusters": []}
     states = {name: stored_states(experiment, method, name, rows) for name, rows in named.items()}
     for name, rows in named.items():
@@ -109,7 +115,7 @@ def probe_cells(experiment: Experiment, method: str = "base", layer: int = 0) ->
     """
     from dcr.separability import probe_by_form
 
-    named, layer, parts = probe_sets(experiment), layer or refinement_layer(experiment), []
+    named, layer, parts = probe_sets(experiment, method), layer or refinement_layer(experiment), []
     for name, swapped in PAIRINGS.items():
         if name in named:
             states = [stored_states(experiment, method, n, named[n]) for n in (name, swapped)]
@@ -162,7 +168,7 @@ def map_points(experiment: Experiment, layer: int, name: str = "matched pairs", 
     """x, y of a set's prompts at one layer (principal components) with text, label, form, source: a map to explore."""
     from dcr.separability import map_2d
 
-    rows = probe_sets(experiment)[name]
+    rows = probe_sets(experiment, method)[name]
     points = map_2d(stored_states(experiment, method, name, rows, step), layer)
     return rows[["id", "text", "label", "form", "source", "category"]].assign(x=points[:, 0], y=points[:, 1], layer=layer)
 

@@ -58,8 +58,9 @@ def transfer(table: pd.DataFrame) -> Figure:
     need(table, "layer", "auroc", "pairing", "tested_on")
     with look():
         figure, axes = new_axes(8.4, 4.2, 1, table["pairing"].nunique(), sharey=True)
-        styles = dict(zip(dict.fromkeys(table["tested_on"]), ("o-", "s--", "^:", "D-.", "v--", "P:"), strict=True))
-        colours = dict(zip(styles, ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=False))
+        tests = list(dict.fromkeys(table["tested_on"]))
+        styles = dict(zip(tests, ("o-", "s--", "^:", "D-.", "v--", "P:"), strict=False))
+        colours = dict(zip(tests, ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=False))
         for ax, (name, part) in zip(axes[0], table.groupby("pairing", sort=False), strict=True):
             for tested, rows in part.groupby("tested_on", sort=False):
                 line = ax.plot(rows["layer"], rows["auroc"], styles[tested], label=f"tested on {tested}",
