@@ -24,7 +24,10 @@ def oracle(model, tokenizer, prompts, pooling):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_library_one_prompt_at_a_time(family, side, tiny_tokenizer, prompts):
+@pytest.mark.parametrize("shared", [1, 8])
+def test_equals_the_library_one_prompt_at_a_time(family, side, shared, tiny_tokenizer, prompts, monkeypatch):
+    """With the common first tokens run once (these prompts share only the template's one) and with everything run."""
+    monkeypatch.setattr(module, "MIN_SHARED", shared)
     model = make_model(family)
     for pooling in ("last", "mean"):
         ours = hidden_states(model, tiny_tokenizer, prompts, pooling=pooling, batch_size=4, padding_side=side).values
@@ -123,3 +126,17 @@ def test_an_unknown_architecture_is_helped_by_the_layer_override(tiny_llama, tin
     np.testing.assert_array_equal(named, expected)
     with pytest.raises(DCRError, match=r"no decoder blocks at model.blocks.*layers_path.*lists found: \['model.layers'\]"):
         hidden_states(tiny_llama, tiny_tokenizer, prompts[:2], layers_path="model.blocks")
+
+
+def test_a_long_common_beginning_runs_once(tiny_llama, tiny_tokenizer):
+    prompts = [f"tell me what the time is in my house and list the {x} ." for x in ("dog", "cat and the bike", "bread")]
+    widths = []
+    handle = tiny_llama.model.layers[0].register_forward_hook(lambda _m, args, _o: widths.append(args[0].shape[1]))
+    for pooling in ("last", "mean"):
+        ours = hidden_states(tiny_llama, tiny_tokenizer, prompts, pooling=pooling).values
+        seen = list(widths)
+        expected = oracle(tiny_llama, tiny_tokenizer, prompts, pooling)
+        widths.clear()
+        assert len(seen) == 2 and seen[0] >= 12 and seen[1] < 12
+        assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-5
+    handle.remove()
