@@ -61,6 +61,9 @@ def probe_sets(experiment: Experiment, method: str = "base") -> dict[str, pd.Dat
         kind = xstest["category"].str.replace("contrast_", "", regex=False)
         found["XSTest contrasts"] = xstest.assign(pair_id=kind)  # folds grouped by kind
         found["XSTest contrasts, forms swapped"] = swap_table(found["XSTest contrasts"])
+    if {"or-bench", "advbench"} <= set(experiment.config.data.benchmarks):  # sources that no probe is trained on
+        others = pd.concat([_some(sets.table(n), seed) for n in ("or-bench", "advbench")], ignore_index=True)
+        found["other sources"], found["other sources, forms swapped"] = others, swap_table(others)
     return found
 
 
@@ -92,7 +95,7 @@ def separability(experiment: Experiment, method: str = "base", layers: int = 8) 
     states = {name: stored_states(experiment, method, name, rows) for name, rows in named.items()}
     for name, rows in named.items():
         chosen = sorted({*np.linspace(1, states[name].n_layers, layers).astype(int).tolist()})
-        if "swapped" not in name:
+        if name in PAIRINGS:
             parts["probe"].append(s.probe_by_layer(states[name], rows, chosen, seed).assign(pairing=name))
             parts["surface"].append(s.surface_baselines(rows, seed).assign(pairing=name))
             parts["cosine"].append(s.cosine_structure(states[name], rows, chosen).assign(pairing=name))

@@ -54,7 +54,8 @@ def cosine_structure(states: HiddenStates, prompts: pd.DataFrame, layers: Sequen
 
 
 def _probe():
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
+    # balanced: else the intercept holds the training fold's class ratio, which runs against the held-out fold's
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000, class_weight="balanced"))
 
 
 def grouped_scores(features, y: np.ndarray, groups: np.ndarray, model, seed: int = 0, folds: int = 5) -> np.ndarray:
@@ -160,7 +161,7 @@ def surface_baselines(prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
     rows = [{"baseline": "question-mark", **auroc_interval(y, mark, groups, seed)}]
     for name, features, model in (("length", words, _probe), ("source", source, _probe),
-                                  ("tf-idf", tfidf, lambda: LogisticRegression(C=10.0, max_iter=1000))):
+                                  ("tf-idf", tfidf, lambda: LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"))):
         rows.append({"baseline": name,
                      **auroc_interval(y, grouped_scores(features, y, groups, model, seed), groups, seed)})
     return pd.DataFrame(rows)

@@ -140,3 +140,11 @@ def test_transfer_to_the_swapped_form_never_scores_a_request_it_was_trained_on()
     states = HiddenStates(names, "last")
     auroc = transfer_auroc(states, prompts, states, swap_table(prompts), [0])["auroc"].iloc[0]
     assert 0.3 < auroc < 0.7
+
+
+def test_a_feature_that_says_nothing_is_at_chance_when_groups_are_lopsided():
+    """Each group holds one class mostly: a probe's intercept would tell the fold's class ratio, backwards."""
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"w{i} {rng.integers(9)}", "label": "toxic" if rng.uniform() < (0.9 if g % 2 else 0.2) else "seemingly_toxic",
+             "pair_id": f"g{g}", "source": "one", "form": "statement"} for g in range(8) for i in range(12)]
+    assert surface_baselines(pd.DataFrame(rows)).set_index("baseline").loc["source", "auroc"] == pytest.approx(0.5)

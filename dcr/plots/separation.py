@@ -59,8 +59,9 @@ def transfer(table: pd.DataFrame) -> Figure:
     with look():
         figure, axes = new_axes(8.4, 4.2, 1, table["pairing"].nunique(), sharey=True)
         tests = list(dict.fromkeys(table["tested_on"]))
-        styles = dict(zip(tests, ("o-", "s--", "^:", "D-.", "v--", "P:"), strict=False))
-        colours = dict(zip(tests, ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00"), strict=False))
+        styles = dict(zip(tests, ("o-", "s--", "^:", "D-.", "v--", "P:", "X-", "p--"), strict=False))
+        colours = dict(zip(tests, ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#000000",
+                                    "#999933"), strict=False))
         for ax, (name, part) in zip(axes[0], table.groupby("pairing", sort=False), strict=True):
             for tested, rows in part.groupby("tested_on", sort=False):
                 line = ax.plot(rows["layer"], rows["auroc"], styles[tested], label=f"tested on {tested}",
