@@ -136,6 +136,7 @@ class EvaluationConfig:
     capability_limit: int = 100
     trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
     kernel_prompts: int = 8  # prompts a class for the kernel
+    kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all
 
 
 @dataclass(frozen=True)
