@@ -47,12 +47,7 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
     rows are written batch by batch, and a second call answers only what is missing; one with other parameters is
     refused. Raises DCRError for an empty table, repeated ids, or changed parameters.
     """
-    if prompts.empty:
-        raise DCRError("generate: no prompts given.")
-    if prompts["id"].duplicated().any():
-        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
-    if max_new_tokens < 1 or temperature < 0:
-        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
+    check_request(prompts, max_new_tokens, temperature)
     settings = {"method": method, "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
                 "temperature": temperature, "dtype": str(model.dtype)}
     rows = resume(out, settings)
@@ -77,6 +72,16 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
                  sum(r["finish"] == "length" for r in rows), max_new_tokens)
     order = {key: i for i, key in enumerate(prompts["id"])}
     return pd.DataFrame(sorted(rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
+
+
+def check_request(prompts: pd.DataFrame, max_new_tokens: int, temperature: float) -> None:
+    """Raise DCRError for an empty table, a repeated id, or numbers out of range."""
+    if prompts.empty:
+        raise DCRError("generate: no prompts given.")
+    if prompts["id"].duplicated().any():
+        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
+    if max_new_tokens < 1 or temperature < 0:
+        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
 
 
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
