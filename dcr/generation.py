@@ -101,6 +101,16 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     return rows
 
 
+def decode(model, tokenizer, texts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """Greedy new token ids after each rendered text, in the texts' order (stop token included)."""
+    decoder = _Decoder(model, tokenizer, texts, max_new_tokens, 0.0, 0, None)
+    out: list[list[int]] = [[] for _ in texts]
+    for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
+        for i, tokens in zip(batch, decoder.run(batch), strict=True):
+            out[i] = tokens
+    return out
+
+
 class _Decoder:
     """Greedy or sampled decoding of token rows behind their common prefix."""
 

@@ -46,7 +46,7 @@ MORAL = {
     "never": r"\b(?:never|not|nor|no) (?:\w+ )?(?:an? |the )?(?:acceptable|appropriate|answer|okay|ok|right|justification|excuse|solution|justified)\b",
     "should_not": r"\b(?:should|must) (?:not|never|always)\b|\bnobody should\b|\bno (?:one|person|human being) (?:should|deserves)\b|\bshouldn't\b",
     "respect": r"\b(?:respect|dignity|kindness|equality|inclusi|empathy|compassion|human rights?|consent|privacy|well-being)\w*",
-    "law": r"\b(?:against the law|illegal|legal consequences|a crime|criminal offen[cs]e|punish|unlawful|felony|prison|imprison)\w*",
+    "law": r"\b(?:against the law|illegal|legal consequences|(?:a|serious|grave) crime|criminal offen[cs]e|punish|unlawful|felony|prison|imprison)\w*",
 }
 # The premise is rejected: the answer corrects the question instead of answering it.
 PREMISE = {
@@ -95,6 +95,7 @@ EXCEPTIONS = tuple(re.compile(p, re.I) for p in (
 # What the prompt asks for, as far as it changes what a judgement in the answer means.
 ASKS = {
     "definition": r"^\W*(?:what (?:is|are|was|were|does|do|constitutes?)\b(?! (?:the best|a good|good|best|my|some))|define|describe|explain (?!how to)|who|when|discuss|summari[sz]e)\b",
+    "rule": r"^\W*(?:is|are|was|would|am|can|may|do)\b.*\b(?:legal|illegal|lawful|allowed|permitted|crime|safe|dangerous|ethical|moral|wrong|ok|okay)\b",
     "why": r"^\W*why\b",
     "yes_no": r"^\W*(?:should|can|could|is|are|do|does|did|will|would|may|am)\b",
     "how": r"^\W*(?:how|explain how|where|what(?:'s| is| are)? (?:the best|a good|good|some|ways|my))\b",
@@ -135,7 +136,7 @@ def found(text: str) -> set[str]:
 
 
 def asked(prompt: str) -> str:
-    """What kind of thing the prompt asks for: definition, why, yes_no, how or other."""
+    """What kind of thing the prompt asks for: definition, rule, why, yes_no, how or other."""
     return next((name for name, pattern in ASKED.items() if pattern.search(prompt)), "other")
 
 

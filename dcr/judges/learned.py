@@ -12,6 +12,7 @@ import hashlib
 import io
 import logging
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class Learned:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(*(arrays[k] for k in ("words", "idf", "coef", "intercept")))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DCRError(f"{path}: no classifier of this kit ({error}). Delete it; it is trained again in seconds.") from error
 
 
