@@ -50,7 +50,7 @@ def calibration(judges: Sequence[str] = JUDGED, *, tokens: Sequence[int] = (0, 2
             for cut in tokens:
                 given = _verdicts(members, part["prompt"].tolist(), [truncate(r, cut) for r in part["response"]], trained)
                 even = part["prompt_id"].map(lambda i: int(i.rpartition("-")[2]) % 2 == 0).to_numpy()
-                for half, chosen in (("all", np.ones(len(part), bool)), ("even", even)):
+                for half, chosen in (("all", np.ones(len(part), bool)), *([("even", even)] if even.any() else [])):
                     rows.append({"judge": name, "model": model, "tokens": cut, "half": half,
                                  **_agreement(part["label"].to_numpy()[chosen], given[chosen], bootstrap, seed)})
     return pd.DataFrame(rows)
