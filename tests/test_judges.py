@@ -51,11 +51,11 @@ def test_a_late_refusal_is_partial():
 def test_missing_answers_are_unscored_and_faults_refused():
     prompts = pd.DataFrame({"id": ["a", "b", "c"], "text": ["How?", "Why?", "When?"]})
     answers = pd.DataFrame({"prompt_id": ["a", "b"], "response": ["I cannot help.", "Because it rains."]})
-    assert judge(prompts, answers)["verdict"].tolist() == ["refuse", "comply", "unscored"]
+    assert judge(prompts, answers, "phrases")["verdict"].tolist() == ["refuse", "comply", "unscored"]
     with pytest.raises(DCRError, match="occurs twice"):
-        judge(prompts, pd.concat([answers, answers]))
+        judge(prompts, pd.concat([answers, answers]), "phrases")
     with pytest.raises(DCRError, match="'z' is not among the prompts"):
-        judge(prompts, answers.assign(prompt_id=["a", "z"]))
+        judge(prompts, answers.assign(prompt_id=["a", "z"]), "phrases")
     with pytest.raises(DCRError, match="judge 'oracle' is unknown; known: consensus"):
         judge(prompts, answers, "oracle")
 

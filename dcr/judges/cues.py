@@ -6,6 +6,7 @@ sentence decides more than one after three hundred characters. Both `phrases` an
 
 from __future__ import annotations
 
+import functools
 import re
 
 VERSION = "2"
@@ -162,9 +163,10 @@ def sentences(text: str) -> list[str]:
     return [p for p in parts if p.strip()]
 
 
-def found(text: str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def found(text: str) -> frozenset[str]:
     """Names of the cues in a piece of cleaned text."""
-    return {name for name, pattern in CUES.items() if pattern.search(text)}
+    return frozenset(name for name, pattern in CUES.items() if pattern.search(text))
 
 
 def asked(prompt: str) -> str:

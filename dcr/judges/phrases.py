@@ -53,7 +53,7 @@ def score_text(response: str, prompt: str = "") -> tuple[str, float]:
     return "comply", 0.05 + 0.1 * (weight > 0)
 
 
-def _declined(opening: set[str], correct: bool, weight: int) -> tuple[str, float]:
+def _declined(opening: frozenset[str], correct: bool, weight: int) -> tuple[str, float]:
     """Verdict of an opening in which the speaker declines."""
     judged = any(c.startswith("moral:") for c in opening)
     if opening & {"helps:asks_back", "helps:limits"} and not judged:  # input is missing, or a chart cannot be drawn
