@@ -128,8 +128,8 @@ class GenerationConfig:
 class EvaluationConfig:
     """Judges, statistics and general ability."""
 
-    judge: str = "phrases"
-    curve_judge: str = "phrases"
+    judge: str = "consensus"  # phrases, learned, guard:<id or folder>, or consensus of those at hand
+    curve_judge: str = "consensus"
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
     capability_tasks: tuple[str, ...] = ()

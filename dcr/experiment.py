@@ -46,8 +46,15 @@ class Experiment(Training):
             dependencies["steering"] = steering.settings
 
         def build(folder: Path) -> dict:
-            model, tokenizer = self.model(method, step)
             options = self.config.generation
+            if options.endpoint:  # the served model is the user's choice; the method only names the rows
+                from dcr.endpoint import generate_remote
+
+                rows = generate_remote(prompts, options.endpoint, method=method, seed=self.config.seed,
+                                       max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                                       out=folder / "generations.jsonl")
+                return {"prompts": len(rows), "missing": len(prompts) - len(rows), "endpoint": options.endpoint}
+            model, tokenizer = self.model(method, step)
             model = model.to(inference_dtype(options.dtype, str(model.device)))
             rows = generate(model, tokenizer, prompts, method=method, seed=self.config.seed,
                             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
@@ -61,7 +68,7 @@ class Experiment(Training):
 
     def verdicts(self, method: str, step: int = -1) -> pd.DataFrame:
         """Verdicts of the configured judge (the curve's judge at earlier steps)."""
-        from dcr.judges import judge
+        from dcr.judges import identity, judge
         from dcr.metrics import question_mark_rule
 
         prompts = self.prompts if step < 0 else self.curve_prompts
@@ -69,7 +76,7 @@ class Experiment(Training):
             return question_mark_rule(prompts)
         name = self.config.evaluation.judge if step < 0 else self.config.evaluation.curve_judge
         answers = self.generations(method, step)
-        dependencies = {"answers": content_key(answers.to_dict("records")), "judge": name}
+        dependencies = {"answers": content_key(answers.to_dict("records")), **identity(name)}
 
         def build(folder: Path) -> None:
             rows = judge(prompts, answers, name=name)

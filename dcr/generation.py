@@ -49,12 +49,7 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
     refused. `steering` (see `dcr.steering`) changes the forward pass or the choice of tokens, for this call only.
     Raises DCRError for an empty table, repeated ids, or changed parameters.
     """
-    if prompts.empty:
-        raise DCRError("generate: no prompts given.")
-    if prompts["id"].duplicated().any():
-        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
-    if max_new_tokens < 1 or temperature < 0:
-        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
+    check_request(prompts, max_new_tokens, temperature)
     settings = {"method": method, "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
                 "temperature": temperature, "dtype": str(model.dtype)}
     if steering is not None:
@@ -84,6 +79,16 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
     return pd.DataFrame(sorted(rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
 
 
+def check_request(prompts: pd.DataFrame, max_new_tokens: int, temperature: float) -> None:
+    """Raise DCRError for an empty table, a repeated id, or numbers out of range."""
+    if prompts.empty:
+        raise DCRError("generate: no prompts given.")
+    if prompts["id"].duplicated().any():
+        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
+    if max_new_tokens < 1 or temperature < 0:
+        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
+
+
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
     """Rows already in `out`; refuses a file that was begun with other settings (kept beside it as .settings.json)."""
     if out is None:
@@ -99,6 +104,16 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     if rows:  # a torn last line must not stay in the middle of what follows
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return rows
+
+
+def decode(model, tokenizer, texts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """Greedy new token ids after each rendered text, in the texts' order (stop token included)."""
+    decoder = _Decoder(model, tokenizer, texts, max_new_tokens, 0.0, 0, None)
+    out: list[list[int]] = [[] for _ in texts]
+    for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
+        for i, tokens in zip(batch, decoder.run(batch), strict=True):
+            out[i] = tokens
+    return out
 
 
 class _Decoder:
