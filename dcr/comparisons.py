@@ -12,9 +12,11 @@ from statsmodels.stats.multitest import multipletests
 from dcr.errors import DCRError
 from dcr.experiment import RULES, Experiment
 from dcr.failures import WANTED
-from dcr.matched_safety import TARGETS, Curve, curve_of, matched_safety
-from dcr.metrics import mcnemar_exact
-from dcr.resampling import bootstrap_over_seeds, set_of, unit_of
+from dcr.matched_safety import TARGETS, Curve, curve_of, draw_prompts, matched_safety
+from dcr.metrics import mcnemar_exact, rate_rows
+from dcr.rejection import auroc_by_form
+from dcr.resampling import bootstrap_over_seeds, percentiles, set_of, unit_of
+from dcr.store import read_jsonl, write_atomic
 
 Experiments = Experiment | Sequence[Experiment]
 
@@ -113,3 +115,65 @@ def _paired(prompts: pd.DataFrame, a: np.ndarray, b: np.ndarray, n_boot: int) ->
     swapped = (prompts["benchmark"].map(set_of) != prompts["benchmark"]).to_numpy()
     tests = [mcnemar_exact(x[part], y[part]) for x, y in zip(a, b, strict=True) for part in (swapped, ~swapped) if part.any()]
     return {"difference": mean, "low": low, "high": high, "p": combined_p(tests), "n": len(prompts)}
+
+
+def coconot_safety_rows(experiment: Experiment) -> pd.DataFrame:
+    """Metric rows of CoCoNot's requests with safety concerns alone (149 of 379: the others ask for what no model can do).
+
+    Written to coconot_safety.csv; empty where CoCoNot is not among the benchmarks.
+    """
+    prompts = experiment.prompts
+    chosen = prompts[prompts["benchmark"].map(set_of).isin(["coconot"]) & (prompts["category"] == "Requests with safety concerns")]
+    if chosen.empty:
+        return pd.DataFrame()
+    chosen = chosen.assign(benchmark=chosen["benchmark"].str.replace("coconot", "coconot (safety concerns)", regex=False))
+    rows = []
+    for method in dict.fromkeys((*experiment.methods, *RULES)):
+        verdicts = experiment.verdicts(method)
+        rows.append(rate_rows(chosen, verdicts[verdicts["prompt_id"].isin(chosen["id"])], profile=experiment.config.profile,
+                              method=method, seed=experiment.config.seed))
+    table = pd.concat(rows, ignore_index=True)
+    experiment.write_table("coconot_safety", table)
+    return table
+
+
+def auroc_table(experiment: Experiment) -> pd.DataFrame:
+    """Threshold-free: AUROC of refusal probability, toxic against seemingly toxic, per pair of forms and balanced.
+
+    Columns method, toxic_form, harmless_form, auroc, low, high (bootstrap over prompts), n. Steered methods are left out: the
+    probability is read from the weights. Written to auroc.csv; the probabilities are cached by weights.
+    """
+    prompts = experiment.curve_prompts[experiment.curve_prompts["label"] != "general"]
+    prompts = prompts.reset_index(drop=True)
+    rows = []
+    for method in (m for m in experiment.methods if "steer" not in experiment.stages(m)):
+        probability = _refusal_probability(experiment, method, prompts)
+        point = auroc_by_form(prompts, probability)
+        rng = np.random.default_rng([experiment.config.seed, 0xA0C])
+        draws = draw_prompts(prompts, min(200, experiment.config.evaluation.bootstrap), rng)
+        names, samples = prompts["id"].map(unit_of), []
+        for counts in draws[names].to_numpy():
+            index = np.repeat(np.arange(len(prompts)), counts)
+            drawn = auroc_by_form(prompts.iloc[index], probability[index])
+            samples.append(drawn.set_index(["toxic_form", "harmless_form"])["auroc"])
+        spread = pd.concat(samples, axis=1)
+        bounds = [percentiles(spread.loc[(r.toxic_form, r.harmless_form)].to_numpy()) for r in point.itertuples()]
+        rows.append(point.assign(method=method, low=[b[0] for b in bounds], high=[b[1] for b in bounds]))
+    table = pd.concat(rows, ignore_index=True)[["method", "toxic_form", "harmless_form", "auroc", "low", "high", "n"]]
+    experiment.write_table("auroc", table)
+    return table
+
+
+def _refusal_probability(experiment: Experiment, method: str, prompts: pd.DataFrame) -> np.ndarray:
+    from dcr.data.sets import table_hash
+    from dcr.rejection import PHRASES_VERSION, refusal_probability
+
+    dependencies = {"weights": experiment.weights_key(method, -1), "prompts": table_hash(prompts), "phrases": PHRASES_VERSION}
+
+    def build(folder) -> None:
+        values = refusal_probability(*experiment.model(method), prompts["text"].tolist())
+        write_atomic(folder / "probability.jsonl",
+                     pd.DataFrame({"id": prompts["id"], "probability": values}).to_json(orient="records", lines=True))
+
+    artifact = experiment.store.get("rejection", method, dependencies, build)
+    return prompts["id"].map(pd.DataFrame(read_jsonl(artifact.path / "probability.jsonl")).set_index("id")["probability"]).to_numpy()

@@ -120,6 +120,15 @@ def dominated_area(dsr: Sequence[float], compliance: Sequence[float]) -> float:
     return float(x[0] * y[0] + np.trapezoid(y, x))
 
 
+def draw_prompts(prompts: pd.DataFrame, n_boot: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Counts [n_boot, requests]: prompts with their twins, drawn within (class, set, form as published)."""
+    every = prompts.drop_duplicates("id")
+    published = every.assign(unit=every["id"].map(unit_of), swapped=every["id"].str.endswith("~")).sort_values(
+        "swapped", kind="stable").drop_duplicates("unit")
+    strata = published["label"] + "|" + published["benchmark"].map(set_of) + "|" + published["form"]
+    return draw_units(published["unit"].tolist(), strata.tolist(), n_boot, rng)
+
+
 def _reading(rates: Sequence[tuple[np.ndarray, np.ndarray]], target: float | None) -> float:
     """Mean over seeds of the reading (target) or the area (None); NaN when a seed's curve does not reach the target."""
     return float(np.mean([dominated_area(d, c) if target is None else compliance_at(d, c, target)[0] for d, c in rates]))
@@ -139,11 +148,7 @@ def matched_safety(curves: Sequence[Curve], targets: Sequence[float] = TARGETS, 
         if not 0 < target <= 1:
             raise DCRError(f"matched safety: target {target} is no DSR; give a number in (0, 1].")
     rng = np.random.default_rng([seed, 0xA7C4])
-    every = pd.concat([c.prompts for c in curves]).drop_duplicates("id")
-    published = every.assign(unit=every["id"].map(unit_of), order=every["id"].str.endswith("~")).sort_values(
-        "order", kind="stable").drop_duplicates("unit")
-    strata = published["label"] + "|" + published["benchmark"].map(set_of) + "|" + published["form"]
-    counts = draw_units(published["unit"].tolist(), strata.tolist(), n_boot, rng)
+    counts = draw_prompts(pd.concat([c.prompts for c in curves]), n_boot, rng)
     rows = []
     for method in dict.fromkeys(c.method for c in curves):
         mine = [c for c in curves if c.method == method]

@@ -24,8 +24,8 @@ QUESTIONS = [("what is the time ?", ["cat", "time", "dog"], "B"), ("how do i bak
 @pytest.fixture
 def task_data(tmp_path, monkeypatch):
     path = tmp_path / "arc_easy.jsonl"
-    path.write_text("".join(json.dumps({"id": f"q{i}", "question": q, "choices": {"text": c, "label": ["A", "B", "C"]}, "answerKey": a}) + "\n"
-                            for i, (q, c, a) in enumerate(QUESTIONS)))
+    path.write_text("".join(json.dumps({"id": f"q{i}", "question": q, "choices": {"text": c, "label": ["A", "B", "C"]},
+                                        "answerKey": a}) + "\n" for i, (q, c, a) in enumerate(QUESTIONS)))
     monkeypatch.setattr(capabilities, "local_file", lambda task: path if task == "arc_easy" else None)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path

@@ -18,6 +18,7 @@ RATE = st.integers(0, 20).map(lambda k: k / 20)
 POINTS = st.lists(st.tuples(RATE, RATE), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(POINTS)
 def test_fit_equals_scikit_learn_falls_and_stays_within_the_data(points):
     dsr, compliance = np.array(points).T
@@ -27,6 +28,7 @@ def test_fit_equals_scikit_learn_falls_and_stays_within_the_data(points):
     assert compliance.min() - 1e-9 <= y.min() and y.max() <= compliance.max() + 1e-9
 
 
+@settings(deadline=None)
 @given(POINTS, RATE)
 def test_reading_equals_scikit_learn_inside_and_is_nothing_outside(points, target):
     dsr, compliance = np.array(points).T
@@ -37,6 +39,7 @@ def test_reading_equals_scikit_learn_inside_and_is_nothing_outside(points, targe
     assert inside or reason.startswith("not reached")
 
 
+@settings(deadline=None)
 @given(POINTS, RATE, RATE)
 def test_area_is_a_share_and_a_better_point_never_lowers_it(points, dsr, compliance):
     x, y = np.array(points).T
@@ -134,7 +137,7 @@ def test_seed_bootstrap_is_wider_than_prompts_alone_when_seeds_differ():
         bootstrap_over_seeds([[1, 0], [1]])
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_combined_p_is_valid_for_equal_values_and_never_below_the_smallest(values):
     assert min(values) <= combined_p(values) <= 1 and combined_p([0.01]) == 0.01

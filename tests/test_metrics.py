@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
@@ -14,6 +14,7 @@ from dcr.errors import DCRError
 from dcr.metrics import bootstrap_mean, compare, mcnemar_exact, mean_rate, question_mark_rule, rate_rows, wilson
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_equals_scipy_and_holds_the_share(pair):
     count, n = pair
@@ -23,6 +24,7 @@ def test_wilson_equals_scipy_and_holds_the_share(pair):
     assert -1e-9 <= low <= count / n + 1e-9 and count / n - 1e-9 <= high <= 1 + 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_mcnemar_equals_statsmodels(outcomes):
     a, b = np.array(outcomes).T
@@ -77,6 +79,18 @@ def test_bootstrap_covers_the_mean_of_a_known_share():
                  (bootstrap_mean(rng.random(120) < 0.3, n_boot=300, seed=i)[1:] for i in range(100)))
     assert 88 <= inside <= 100
     assert bootstrap_mean([1, 0, 1], seed=1) == bootstrap_mean([1, 0, 1], seed=1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6))
+def test_holm_equals_statsmodels_and_scipy_style_step_down(p):
+    from statsmodels.stats.multitest import multipletests
+
+    order, n, running, expected = np.argsort(p), len(p), 0.0, np.zeros(len(p))
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (n - rank) * p[i]))
+        expected[i] = running
+    assert multipletests(p, method="holm")[1] == pytest.approx(expected)
 
 
 def test_compare_is_paired_and_corrected():

@@ -31,7 +31,8 @@ _ASKS = re.compile(r"^(?:can|could|would|will) you (?:please )?(?:be able to )?"
                    r"(?!(?:rather|prefer|like|be|ever|not|agree|still|also|feel|believe)\b)(.+)$", re.I)
 _OPEN = re.compile(r"^(?:what|why|how(?! (?:many|much|old|long|far|often)\b))\b", re.I)
 _UNMARKED = re.compile(r"^(?:who|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I)
-_SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)(?<=[.!?]) (?=[A-Z])")
+_SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
+                           r"(?<=[.!?]) (?=[A-Z])")
 _STARTS_QUESTION = re.compile(r"^(?:who|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
                               r"would|should|will|may|might|has|have)\b", re.I)
 _STARTS_STATEMENT = re.compile(r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I)
@@ -66,7 +67,8 @@ def _to_imperative(text: str) -> str:
         if match := _ASKS.match(body):
             swapped = match[1][0].upper() + match[1][1:] + "."
         else:
-            swapped = _pick(TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
+            templates = TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED
+            swapped = _pick(templates, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
                                                         else body)
     return " ".join([*before, swapped])
 
