@@ -81,16 +81,12 @@ def test_bootstrap_covers_the_mean_of_a_known_share():
     assert bootstrap_mean([1, 0, 1], seed=1) == bootstrap_mean([1, 0, 1], seed=1)
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6))
-def test_holm_equals_statsmodels_and_scipy_style_step_down(p):
-    from statsmodels.stats.multitest import multipletests
-
-    order, n, running, expected = np.argsort(p), len(p), 0.0, np.zeros(len(p))
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (n - rank) * p[i]))
-        expected[i] = running
-    assert multipletests(p, method="holm")[1] == pytest.approx(expected)
+def test_holm_steps_down():
+    rng = np.random.default_rng(0)
+    base = rng.random(80) < 0.5
+    table = compare({"STL": base, **{f"m{i}": base ^ (rng.random(80) < 0.1 * i) for i in range(1, 5)}}, "STL").sort_values("p")
+    expected = np.maximum.accumulate(np.minimum(1, table["p"].to_numpy() * np.arange(4, 0, -1)))
+    assert table["p_holm"].to_numpy() == pytest.approx(expected) and table["p"].nunique() > 1
 
 
 def test_compare_is_paired_and_corrected():
