@@ -133,7 +133,11 @@ class EvaluationConfig:
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
     capability_tasks: tuple[str, ...] = ()
-    capability_limit: int = 100
+    capability_limit: int = 100  # items a task; 0 takes all
+    robustness_prompts: int = 40  # prompts a class under each wrapper; 0 skips
+    bias_sweep: bool = True  # refusal-bias frontier of every method
+    quality_endpoint: str = ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
+    quality_model: str = ""
     trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
     kernel_prompts: int = 8  # prompts a class for the kernel
     kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all

@@ -120,6 +120,18 @@ class Experiment(Training):
         self.write_table("curves", rows)
         return rows
 
+    def matched_safety(self) -> pd.DataFrame:
+        """Compliance at matched DSR and area of every method's curve (`dcr.comparisons`); written to matched_safety.csv."""
+        from dcr.comparisons import matched_safety_table
+
+        return matched_safety_table(self)
+
+    def capabilities(self, method: str) -> pd.DataFrame:
+        """Per-item general ability and held-out answer losses of a method, cached (`dcr.capabilities`)."""
+        from dcr.capabilities import measure
+
+        return measure(self, method)
+
     # ---- output ------------------------------------------------------------------------------------------
 
     def write_table(self, name: str, rows: pd.DataFrame) -> Path:
