@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -20,8 +21,26 @@ METHOD_LINES = {m: s for m, s in zip(METHOD_COLOURS, [(0, (1, 1)), "-", "--", "-
 METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D ^ v P X * < > h p".split(), strict=True))
 CLASS_COLOURS = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#009E73"}
 CLASS_LINES = {"toxic": "-", "seemingly_toxic": "--", "general": ":"}
+CLASS_MARKERS = {"toxic": "o", "seemingly_toxic": "^", "general": "s"}
+FORM_COLOURS = {"question": "#0072B2", "imperative": "#D55E00"}
+FORM_MARKERS = {"question": "o", "imperative": "s"}
 CLASS_NAMES = {"toxic": "toxic", "seemingly_toxic": "seemingly toxic", "general": "general"}
 SALT = "dcr-kit"  # fixes the ids inside SVG files
+
+
+def method_look(method: str) -> dict[str, object]:
+    """Fixed colour, line style and marker of a method, as keyword arguments of `Axes.plot`; a new name gets its own, always the same."""
+    if method in METHOD_COLOURS:
+        return {"color": METHOD_COLOURS[method], "linestyle": METHOD_LINES[method], "marker": METHOD_MARKERS[method]}
+    code = zlib.crc32(method.encode())
+    return {"color": sns.husl_palette(17, l=0.45).as_hex()[code % 17], "linestyle": ("-", "--", "-.", ":")[code % 4],
+            "marker": "dH8s^v"[code % 6]}
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods once each, in the fixed order of the legend; unknown names last, as they came."""
+    known = list(METHOD_COLOURS)
+    return sorted(dict.fromkeys(methods), key=lambda m: known.index(m) if m in known else len(known))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
-"""What every figure does: check its table, and make labelled axes in one layout."""
+"""What every figure does: check its table, lay out labelled axes, one legend for all panels."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dcr.errors import DCRError
+
+COLUMN = 7.2  # inches: no figure's panel row is wider than a text column allows
 
 
 def need(table: pd.DataFrame, *columns: str) -> None:
@@ -22,3 +27,50 @@ def new_axes(width: float, height: float, rows: int = 1, columns: int = 1, **kwa
     """(figure, axes [rows, columns]) of a size in inches; kwargs go to `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def panels(count: int, height: float, *, across: int = 4, width: float = 2.3, extra: float = 1.0, **kwargs):
+    """(figure, list of `count` axes) wrapped into rows of at most `across` panels; unused axes are removed.
+
+    height, width: inches a panel; extra: inches added for shared labels and legend, both ways.
+    """
+    columns = min(across, count)
+    rows = -(-count // columns)
+    figure, axes = new_axes(max(width * columns + extra, 4.2), height * rows + extra, rows, columns, **kwargs)
+    flat = list(axes.flat)
+    for i, ax in enumerate(flat[count:], count):
+        above = flat[i - columns]
+        above.tick_params(labelbottom=True)  # shared axes: the panel above an empty place shows its own numbers
+        ax.remove()
+    return figure, flat[:count]
+
+
+def legend_below(figure: Figure, axes, columns: int = 4, **kwargs) -> None:
+    """One legend of all labels in `axes`, below the panels, each label once."""
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)), **kwargs)
+
+
+def half_widths(rows: pd.DataFrame | Mapping, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:
+    """(2, rows) distances from value to both ends of its interval, for `errorbar`; never negative, 0 where unknown."""
+    return np.nan_to_num(np.clip([rows[value] - rows[low], rows[high] - rows[value]], 0, None))
+
+
+def trace(ax, rows: pd.DataFrame, x: str, value: str, low: str, high: str, **look) -> None:
+    """A curve with its interval: a band where several seeds stand behind it, bars over prompts where only one does."""
+    if rows.get("seeds", pd.Series([1])).max() > 1:
+        ax.plot(rows[x], rows[value], **look)
+        ax.fill_between(rows[x], rows[low], rows[high], color=look["color"], alpha=0.15, linewidth=0)
+    else:
+        ax.errorbar(rows[x], rows[value], yerr=half_widths(rows, value, low, high), elinewidth=0.8, capsize=2, **look)
+
+
+def note(message: str) -> Figure:
+    """A picture that says what is missing and which notebook to run."""
+    import textwrap
+
+    figure, axes = new_axes(6.4, 1.3)
+    axes[0, 0].text(0.5, 0.5, "\n".join(textwrap.wrap(message, 72)), ha="center", va="center", fontsize=10, family="DejaVu Sans")
+    axes[0, 0].set(xticks=[], yticks=[])
+    return figure
