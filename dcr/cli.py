@@ -111,6 +111,18 @@ def export_command(method: str, out: Path, profile: Profile = "embedded", seed: 
     typer.echo(f"Model: {export(Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides), method, out)}")
 
 
+@app.command("figures")
+def figures_command(run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
+                    out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path("figures")) -> None:
+    """Draw every figure and table of a run from its tables alone, each beside the data that drew it."""
+    from dcr.figures import draw_run
+
+    drawn, missing = draw_run(run, out)
+    for message in missing.values():
+        typer.echo(message)
+    typer.echo(f"{out}: {len(drawn)} figures drawn, {len(missing)} not")
+
+
 @app.command("info")
 def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
     """The resolved configuration of a profile."""

@@ -106,8 +106,18 @@ def shortcut(tables: Tables) -> dict[str, pd.DataFrame]:
 
 
 def rejection(tables: Tables) -> dict[str, pd.DataFrame]:
-    """Refusal probability of each followed prompt, averaged over seeds."""
-    return {"rejection": over_seeds(tables["trajectory_rejection"])}
+    """Mean refusal probability of each class over alignment steps, with a normal 95 % interval over prompts (and seeds)."""
+    keys = ["method", "step", "label", "seed"]
+    grouped = tables["trajectory_rejection"].groupby(keys, sort=False)["probability"]
+    mean = grouped.agg(value="mean", half="sem", n="size").reset_index()
+    half = 1.96 * mean.pop("half").fillna(0)
+    return {"rejection": over_seeds(mean.assign(low=(mean["value"] - half).clip(lower=0), high=(mean["value"] + half).clip(upper=1)))}
+
+
+def losses(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Training loss, stage 1 before stage 2."""
+    rows = tables["losses"].sort_values("stage", key=lambda c: c.map({"refine": 0, "align": 1}), kind="stable")
+    return {"losses": over_seeds(rows)}
 
 
 def differences(tables: Tables) -> dict[str, pd.DataFrame]:

@@ -60,14 +60,14 @@ PICTURES: dict[str, Picture] = {
     "refinement": Picture(
         ("refinement_DCR",), "02_refinement", data.refinement, plots.refinement,
         "Stage 1 on held-out prompts: cosine between and within classes, and a probe's AUROC.", False),
-    "losses": Picture(("losses",), "03_alignment", data.as_is("losses"), plots.loss_curves, "Training loss of both stages.", False),
+    "losses": Picture(("losses",), "03_alignment", data.losses, plots.loss_curves, "Training loss of both stages.", False),
     "rejection": Picture(
-        ("trajectory_rejection",), "03_alignment", data.rejection, plots.rejection,
-        "Refusal probability of toxic, seemingly toxic and general prompts over alignment (paper figure 6; band: 95 % normal interval "
-        "over prompts)."),
+        ("trajectory_rejection",), "03_alignment", data.rejection, plots.refusal_probabilities,
+        "Refusal probability of toxic, seemingly toxic and general prompts over alignment (paper figure 6); mean over prompts "
+        "with normal 95 % interval."),
     "kernel": Picture(
-        ("trajectory_kernel",), "03_alignment", data.as_is("trajectory_kernel"), plots.kernel,
-        "Normalised kernel similarity of toxic and seemingly toxic prompts over alignment (paper figure 3; bars: 95 % bootstrap over "
+        ("trajectory_kernel",), "03_alignment", data.as_is("trajectory_kernel"), plots.kernel_similarity,
+        "Normalised kernel similarity of toxic and seemingly toxic prompts over alignment (paper figure 3; 95 % bootstrap over "
         "prompts)."),
     "plane": Picture(
         ("metrics",), "04_evaluation", data.plane, plots.plane,

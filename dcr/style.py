@@ -21,6 +21,7 @@ METHOD_LINES = {m: s for m, s in zip(METHOD_COLOURS, [(0, (1, 1)), "-", "--", "-
 METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D ^ v P X * < > h p".split(), strict=True))
 CLASS_COLOURS = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#009E73"}
 CLASS_LINES = {"toxic": "-", "seemingly_toxic": "--", "general": ":"}
+CLASS_HATCHES = {"seemingly_toxic": "//", "general": "..", "toxic": ""}  # in the order that bars are shown
 CLASS_MARKERS = {"toxic": "o", "seemingly_toxic": "^", "general": "s"}
 FORM_COLOURS = {"question": "#0072B2", "imperative": "#D55E00"}
 FORM_MARKERS = {"question": "o", "imperative": "s"}
@@ -57,7 +58,7 @@ def picture(figure: Figure, kind: str) -> bytes:
     """The figure's bytes as "png" or "svg", the same for the same data on one machine."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, bbox_inches="tight",
+        figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=160,
                        metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
 

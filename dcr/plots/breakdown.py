@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dcr.plots.common import half_widths, legend_below, need, new_axes, panels
+from dcr.plots.common import half_widths, need, new_axes, one_legend, panels
 from dcr.style import CLASS_NAMES, in_order, look, method_look
 
 MOST = 24  # categories a class in the heat map
@@ -26,16 +26,17 @@ def categories(table: pd.DataFrame) -> Figure:
         rate = (pooled["hits"] / pooled["n"]).unstack().reindex(index=n.index, columns=methods)
         rate.index = [f"{str(c)[:34]} ({int(k)})" for c, k in n.items()]
         blocks.append(rate)
-    tall = max(len(b) for b in blocks)
+    rows = [len(b) for b in blocks]
     with look():
-        figure, axes = new_axes(len(labels) * (2.4 + 0.36 * max(3, len(methods))), 0.23 * tall + 1.7, 1, len(labels))
-        for ax, label, rate in zip(axes[0], labels, blocks, strict=True):
+        figure, axes = new_axes(2.9 + 0.37 * max(4, len(methods)), 0.2 * sum(rows) + 0.5 * len(rows) + 0.9, len(rows), 1,
+                                height_ratios=rows, sharex=True)
+        for ax, label, rate in zip(axes[:, 0], labels, blocks, strict=True):
             sns.heatmap(rate, ax=ax, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", annot_kws={"fontsize": 6.5}, cbar=False,
                         linewidths=0.4, linecolor="white", yticklabels=True)
             ax.set(title=f"{CLASS_NAMES[label]}: refusal rate", xlabel="", ylabel="")
-            ax.set_xticklabels(methods, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
             ax.tick_params(axis="y", labelsize=7.5)
             ax.grid(False)
+        axes[-1, 0].set_xticklabels(methods, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     return figure
 
 
@@ -72,17 +73,19 @@ def judge_calibration(table: pd.DataFrame) -> Figure:
     looks = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^Dv<>", strict=True))
     with look():
         figure, axes = new_axes(5.6, 0.16 * len(judges) * len(models) + 1.6)
-        ax, spread = axes[0, 0], 0.7 / max(1, len(judges) - 1) if len(judges) > 1 else 0
+        ax, spread = axes[0, 0], 0.7 / max(1, len(judges) - 1)
         for i, judge in enumerate(judges):
             mine = table[table["judge"] == judge].drop_duplicates("model").set_index("model").reindex(models)
             colour, marker = looks[i % len(looks)]
-            ax.errorbar(mine["kappa"], np.arange(len(models)) + (spread * i - 0.35 if spread else 0), xerr=half_widths(mine, "kappa"),
+            ax.errorbar(mine["kappa"], np.arange(len(models)) + spread * (i - (len(judges) - 1) / 2), xerr=half_widths(mine, "kappa"),
                         fmt=marker, color=colour, markersize=4.5, elinewidth=0.9, label=judge)
+        for i in range(1, len(models), 2):
+            ax.axhspan(i - 0.5, i + 0.5, color="#ececec", linewidth=0, zorder=0)
         ax.axvline(0, color="black", linewidth=0.8)
-        ax.set(xlabel="agreement with human labels (Cohen's κ)", title="Judges against people", ylim=(len(models) - 0.4, -0.6),
+        ax.set(xlabel="agreement with human labels (Cohen's κ)", title="Judges against people", ylim=(len(models) - 0.5, -0.5),
                xlim=(min(-0.05, float(table["low"].min()) - 0.03), 1.03))
         ax.set_yticks(range(len(models)), models)
-        legend_below(figure, [ax], 3)
+        one_legend(figure, [ax], 3)
     return figure
 
 
@@ -106,5 +109,5 @@ def similarity(table: pd.DataFrame) -> Figure:
             ax.set_yticks(range(len(methods)), methods)
         figure.supxlabel("similarity", fontsize=10)
         handles = [axes[0].lines[1], axes[0].lines[2]]
-        figure.legend(handles, ["before", "after refinement"], loc="outside lower center", ncols=2)
+        figure.legend(handles, ["before", "after refinement"], loc="outside upper center", ncols=2)
     return figure

@@ -45,11 +45,14 @@ def panels(count: int, height: float, *, across: int = 4, width: float = 2.3, ex
     return figure, flat[:count]
 
 
-def legend_below(figure: Figure, axes, columns: int = 4, **kwargs) -> None:
-    """One legend of all labels in `axes`, below the panels, each label once."""
+def one_legend(figure: Figure, axes, columns: int = 4, where: str = "lower") -> None:
+    """One legend of all labels in `axes`, each label once, below ("lower") or above ("upper") the panels.
+
+    Above where the panels share one label below: the layout would print one over the other.
+    """
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, len(handles)), **kwargs)
+        figure.legend(handles.values(), handles.keys(), loc=f"outside {where} center", ncols=min(columns, len(handles)))
 
 
 def half_widths(rows: pd.DataFrame | Mapping, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:

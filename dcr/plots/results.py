@@ -1,4 +1,4 @@
-"""Rates: the compliance-safety plane, refusal over alignment, forms, the shortcut, cost."""
+"""Rates: the compliance-safety plane, forms, the shortcut, cost."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dcr.plots.common import half_widths, legend_below, need, new_axes, panels, trace
-from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_MARKERS, CLASS_NAMES, FORM_COLOURS, FORM_MARKERS, in_order, look, method_look
+from dcr.plots.common import half_widths, need, new_axes, one_legend, panels
+from dcr.style import CLASS_COLOURS, CLASS_HATCHES, CLASS_NAMES, FORM_COLOURS, FORM_MARKERS, in_order, look, method_look
 
 WEIGHTS = {"all": "published sets", "balanced": "questions and imperatives\nweighted equally"}
 
@@ -31,7 +31,7 @@ def plane(points: pd.DataFrame) -> Figure:
             ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), title=WEIGHTS.get(name, name) if len(names) > 1 else "Compliance against safety",
                    xlabel="defence success rate\n(mean over toxic sets)", aspect="equal")
         axes[0, 0].set_ylabel("compliance\n(mean over seemingly toxic sets)")
-        legend_below(figure, axes[0], 5 if len(names) > 1 else 3)
+        one_legend(figure, axes[0], 5 if len(names) > 1 else 3)
     return figure
 
 
@@ -47,26 +47,6 @@ def _curve(ax, method: str, rows: pd.DataFrame) -> None:
         ax.errorbar([last["dsr"]], [last["compliance"]], **spread, color=style["color"], elinewidth=0.9, fmt="none")
     ax.plot([last["dsr"]], [last["compliance"]], marker=style["marker"], color=style["color"], markersize=7.5, markeredgecolor="white",
             markeredgewidth=0.6, linestyle="none", zorder=5)
-
-
-def refusal_rates(table: pd.DataFrame) -> Figure:
-    """Refusal rate of toxic, seemingly toxic and general prompts over alignment steps, a panel a method (paper figure 1)."""
-    need(table, "method", "step", "label", "value", "low", "high")
-    methods = in_order(table["method"])
-    with look():
-        figure, axes = panels(len(methods), 2.3, across=3, sharex=True, sharey=True)
-        for ax, method in zip(axes, methods, strict=True):
-            for label in CLASS_COLOURS:
-                rows = table[(table["method"] == method) & (table["label"] == label)].sort_values("step")
-                if len(rows):
-                    trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
-                          marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set(title=method, ylim=(-0.03, 1.03))
-        figure.supxlabel("alignment step (log scale)", fontsize=10)
-        figure.supylabel("refusal rate", fontsize=10)
-        legend_below(figure, axes)
-    return figure
 
 
 def rates_by_form(rows: pd.DataFrame) -> Figure:
@@ -86,41 +66,42 @@ def rates_by_form(rows: pd.DataFrame) -> Figure:
             ax.set_yticks(range(len(names)), names, fontsize=8)
             ax.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
         figure.supxlabel("refusal rate", fontsize=10)
-        legend_below(figure, axes)
+        one_legend(figure, axes, where="upper")
     return figure
 
 
 def shortcut(shares: pd.DataFrame, rates: pd.DataFrame) -> Figure:
-    """Share of questions in each benchmark, beside each method's refusal of its questions and of its imperatives.
+    """Share of questions in each benchmark, beside each method's refusal of its questions (Q) and of its imperatives (I).
 
-    shares: set, label, question_share. rates: benchmark, method, form, value (refusal rate). Empty cells: no such prompts.
+    shares: set, label, question_share. rates: benchmark, method, form, value (refusal rate). Grey cells: no such prompts.
     """
     need(shares, "set", "label", "question_share")
     need(rates, "benchmark", "method", "form", "value")
-    order = [c for label in ("seemingly_toxic", "general", "toxic") for c in shares.loc[shares["label"] == label, "set"]
-             if c in set(rates["benchmark"])]
-    shares, methods = shares.set_index("set").loc[order], in_order(rates["method"])
+    order = [c for label in CLASS_HATCHES for c in shares.loc[shares["label"] == label, "set"] if c in set(rates["benchmark"])]
+    shares, methods = shares.drop_duplicates("set").set_index("set").loc[order], in_order(rates["method"])
+    wide = rates.pivot_table(index=["benchmark", "form"], columns="method", values="value").reindex(
+        index=pd.MultiIndex.from_product([order, FORM_COLOURS]), columns=methods)
+    middle = 2 * np.arange(len(order)) + 1
     with look():
-        figure, axes = new_axes(2.6 + 0.56 * 2 * max(3, len(methods)) * 0.72, 0.3 * len(order) + 1.9, 1, 3,
-                                width_ratios=[1.4, *([0.42 * max(3, len(methods))] * 2)], sharey=True)
-        bars = axes[0, 0].barh(np.arange(len(order)) + 0.5, shares["question_share"], edgecolor="black", linewidth=0.5, height=0.7)
+        figure, axes = new_axes(3.0 + 0.36 * max(4, len(methods)), 0.36 * len(order) + 1.9, 1, 2,
+                                width_ratios=[1.5, 0.36 * max(4, len(methods))], sharey=True)
+        bars = axes[0, 0].barh(middle, shares["question_share"], edgecolor="black", linewidth=0.5, height=1.3)
         for bar, label in zip(bars, shares["label"], strict=True):
-            bar.set(facecolor=CLASS_COLOURS[label], hatch={"toxic": "", "seemingly_toxic": "//", "general": ".."}[label],
-                    label=CLASS_NAMES[label])
-        axes[0, 0].set(xlim=(0, 1.02), title="the set", xlabel="share of questions")
-        axes[0, 0].set_yticks(np.arange(len(order)) + 0.5, order, fontsize=8.5)
-        for ax, form in zip(axes[0, 1:], FORM_COLOURS, strict=True):
-            wide = rates[rates["form"] == form].pivot_table(index="benchmark", columns="method", values="value").reindex(
-                index=order, columns=methods)
-            sns.heatmap(wide, ax=ax, vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", annot_kws={"fontsize": 7}, cbar=False,
-                        linewidths=0.5, linecolor="white", yticklabels=False)
-            ax.set(title=f"refusal of {form}s", xlabel="", ylabel="", facecolor="#f3f3f3")
-            ax.set_xticklabels(methods, rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5)
-            ax.grid(False)
-        axes[0, 0].set_yticks(np.arange(len(order)) + 0.5, order, fontsize=8.5)
-        axes[0, 0].set_ylim(len(order), 0)
+            bar.set(facecolor=CLASS_COLOURS[label], hatch=CLASS_HATCHES[label], label=CLASS_NAMES[label])
+        axes[0, 0].set(xlim=(0, 1.02), xlabel="share of questions\nin the set", xticks=[0, 0.5, 1])
+        sns.heatmap(wide, ax=axes[0, 1], vmin=0, vmax=1, cmap="Blues", annot=True, fmt=".2f", annot_kws={"fontsize": 6.5}, cbar=False,
+                    linewidths=0.4, linecolor="white", yticklabels=False)
+        axes[0, 1].hlines(middle[:-1] + 1, 0, len(methods), color="black", linewidth=0.7)
+        for i, row in enumerate(wide.index):
+            axes[0, 1].text(-0.08, i + 0.5, row[1][0].upper(), ha="right", va="center", fontsize=7)
+        axes[0, 1].set(title="refusal rate of questions (Q) and imperatives (I)", xlabel="", ylabel="", facecolor="#dddddd")
+        axes[0, 1].set_xticklabels(methods, rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5)
+        axes[0, 1].grid(False)
+        axes[0, 0].set_yticks(middle, order, fontsize=8.5)
+        axes[0, 0].set_ylim(2 * len(order), 0)
+        axes[0, 0].grid(False, axis="y")
         handles = {bar.get_label(): bar for bar in bars}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3)
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -140,5 +121,5 @@ def cost(table: pd.DataFrame) -> Figure:
             left += wide[kind].to_numpy()
         axes[0, 0].set(xlabel="wall time (s)", title="What each method cost")
         axes[0, 0].invert_yaxis()
-        legend_below(figure, axes[0])
+        one_legend(figure, axes[0])
     return figure
