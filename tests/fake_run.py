@@ -14,7 +14,8 @@ METHODS = ("base", "STL", "DCR", "question-mark")
 STEPS = (0, 2, 8)
 
 
-def metric_rows(profile: str = "p", seed: int = 0, step: int = -1, methods: tuple[str, ...] = METHODS, strength: float = 1.0) -> pd.DataFrame:
+def metric_rows(profile: str = "p", seed: int = 0, step: int = -1, methods: tuple[str, ...] = METHODS,
+                strength: float = 1.0) -> pd.DataFrame:
     """Metric rows of made-up rates: DCR complies more than STL by 0.1, toxic sets are refused at 0.5 and more."""
     rows = []
     for method in methods:
@@ -27,9 +28,9 @@ def metric_rows(profile: str = "p", seed: int = 0, step: int = -1, methods: tupl
                     continue
                 for metric in ("dsr" if label == "toxic" else "compliance", "refusal_rate"):
                     value = 1 - rate if metric == "compliance" else rate
-                    rows.append({"profile": profile, "method": method, "seed": seed, "judge": "phrases", "benchmark": name, "metric": metric,
-                                 "form": form, "value": value, "low": value - 0.05, "high": value + 0.05, "n": n.get(form, 50), "step": step,
-                                 "in_distribution": name == "coconot" and method == "DCR"})
+                    rows.append({"profile": profile, "method": method, "seed": seed, "judge": "phrases", "benchmark": name,
+                                 "metric": metric, "form": form, "value": value, "low": value - 0.05, "high": value + 0.05,
+                                 "n": n.get(form, 50), "step": step, "in_distribution": name == "coconot" and method == "DCR"})
     return pd.DataFrame(rows)
 
 
@@ -38,7 +39,8 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
     trained, classes = ("STL", "DCR"), ("toxic", "seemingly_toxic", "general")
     rng = np.random.default_rng(seed)
     pairings = ("sources (paper)", "matched pairs")
-    layers = pd.DataFrame([{"layer": la, "auroc": 0.6 + la / 100, "low": 0.5, "high": 0.8, "pairing": p} for p in pairings for la in (1, 10, 20)])
+    layers = pd.DataFrame([{"layer": layer, "auroc": 0.6 + layer / 100, "low": 0.5, "high": 0.8, "pairing": p}
+                           for p in pairings for layer in (1, 10, 20)])
     return {
         "metrics": metric_rows(profile, seed),
         "curves": pd.concat([metric_rows(profile, seed, s, trained, s / 8) for s in STEPS], ignore_index=True),
@@ -53,16 +55,19 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
         "trajectory_rejection": pd.DataFrame([{"id": f"{c}{i}", "step": s, "label": c, "form": "question", "method": m,
                                                "probability": float(rng.uniform(0, (1 + s) / 10))}
                                               for m in trained for s in STEPS for c in classes for i in range(4)]),
-        "trajectory_kernel": pd.DataFrame([{"step": s, "class_a": "toxic", "class_b": "seemingly_toxic", "normalised": 0.8 - 0.2 * (m == "DCR"),
-                                            "normalised_low": 0.5, "normalised_high": 0.9, "method": m} for m in trained for s in STEPS]),
+        "trajectory_kernel": pd.DataFrame([{"step": s, "class_a": "toxic", "class_b": "seemingly_toxic",
+                                            "normalised": 0.8 - 0.2 * (m == "DCR"), "normalised_low": 0.5, "normalised_high": 0.9,
+                                            "method": m} for m in trained for s in STEPS]),
         "differences": pd.DataFrame([{"prompts": label, "benchmark": b, "metric": "dsr" if label == "toxic" else "compliance", "method": m,
                                       "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.1, "p_holm": 0.2, "n": 50}
                                      for b, label, _ in (*SETS, ("all", "toxic", 0)) for m in METHODS if m != "STL"]),
-        "categories": pd.DataFrame([{"profile": profile, "method": m, "label": c, "benchmark": "oktest", "category": k, "value": 0.5, "low": 0.4,
-                                     "high": 0.6, "n": 10} for m in METHODS for c in classes for k in ("privacy", "weapons & tools")]),
+        "categories": pd.DataFrame([{"profile": profile, "method": m, "label": c, "benchmark": "oktest", "category": k,
+                                     "value": 0.5, "low": 0.4, "high": 0.6, "n": 10} for m in METHODS
+                                    for c in classes for k in ("privacy", "weapons & tools")]),
         "judge_calibration": pd.DataFrame([{"judge": j, "model": m, "kappa": 0.7, "low": 0.6, "high": 0.8} for j in ("phrases", "learned")
                                            for m in ("gpt4", "llama2new")]),
-        "cost": pd.DataFrame([{"name": m, "kind": k, "seconds": 10.0, "peak_memory_mib": 900.0} for m in trained for k in ("align", "generate")]),
+        "cost": pd.DataFrame([{"name": m, "kind": k, "seconds": 10.0, "peak_memory_mib": 900.0} for m in trained
+                              for k in ("align", "generate")]),
         "capabilities": pd.DataFrame([{"method": m, "task": t, "metric": "acc", "value": 0.3, "low": 0.2, "high": 0.4, "n": 100}
                                       for m in trained for t in ("piqa", "arc_easy")]),
         "quality": pd.DataFrame([{"method": "DCR", "metric": "win rate against STL", "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),

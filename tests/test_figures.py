@@ -113,7 +113,6 @@ def test_a_missing_stage_is_said_and_the_rest_drawn(tmp_path):
     run = fake_run.write_run(tmp_path)
     (run / "tables" / "metrics.csv").unlink()
     (run / "tables" / "cost.csv").write_text("")
-    drawn, missing = draw_all(run / "tables", run / "figures") if not (run / "tables" / "cost.csv").read_text() == "" else ({}, {})
     with pytest.raises(DCRError, match=r"cost.csv: not a CSV table .* run its notebook again"):
         draw_all(run / "tables", run / "figures")
     (run / "tables" / "cost.csv").unlink()
@@ -144,7 +143,8 @@ def test_several_seeds_give_bands_and_one_seed_says_so(tmp_path):
 
 
 def test_over_seeds_averages_and_widens():
-    rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5], "high": [0.5, 0.6, 0.7], "n": 10})
+    rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5],
+                         "high": [0.5, 0.6, 0.7], "n": 10})
     mean = over_seeds(rows).iloc[0]
     half = np.hypot(0.1, 1.96 * 0.1 / np.sqrt(3))
     assert (mean["value"], mean["seeds"], mean["n"]) == (pytest.approx(0.5), 3, 10)

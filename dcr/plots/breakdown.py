@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -24,7 +26,7 @@ def categories(table: pd.DataFrame) -> Figure:
         pooled = part.groupby(["category", "method"], sort=False)[["hits", "n"]].sum()
         n = pooled["n"].groupby("category").max().sort_values(ascending=False, kind="stable").head(MOST)
         rate = (pooled["hits"] / pooled["n"]).unstack().reindex(index=n.index, columns=methods)
-        rate.index = [f"{str(c)[:34]} ({int(k)})" for c, k in n.items()]
+        rate.index = [f"{textwrap.shorten(str(c), 40, placeholder=' …')} ({int(k)})" for c, k in n.items()]
         blocks.append(rate)
     rows = [len(b) for b in blocks]
     with look():

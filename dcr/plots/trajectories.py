@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dcr.plots.common import need, new_axes, one_legend, panels, trace
+from dcr.plots.common import half_widths, need, new_axes, one_legend, panels, trace
 from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_MARKERS, CLASS_NAMES, in_order, look, method_look
 
 
@@ -52,8 +52,9 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
         for i, method in enumerate(methods):
             rows = cross[cross["method"] == method].sort_values("step")
             shift = (i - (len(methods) - 1) / 2) * 0.035
-            trace(axes[0, 0], rows.assign(step=rows["step"] * (1 + shift) + shift * (rows["step"] == 0)), "step", "normalised",
-                  "normalised_low", "normalised_high", **method_look(method), markersize=4.5, label=method)
+            bars = half_widths(rows, "normalised", "normalised_low", "normalised_high")  # many bands over one another hide all
+            axes[0, 0].errorbar(rows["step"] * (1 + shift) + shift * (rows["step"] == 0), rows["normalised"], yerr=bars, elinewidth=0.8,
+                                capsize=2, **method_look(method), markersize=4.5, label=method)
         axes[0, 0].set_xscale("symlog", linthresh=1)
         axes[0, 0].set(xlabel="alignment step (log scale)", ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None),
                        title="Kernel, toxic against seemingly toxic prompts")
