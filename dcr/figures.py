@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,15 +93,17 @@ if "ablations" in plots.REDRAW:
                                     "Ablations: one setting changed at a time.")
 
 
-def draw_all(folder: str | Path, out: str | Path) -> tuple[dict[str, Figure], dict[str, str]]:
+def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
     """Figures of the run at `folder` into `out`: `<name>.png`, `<name>.svg`, and beside them the data that drew them.
 
-    folder: a run directory, its tables/, or one with seed-*/. Returns ({name: figure}, {name: what to run}). index.json and
-    README.md list each figure with caption and data. Raises DCRError when profiles are mixed.
+    folder: a run directory, its tables/, or one with seed-*/. only: names of figures; default all. index.json and README.md
+    list each figure with caption and data. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
     """
     out, drawn, missing, index = Path(out), {}, {}, {}
     found = data.load_tables(folder)
     for name, picture in PICTURES.items():
+        if only and name not in only:
+            continue
         absent = [t for t in picture.needs if t not in found]
         if absent:
             missing[name] = f"{name}: no {', '.join(absent)} yet; run notebook {picture.notebook}."
@@ -202,10 +204,10 @@ def title(name: str, seeds: int = 1) -> str:
             "table_cost": "Cost of each method: wall time and peak memory of the process"}[name]
 
 
-def draw_run(run: str | Path, out: str | Path) -> tuple[dict[str, Figure], dict[str, str]]:
+def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
     """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data, and the tables."""
     found = data.load_tables(run)
-    drawn, missing = draw_all(run, out)
+    drawn, missing = draw_all(run, out, only)
     if "metrics" in found:
         draw_tables(found["metrics"], out, found, model_name(run))
     return drawn, missing

@@ -56,9 +56,12 @@ def look() -> Iterator[None]:
 
 def picture(figure: Figure, kind: str) -> bytes:
     """The figure's bytes as "png" or "svg", the same for the same data on one machine."""
+    if figure.get_layout_engine() is not None:  # laid out once: a second pass moves things by fractions of a point
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, bbox_inches="tight", dpi=160,
+        figure.savefig(buffer, format=kind, dpi=160,
                        metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
 

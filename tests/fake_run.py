@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +88,22 @@ def write_run(root: Path, seeds: int = 1, profile: str = "p") -> Path:
         (run / "manifest.json").write_text(json.dumps({"config": {"profile": profile, "seed": seed, "model": {"name": "embedded"}},
                                                        "methods": list(METHODS)}))
     return root
+
+
+@functools.cache
+def drawn() -> tuple[Path, dict, dict]:
+    """(run directory, figures, missing) of a run with every table, drawn once for all tests; read it, don't change it."""
+    from dcr.figures import draw_all, draw_tables
+
+    root = Path(tempfile.mkdtemp(prefix="dcr-fake-run-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    run = write_run(root / "run")
+    figures, missing = draw_all(run / "tables", run / "figures")
+    found = tables()
+    draw_tables(found["metrics"].replace("STL", "<b>STL</b>"), run / "tables", found)
+    return run, figures, missing
+
+
+def copy_of_drawn(target: Path) -> Path:
+    """The drawn run once more, to change."""
+    return Path(shutil.copytree(drawn()[0], target))

@@ -83,8 +83,8 @@ def shortcut(shares: pd.DataFrame, rates: pd.DataFrame) -> Figure:
         index=pd.MultiIndex.from_product([order, FORM_COLOURS]), columns=methods)
     middle = 2 * np.arange(len(order)) + 1
     with look():
-        figure, axes = new_axes(3.0 + 0.36 * max(4, len(methods)), 0.36 * len(order) + 1.9, 1, 2,
-                                width_ratios=[1.5, 0.36 * max(4, len(methods))], sharey=True)
+        figure, axes = new_axes(3.0 + 0.36 * max(6, len(methods)), 0.36 * len(order) + 2.1, 1, 2,
+                                width_ratios=[1.5, 0.36 * max(6, len(methods))], sharey=True)
         bars = axes[0, 0].barh(middle, shares["question_share"], edgecolor="black", linewidth=0.5, height=1.3)
         for bar, label in zip(bars, shares["label"], strict=True):
             bar.set(facecolor=CLASS_COLOURS[label], hatch=CLASS_HATCHES[label], label=CLASS_NAMES[label])
@@ -94,7 +94,7 @@ def shortcut(shares: pd.DataFrame, rates: pd.DataFrame) -> Figure:
         axes[0, 1].hlines(middle[:-1] + 1, 0, len(methods), color="black", linewidth=0.7)
         for i, row in enumerate(wide.index):
             axes[0, 1].text(-0.08, i + 0.5, row[1][0].upper(), ha="right", va="center", fontsize=7)
-        axes[0, 1].set(title="refusal rate of questions (Q) and imperatives (I)", xlabel="", ylabel="", facecolor="#dddddd")
+        axes[0, 1].set(title="refusal rate of questions (Q)\nand imperatives (I)", xlabel="", ylabel="", facecolor="#dddddd")
         axes[0, 1].set_xticklabels(methods, rotation=60, ha="right", rotation_mode="anchor", fontsize=8.5)
         axes[0, 1].grid(False)
         axes[0, 0].set_yticks(middle, order, fontsize=8.5)
