@@ -26,6 +26,7 @@ def need(table: pd.DataFrame, *columns: str) -> None:
 def new_axes(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
     """(figure, axes [rows, columns]) of a size in inches; kwargs go to `Figure.subplots`."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
@@ -53,6 +54,15 @@ def one_legend(figure: Figure, axes, columns: int = 4, where: str = "lower") -> 
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     if handles:
         figure.legend(handles.values(), handles.keys(), loc=f"outside {where} center", ncols=min(columns, len(handles)))
+
+
+def log_steps(ax, last: float) -> None:
+    """A logarithmic axis of steps that shows step 0, with plain numbers at 1, 2, 5, 10 ... or, where those crowd, at powers of ten."""
+    ax.set_xscale("symlog", linthresh=1)
+    ticks = [0, *(m * 10**e for e in range(8) for m in (1, 2, 5) if m * 10**e <= last)]
+    ticks = ticks if len(ticks) < 8 else [t for t in ticks if str(t)[0] in "01"]
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.set_xticks([], minor=True)
 
 
 def half_widths(rows: pd.DataFrame | Mapping, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:

@@ -37,7 +37,7 @@ def overview() -> Figure:
         ax.text(9.15, 3.5, "answers and\nrefusals\n(next-token\nloss)", fontsize=8.5, va="center")
         ax.text(7.62, 2.6, "all blocks\n(adapters)", ha="right", va="center", fontsize=8.5)
         ax.text(9.15, 1.35, "refusing toxic\nprompts moves\nharmless ones\nless", fontsize=8.5, va="center", style="italic")
-        ax.set(xlim=(0.55, 10.75), ylim=(-0.55, 4.9))
+        ax.set(xlim=(0.4, 10.9), ylim=(-0.55, 4.9))
         ax.axis("off")
     return figure
 

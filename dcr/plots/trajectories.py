@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dcr.plots.common import half_widths, need, new_axes, one_legend, panels, trace
+from dcr.plots.common import half_widths, log_steps, need, new_axes, one_legend, panels, trace
 from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_MARKERS, CLASS_NAMES, in_order, look, method_look
 
 
@@ -31,7 +31,7 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
                 if len(rows):
                     trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
                           marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
-            ax.set_xscale("symlog", linthresh=1)
+            log_steps(ax, table["step"].max())
             ax.set(title=method, ylim=(-0.03, 1.03))
         figure.supxlabel("alignment step (log scale)", fontsize=10)
         figure.supylabel(ylabel, fontsize=10)
@@ -55,7 +55,7 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
             bars = half_widths(rows, "normalised", "normalised_low", "normalised_high")  # many bands over one another hide all
             axes[0, 0].errorbar(rows["step"] * (1 + shift) + shift * (rows["step"] == 0), rows["normalised"], yerr=bars, elinewidth=0.8,
                                 capsize=2, **method_look(method), markersize=4.5, label=method)
-        axes[0, 0].set_xscale("symlog", linthresh=1)
+        log_steps(axes[0, 0], cross["step"].max())
         axes[0, 0].set(xlabel="alignment step (log scale)", ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None),
                        title="Kernel, toxic against seemingly toxic prompts")
         one_legend(figure, axes[0], 4)
