@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe-Ito colours: told apart with any colour vision; line and marker tell them apart in grey.
@@ -26,6 +27,7 @@ CLASS_MARKERS = {"toxic": "o", "seemingly_toxic": "^", "general": "s"}
 FORM_COLOURS = {"question": "#0072B2", "imperative": "#D55E00"}
 FORM_MARKERS = {"question": "o", "imperative": "s"}
 CLASS_NAMES = {"toxic": "toxic", "seemingly_toxic": "seemingly toxic", "general": "general"}
+DPI = 160  # of saved PNGs
 SALT = "dcr-kit"  # fixes the ids inside SVG files
 
 
@@ -48,7 +50,7 @@ def in_order(methods: Iterable[str]) -> list[str]:
 def look() -> Iterator[None]:
     """Style for one figure; leaves the caller's settings as they were."""
     with sns.plotting_context("paper", font_scale=1.15), sns.axes_style("whitegrid"), matplotlib.rc_context({
-            "svg.hashsalt": SALT, "svg.fonttype": "none", "figure.dpi": 110, "savefig.dpi": 160, "axes.titlesize": 11,
+            "svg.hashsalt": SALT, "svg.fonttype": "none", "figure.dpi": 110, "savefig.dpi": DPI, "axes.titlesize": 11,
             "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9,
             "font.family": "DejaVu Sans"}):
         yield
@@ -56,12 +58,16 @@ def look() -> Iterator[None]:
 
 def picture(figure: Figure, kind: str) -> bytes:
     """The figure's bytes as "png" or "svg", the same for the same data on one machine."""
-    if figure.get_layout_engine() is not None:  # laid out once: a second pass moves things by fractions of a point
-        figure.draw_without_rendering()
+    if figure.get_layout_engine() is not None:  # settled once and kept: a later pass moves things by fractions of a point
+        shown = figure.dpi
+        figure.set_dpi(DPI)  # as it is saved: text is a little wider or narrower at another resolution
+        for _ in range(2):  # rotated and long tick labels are known only after the first pass
+            FigureCanvasAgg(figure).draw()
+        figure.set_dpi(shown)
         figure.set_layout_engine("none")
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, dpi=160,
+        figure.savefig(buffer, format=kind, dpi=DPI,
                        metadata={"Date": None} if kind == "svg" else {"Software": None})
     return buffer.getvalue()
 

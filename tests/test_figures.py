@@ -50,6 +50,13 @@ def test_no_label_is_cut_and_none_covers_another():
                  (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
         boxes += [(str(t.get_text()), t.get_window_extent()) for t in (figure._supxlabel, figure._supylabel) if t is not None]
         boxes += [("legend", legend.get_window_extent()) for legend in figure.legends]
+        ticks = [(t.get_text(), t.get_window_extent()) for ax in figure.axes for t in (*ax.get_xticklabels(), *ax.get_yticklabels())
+                 if t.get_text() and t.get_visible() and ax.axison]
+        room = [(ax.bbox.x0 - 1, ax.bbox.x1 + 1) for ax in figure.axes]  # ticks outside the limits are listed, but not drawn
+        ticks = [(text, box) for text, box in ticks if box.x1 < min(r[0] for r in room) or
+                 any(a <= (box.x0 + box.x1) / 2 <= b for a, b in room)]
+        for text, box in ticks:
+            assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1, f"{name}: tick label {text!r} is cut"
         for i, (text, box) in enumerate(boxes):
             assert box.x0 > -2 and box.y0 > -2 and box.x1 < figure.bbox.x1 + 2 and box.y1 < figure.bbox.y1 + 2, f"{name}: {text!r} is cut"
             for other, second in boxes[i + 1:]:

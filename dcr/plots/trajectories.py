@@ -26,9 +26,10 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
     with look():
         figure, axes = panels(len(methods), 2.1, across=3, sharex=True, sharey=True)
         for ax, method in zip(axes, methods, strict=True):
-            for label in CLASS_COLOURS:
+            for i, label in enumerate(CLASS_COLOURS):
                 rows = table[(table["method"] == method) & (table["label"] == label)].sort_values("step")
                 if len(rows):
+                    rows = rows.assign(step=_apart(rows["step"], i - 1))
                     trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
                           marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
             log_steps(ax, table["step"].max())
@@ -37,6 +38,11 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
         figure.supylabel(ylabel, fontsize=10)
         one_legend(figure, axes, where="upper")
     return figure
+
+
+def _apart(steps: pd.Series, place: float) -> pd.Series:
+    """Steps moved aside a little by place, on a logarithmic axis, so that bars at one step do not cover one another."""
+    return steps * (1 + 0.035 * place) + 0.035 * place * (steps == 0)
 
 
 def kernel_similarity(table: pd.DataFrame) -> Figure:
@@ -51,9 +57,9 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
         figure, axes = new_axes(5.6, 4.0)
         for i, method in enumerate(methods):
             rows = cross[cross["method"] == method].sort_values("step")
-            shift = (i - (len(methods) - 1) / 2) * 0.035
+            place = i - (len(methods) - 1) / 2
             bars = half_widths(rows, "normalised", "normalised_low", "normalised_high")  # many bands over one another hide all
-            axes[0, 0].errorbar(rows["step"] * (1 + shift) + shift * (rows["step"] == 0), rows["normalised"], yerr=bars, elinewidth=0.8,
+            axes[0, 0].errorbar(_apart(rows["step"], place), rows["normalised"], yerr=bars, elinewidth=0.8,
                                 capsize=2, **method_look(method), markersize=4.5, label=method)
         log_steps(axes[0, 0], cross["step"].max())
         axes[0, 0].set(xlabel="alignment step (log scale)", ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None),
