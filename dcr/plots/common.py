@@ -23,9 +23,19 @@ def need(table: pd.DataFrame, *columns: str) -> None:
         raise DCRError(f"figure data mixes profiles {sorted(table['profile'].unique())}; draw one profile at a time.")
 
 
+class Shown(Figure):
+    """A figure that a notebook shows by itself, without pyplot and its global state: the same bytes as the saved PNG."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        from dcr.style import picture
+
+        width, height = self.get_size_inches()
+        return picture(self, "png"), {"width": round(100 * width), "height": round(100 * height)}
+
+
 def new_axes(width: float, height: float, rows: int = 1, columns: int = 1, **kwargs):
     """(figure, axes [rows, columns]) of a size in inches; kwargs go to `Figure.subplots`."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Shown(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.07, h_pad=0.07)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
