@@ -138,6 +138,18 @@ def sweep_command(grid: Annotated[str, typer.Argument(help="A YAML file, or a gr
     typer.echo(table[shown].to_string(index=False, float_format="%.3f", na_rep=""))
 
 
+@app.command("figures")
+def figures_command(run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
+                    out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path("figures")) -> None:
+    """Draw every figure and table of a run from its tables alone, each beside the data that drew it."""
+    from dcr.figures import draw_run
+
+    drawn, missing = draw_run(run, out)
+    for message in missing.values():
+        typer.echo(message)
+    typer.echo(f"{out}: {len(drawn)} figures drawn, {len(missing)} not")
+
+
 @app.command("info")
 def info_command(profile: Profile = "quick", overrides: Overrides = "",
                  cost: Annotated[bool, typer.Option(help="Also estimate parameters, tokens, memory and time here.")] = True) -> None:

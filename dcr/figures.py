@@ -2,71 +2,221 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import html
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dcr import figure_data as data
 from dcr import plots, tables
 from dcr.errors import DCRError
 from dcr.store import write_atomic
 from dcr.style import save
 
-# figure → (tables it reads, the notebook that writes them)
-SOURCES: dict[str, tuple[tuple[str, ...], str]] = {
-    "question_shares": (("question_shares",), "01_representations"),
-    "separability": (("separability_probe_base", "separability_surface_base"), "01_representations"),
-    "transfer": (("separability_transfer_base",), "01_representations"),
-    "refinement": (("refinement_DCR",), "02_refinement"),
-    "losses": (("losses",), "03_alignment"),
-    "rejection": (("trajectory_rejection",), "03_alignment"),
-    "kernel": (("trajectory_kernel",), "03_alignment"),
-    "plane": (("plane",), "04_evaluation"),
-    "rates_by_form": (("metrics",), "04_evaluation"),
-    "cost": (("cost",), "04_evaluation"),
+PROBE = ("separability_probe_base", "separability_surface_base")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure: the tables it reads, the notebook that writes them, how its frames are made and drawn, its caption."""
+
+    needs: tuple[str, ...]
+    notebook: str
+    frames: Callable[[data.Tables], dict[str, pd.DataFrame]]
+    draw: Callable[..., Figure]
+    caption: str  # names what an interval or band is
+    bands: bool = True  # False: nothing in it varies over seeds that a band could show
+
+
+PICTURES: dict[str, Picture] = {
+    "overview": Picture((), "", lambda _: {}, plots.overview, "The two stages of contrastive refinement (paper figure 2).", False),
+    "question_shares": Picture(
+        ("question_shares",), "01_representations", data.as_is("question_shares"), plots.question_shares,
+        "Share of questions in each set. Where harmless sets are nearly all questions and toxic ones nearly all imperatives, the "
+        "form of the sentence alone nearly gives the label away.", False),
+    "shortcut": Picture(
+        ("question_shares", "metrics"), "04_evaluation", data.shortcut, plots.shortcut,
+        "The shortcut: share of questions in each benchmark, beside how often each method refuses its questions and its imperatives. "
+        "A method that reads harm refuses a toxic set in both forms and a harmless set in neither. Grey: no such prompts.", False),
+    "refusal_rates": Picture(
+        ("curves",), "04_evaluation", data.refusal_rates, plots.refusal_rates,
+        "Refusal rate of toxic, seemingly toxic and general prompts over alignment (paper figure 1); mean over benchmarks with "
+        "normal 95 % interval."),
+    "separability": Picture(
+        PROBE, "01_representations", data.as_is(*PROBE), plots.separability_by_layer,
+        "Separability by layer (paper figure 4): AUROC of a linear probe on hidden states (band: 95 % bootstrap over pairs), beside "
+        "surface baselines that read no model (black lines)."),
+    "transfer": Picture(
+        ("separability_transfer_base",), "01_representations", data.as_is("separability_transfer_base"), plots.transfer,
+        "The probe read on sets it was not trained on (band: 95 % bootstrap). Below 0.5 it follows form, not harm."),
+    "similarity": Picture(
+        ("refinement_DCR",), "02_refinement", data.similarity, plots.similarity,
+        "Similarity before and after refinement (paper figure 5): cosine at layer ℓ of held-out prompts across and within classes, and "
+        "the normalised kernel of toxic and seemingly toxic prompts, base model against refined model.", False),
+    "refinement": Picture(
+        ("refinement_DCR",), "02_refinement", data.refinement, plots.refinement,
+        "Stage 1 on held-out prompts: cosine between and within classes, and a probe's AUROC.", False),
+    "losses": Picture(("losses",), "03_alignment", data.losses, plots.loss_curves, "Training loss of both stages.", False),
+    "rejection": Picture(
+        ("trajectory_rejection",), "03_alignment", data.rejection, plots.refusal_probabilities,
+        "Refusal probability of toxic, seemingly toxic and general prompts over alignment (paper figure 6); mean over prompts "
+        "with normal 95 % interval."),
+    "kernel": Picture(
+        ("trajectory_kernel",), "03_alignment", data.as_is("trajectory_kernel"), plots.kernel_similarity,
+        "Normalised kernel similarity of toxic and seemingly toxic prompts over alignment (paper figure 3; 95 % bootstrap over "
+        "prompts)."),
+    "plane": Picture(
+        ("metrics",), "04_evaluation", data.plane, plots.plane,
+        "The compliance-safety plane. Open markers: checkpoints of alignment on a subset of the prompts; filled: the last one on all "
+        "prompts, with its 95 % interval; single points have no checkpoints. The question-mark rule reads no model."),
+    "rates_by_form": Picture(
+        ("metrics",), "04_evaluation", data.rates_by_form, plots.rates_by_form,
+        "Refusal rate by benchmark and form of the prompt (95 % Wilson intervals); a set is pooled with its form-swapped version."),
+    "differences": Picture(
+        ("differences",), "04_evaluation", data.differences, plots.differences,
+        "Paired difference to STL on each benchmark (95 % bootstrap over prompts): compliance on harmless sets, DSR on toxic ones "
+        "(grey rows). Right of the line is better."),
+    "categories": Picture(
+        ("categories",), "04_evaluation", data.as_is("categories"), plots.categories,
+        "Refusal rate by category of prompt (in brackets: prompts); the most frequent categories of each class.", False),
+    "judges": Picture(
+        ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.judge_calibration,
+        "Judges against human labels on published completions: Cohen's κ with its 95 % interval, by the model that answered."),
+    "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
 }
-DRAW: dict[str, Callable[..., Figure]] = {**plots.REDRAW, "separability": plots.separability_by_layer}
+if "ablations" in plots.REDRAW:
+    PICTURES["ablations"] = Picture(("ablations",), "06_ablations", data.as_is("ablations"), plots.REDRAW["ablations"],
+                                    "Ablations: one setting changed at a time.")
 
 
-def draw_all(folder: str | Path, out: str | Path) -> tuple[dict[str, Figure], dict[str, str]]:
-    """Figures drawn from `folder`/<table>.csv into `out` (PNG, SVG, and each table beside), and what is missing.
+def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Figures of the run at `folder` into `out`: `<name>.png`, `<name>.svg`, and beside them the data that drew them.
 
-    Returns ({name: figure}, {name: message}).
+    folder: a run directory, its tables/, or one with seed-*/. only: names of figures; default all. index.json and README.md
+    list each figure with caption and data. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
     """
-    folder, out, drawn, missing = Path(folder), Path(out), {}, {}
-    figure = plots.overview()
-    save(figure, out / "overview")
-    drawn["overview"] = figure
-    for name, (needed, notebook) in SOURCES.items():
-        absent = [t for t in needed if not (folder / f"{t}.csv").exists()]
-        if absent:
-            missing[name] = f"{name}: no {', '.join(absent)} yet; run notebook {notebook}."
+    out, drawn, missing, index = Path(out), {}, {}, {}
+    found = data.load_tables(folder)
+    for name, picture in PICTURES.items():
+        if only and name not in only:
             continue
-        frames = [pd.read_csv(folder / f"{t}.csv", keep_default_na=True) for t in needed]
+        absent = [t for t in picture.needs if t not in found]
+        if absent:
+            missing[name] = f"{name}: no {', '.join(absent)} yet; run notebook {picture.notebook}."
+            continue
         try:
-            drawn[name] = DRAW[name](*frames)
+            frames = picture.frames(found)
+            files = {f"{name}.csv" if len(frames) == 1 else f"{name}.{part}.csv": frame for part, frame in frames.items()}
+            for file, frame in files.items():
+                write_atomic(out / file, frame.to_csv(index=False))
+            drawn[name] = picture.draw(*(data.read_csv(out / file) for file in files))
         except DCRError as error:
             missing[name] = f"{name}: {error}"
             continue
         save(drawn[name], out / name)
-        for table, frame in zip(needed, frames, strict=True):
-            write_atomic(out / f"{table}.csv", frame.to_csv(index=False))
+        seeds = max((found[t]["seed"].nunique() for t in picture.needs), default=0)
+        index[name] = {"caption": caption(name, seeds), "data": list(files), "notebook": picture.notebook, "seeds": int(seeds)}
+    write_atomic(out / "index.json", json.dumps({"figures": index, "missing": missing}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "README.md", _readme(index, missing))
     return drawn, missing
 
 
-def draw_tables(metrics: pd.DataFrame, out: str | Path) -> dict[str, pd.DataFrame]:
-    """Table 1 (all prompts, and balanced over forms where both occur) and the comparison with the paper's, saved in `out`."""
-    out, made = Path(out), {}
+def redraw(folder: str | Path, name: str) -> Figure:
+    """One figure from the data beside it in `folder` alone. Raises DCRError when it is not in the folder's index."""
+    index = read_index(folder)["figures"]
+    if name not in index:
+        raise DCRError(f"{folder}: no figure {name!r}; there are {', '.join(index)}.")
+    return PICTURES[name].draw(*(data.read_csv(Path(folder) / file) for file in index[name]["data"]))
+
+
+def read_index(folder: str | Path) -> dict:
+    """index.json of a figures folder. Raises DCRError when nothing has been drawn there."""
+    path = Path(folder) / "index.json"
+    if not path.exists():
+        raise DCRError(f"{folder}: no figures yet. Run notebook 05_figures (or `dcr figures RUN_DIR`) first.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def caption(name: str, seeds: int) -> str:
+    """The figure's caption; it says what stands behind a band, also when that is one seed."""
+    picture = PICTURES[name]
+    if not seeds or not picture.bands:
+        return picture.caption + (f" Mean of {seeds} seeds." if seeds > 1 else "")
+    return picture.caption + (f" Mean of {seeds} seeds; intervals combine prompts and seeds." if seeds > 1 else
+                              " One seed: no band over seeds.")
+
+
+def present(drawn: Mapping[str, Figure], missing: Mapping[str, str], name: str, seeds: int = 1) -> None:
+    """Show a figure with its caption in a notebook, or a picture that says what to run."""
+    from IPython.display import HTML, display
+
+    display(drawn[name] if name in drawn else plots.note(missing.get(name, f"{name}: unknown figure")))
+    if name in drawn:
+        display(HTML(f"<p style='max-width: 46em'><i>{html.escape(caption(name, seeds))}</i></p>"))
+
+
+def _readme(index: Mapping, missing: Mapping) -> str:
+    lines = ["# Figures", "", "Drawn by `dcr figures RUN_DIR --out figures` from a run's tables; nobody edits them by hand. Each stands "
+             "beside the data that drew it, and a test redraws them from that data.", ""]
+    for name, entry in index.items():
+        files = ", ".join(f"[{f}]({f})" for f in entry["data"])
+        lines += [f"## {name}", "", f"![{name}]({name}.png)", "", entry["caption"] + (f" Data: {files}." if files else ""), ""]
+    lines += ["## Not drawn", "", *(f"- {message}" for message in missing.values()), ""] if missing else []
+    return "\n".join(lines)
+
+
+def draw_tables(metrics: pd.DataFrame, out: str | Path, found: Mapping[str, pd.DataFrame] | None = None,
+                model: str = "SmolLM2-135M-Instruct") -> dict[str, pd.DataFrame]:
+    """Table 1 (published sets, and balanced over forms), the comparison with the paper, ability, quality and cost, saved in `out`.
+
+    found: the run's other tables (capabilities, quality, cost); what is absent is left out.
+    """
+    out, made, found = Path(out), {}, found or {}
     long = tables.table1(metrics)
+    seeds = int(long["seeds"].max())
     made["table1"] = tables.wide(long)
     if (metrics["form"] == "balanced").any():
         made["table1_balanced"] = tables.wide(tables.table1(metrics, "balanced"))
-    made["table1_paper"] = tables.beside_paper(long).set_index("source")
-    titles = {"table1": "Compliance and defence success rate",
-              "table1_balanced": "The same, averaged equally over questions and imperatives (sets that have both)",
-              "table1_paper": "Beside the paper's numbers (marked as the paper's, blank where unknown)"}
+    made["table1_paper"] = tables.beside_paper(long, model).set_index("source")
+    for name, make in (("capabilities", tables.ability_table), ("quality", tables.quality_table), ("cost", tables.cost_table)):
+        if name in found:
+            made[f"table_{name}"] = make(found[name])
     for name, frame in made.items():
-        tables.save_table(frame, out / name, titles[name])
-        write_atomic(out / f"{name}.title", titles[name])
+        tables.save_table(frame, out / name, title(name, seeds))
+        write_atomic(out / f"{name}.title", title(name, seeds))
     return made
+
+
+def title(name: str, seeds: int = 1) -> str:
+    """A table's caption."""
+    over = "one seed, intervals over prompts" if seeds < 2 else f"mean of {seeds} seeds, intervals over prompts and seeds"
+    marks = f"95 % intervals ({over}); best in bold; † the method trained on prompts of this set"
+    return {"table1": f"Compliance and defence success rate (DSR), {marks}",
+            "table1_balanced": f"The same, averaged equally over questions and imperatives, sets that have both; {marks}",
+            "table1_paper": "Beside the paper's numbers (N: secondary reading notes; blank where unknown). Other models, other judges: "
+                            "compare directions. Safety is the mean DSR of five sets, which ones in the paper is inferred",
+            "table_capabilities": f"General ability; 95 % intervals ({over}); best in bold",
+            "table_quality": f"Response quality; 95 % intervals ({over}); best in bold",
+            "table_cost": "Cost of each method: wall time and peak memory of the process"}[name]
+
+
+def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data, and the tables."""
+    found = data.load_tables(run)
+    drawn, missing = draw_all(run, out, only)
+    if "metrics" in found:
+        draw_tables(found["metrics"], out, found, model_name(run))
+    return drawn, missing
+
+
+def model_name(run: str | Path) -> str:
+    """The base model of a run, from its manifest."""
+    for path in (Path(run) / "manifest.json", *sorted(Path(run).glob("seed-*/manifest.json"))):
+        if path.exists():
+            name = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]["name"]
+            return "SmolLM2-135M-Instruct" if name == "embedded" else Path(name).name if Path(name).is_dir() else name
+    return "SmolLM2-135M-Instruct"

@@ -1,4 +1,4 @@
-"""What the notebooks share: checked parameters, escaped tables, and a map to explore. No figure code here."""
+"""What the notebooks share: checked parameters, escaped tables, and the explorers. No figure code here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pandas as pd
 from dcr.config import load_config
 from dcr.errors import DCRError
 from dcr.experiment import Experiment
+from dcr.explorer import explore, explore_answers  # noqa: F401  (notebooks take their explorers from here)
 
 PARAMETERS = ("profile", "seed", "run_dir", "overrides")
 _SIMPLE = (str, int, float, bool, list, dict)
@@ -50,33 +51,3 @@ def show(table: pd.DataFrame, caption: str = "", digits: int = 2):
     return styler.set_caption(html.escape(caption)).set_table_styles(
         [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
          {"selector": "td, th", "props": "text-align: left; padding: 2px 8px; max-width: 34em"}])
-
-
-def explore(experiment: Experiment, layers: list[int], names: list[str]):
-    """Widgets: choose set, layer and colour, step through the prompts of the map. The picture stands without them too."""
-    import ipywidgets as widgets
-    from IPython.display import display
-
-    from dcr.analysis import map_points
-    from dcr.plots import map_2d
-    from dcr.style import picture
-
-    choose = {"name": widgets.Dropdown(options=names, description="set"),
-              "layer": widgets.SelectionSlider(options=layers, value=layers[-1], description="layer", continuous_update=False),
-              "colour": widgets.Dropdown(options=["label", "form", "source"], description="colour"),
-              "prompt": widgets.IntSlider(0, 0, 0, description="prompt", continuous_update=False)}
-    image, text = widgets.Image(format="png"), widgets.HTML()
-
-    def draw(_=None) -> None:
-        points = map_points(experiment, choose["layer"].value, choose["name"].value)
-        choose["prompt"].max = len(points) - 1
-        row = points.iloc[min(choose["prompt"].value, len(points) - 1)]
-        figure = map_2d(points, choose["colour"].value)
-        figure.axes[0].plot(row["x"], row["y"], "o", markersize=13, markerfacecolor="none", markeredgecolor="black")
-        image.value = picture(figure, "png")
-        text.value = f"<b>{html.escape(row['label'])}, {html.escape(row['form'])}</b>: {html.escape(row['text'])}"
-
-    for widget in choose.values():
-        widget.observe(draw, names="value")
-    draw()
-    display(widgets.VBox([widgets.HBox(list(choose.values())), image, text]))

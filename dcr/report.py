@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 from pathlib import Path
 
@@ -11,52 +10,87 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from dcr.errors import DCRError
+from dcr.figure_data import load_tables, read_csv
+from dcr.figures import read_index
+from dcr.rates import plane_points
+from dcr.seeds import over_seeds
 from dcr.store import write_atomic
+from dcr.style import in_order
+from dcr.table_formats import fragment
 
-CAPTIONS = {
-    "question_shares": "Share of questions in each set. Harmless sets are nearly all questions, toxic ones nearly all "
-                       "imperatives: sentence form alone nearly gives the label away.",
-    "separability": "AUROC of a linear probe on hidden states by layer (band: 95 % bootstrap over pairs), beside surface "
-                    "baselines (dashed).",
-    "transfer": "The probe read on sets it was not trained on. Below 0.5 it follows form, not harm.",
-    "overview": "The two stages of contrastive refinement.",
-    "refinement": "Stage 1 on held-out prompts: cosine between and within classes, and a probe's AUROC.",
-    "losses": "Training loss of both stages.",
-    "rejection": "Refusal probability of toxic, seemingly toxic and general prompts over alignment (band: 95 % normal "
-                 "interval over prompts).",
-    "kernel": "Normalised kernel similarity of toxic and seemingly toxic prompts over alignment (bars: 95 % bootstrap over "
-              "prompts).",
-    "plane": "Each method's checkpoints in the compliance-safety plane; the last one is filled.",
-    "rates_by_form": "Refusal rate by benchmark and form of the prompt (95 % Wilson intervals).",
-    "cost": "Wall time of each stage by method.",
-}
+# The story: heading, what the reader is told, the figures that show it. No number stands here; those come from the run.
+STORY = (
+    ("Why aligned models over-refuse",
+     "Safety alignment teaches a model to refuse toxic prompts, and the refusals spill over to harmless prompts that look toxic. "
+     "The paper's explanation: the model represents both alike, so a step on one moves the other.",
+     ("refusal_rates", "rejection", "kernel", "separability")),
+    ("Contrastive refinement",
+     "Before alignment, a contrastive loss at one layer pulls the two classes apart; then alignment runs as before.",
+     ("overview", "similarity", "refinement", "losses")),
+    ("Compliance and safety",
+     "A model that refuses everything is safe, one that refuses nothing complies: both axes belong in one picture, and each method is a "
+     "curve in it.", ("plane", "differences", "categories", "cost")),
+    ("Is it harm, or the form of the sentence?",
+     "In the published sets harmless prompts are nearly all questions and toxic ones nearly all imperatives. The rule “refuse unless it "
+     "ends in a question mark” stands beside every method, and every rate is read by form.",
+     ("question_shares", "shortcut", "rates_by_form", "transfer")),
+    ("How far the numbers can be trusted", "Judges against human labels, and one setting changed at a time.", ("judges", "ablations")),
+)
 
 
 def write_report(root: str | Path) -> Path:
     """`<root>/report.html` from the run's figures, tables and manifest. Raises DCRError when no figure has been drawn."""
     root = Path(root)
-    pictures = sorted((root / "figures").glob("*.png"), key=lambda p: list(CAPTIONS).index(p.stem) if p.stem in CAPTIONS else 99)
-    if not pictures:
-        raise DCRError(f"{root / 'figures'}: no figures yet. Run notebook 05_figures (or `dcr reproduce`) first.")
+    index = read_index(root / "figures")
     manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8")) if (root / "manifest.json").exists() else {}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=select_autoescape(["html"]))
-    tables = []
-    for path in sorted((root / "tables").glob("table1*.csv")):
-        frame = pd.read_csv(path).fillna("")
-        tables.append((path.with_suffix(".title").read_text() if path.with_suffix(".title").exists() else path.stem,
-                       frame.to_html(index=False, border=0, escape=True, float_format=lambda v: f"{v:.2f}")))
-    notebooks = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    told = {name for _, _, names in STORY for name in names}
+    rest = [name for name in index["figures"] if name not in told]
+    story = [*STORY, *([("Further figures", "", tuple(rest))] if rest else [])]
+    sections = [{"title": heading, "text": text, "figures": [_figure(root, name, index) for name in names if name in index["figures"]],
+                 "missing": [index["missing"][name] for name in names if name in index["missing"]]} for heading, text, names in story]
     page = environment.get_template("report.html").render(
         profile=manifest.get("config", {}).get("profile", root.name), methods=", ".join(manifest.get("methods", [])),
-        seed=manifest.get("config", {}).get("seed", ""), tables=tables,
-        figures=[(p.stem, CAPTIONS.get(p.stem, p.stem), base64.b64encode(p.read_bytes()).decode()) for p in pictures],
-        notebooks=[p.name for p in notebooks if ".running" not in p.name],
+        seed=manifest.get("config", {}).get("seed", ""), tables=_tables(root / "tables"), findings=findings(root), sections=sections,
+        notebooks=[p.name for p in sorted((root / "notebooks").glob("[0-9]*.ipynb")) if ".running" not in p.name],
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False))
     path = root / "report.html"
     write_atomic(path, page)
     return path
 
 
-def escaped(text: str) -> str:
-    """HTML-escaped prompt or answer, for notebooks."""
-    return html.escape(str(text), quote=True)
+def _figure(root: Path, name: str, index: dict) -> dict[str, str]:
+    path = root / "figures" / f"{name}.png"
+    if not path.exists():
+        raise DCRError(f"{path} is missing, but its index names it. Run notebook 05_figures again.")
+    return {"name": name, "caption": index["figures"][name]["caption"], "data": base64.b64encode(path.read_bytes()).decode()}
+
+
+def _tables(folder: Path) -> list[tuple[str, str]]:
+    """(caption, HTML) of the run's tables: Table 1 first, the paper's beside it, then the others."""
+    paths = sorted(folder.glob("table1*.csv")) + sorted(folder.glob("table_*.csv"))
+    result = []
+    for path in paths:
+        title = path.with_suffix(".title")
+        caption = title.read_text(encoding="utf-8") if title.exists() else path.stem
+        result.append((caption, fragment(pd.read_csv(path, dtype=str).fillna(""))))
+    return result
+
+
+def findings(root: Path) -> list[str]:
+    """Sentences with this run's numbers: mean compliance and DSR of each method, and the question-mark rule's; [] without metrics."""
+    path = root / "tables" / "metrics.csv"
+    if not path.exists():
+        return []
+    metrics = load_tables(root)["metrics"] if (root / "tables").is_dir() else read_csv(path)
+    points = over_seeds(plane_points(metrics)).set_index("method")
+    if points.empty:
+        return []
+    sentences = [f"{m}: mean compliance {points['compliance'][m]:.2f} [{points['compliance_low'][m]:.2f}, "
+                 f"{points['compliance_high'][m]:.2f}], mean DSR {points['dsr'][m]:.2f} [{points['dsr_low'][m]:.2f}, "
+                 f"{points['dsr_high'][m]:.2f}]." for m in in_order(points.index)]
+    if "STL" in points.index and "DCR" in points.index:
+        compliance, dsr = (points[c]["DCR"] - points[c]["STL"] for c in ("compliance", "dsr"))
+        sentences.insert(0, f"Against STL, DCR's mean compliance changes by {compliance:+.2f} and its mean DSR by {dsr:+.2f} "
+                            "(published sets, equal weights).")
+    return sentences

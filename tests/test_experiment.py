@@ -10,7 +10,8 @@ from conftest import make_model, make_tokenizer
 from dcr import analysis
 from dcr.errors import DCRError
 from dcr.experiment import Experiment, run_methods
-from dcr.failures import costs, differences, still_refused
+from dcr.explorer import answers_table
+from dcr.failures import category_rates, costs, differences, still_refused
 from dcr.figures import draw_all, draw_tables
 from dcr.report import write_report
 
@@ -85,8 +86,11 @@ def test_analysis_figures_tables_and_report(folder, run_dir):
     exp.write_table("plane", plane_points(exp.curves()))
     assert set(differences(exp)["method"]) == {"base", "DCR", "question-mark"} and len(costs(exp)) >= 5
     assert set(still_refused(exp, "DCR").columns) >= {"text", "answer", "form"}
+    assert set(category_rates(exp)["label"]) == {"toxic", "seemingly_toxic", "general"}
+    answers = answers_table(exp)
+    assert answers.query("label == 'toxic'")["answer"].eq("").all() and set(answers["method"]) == {"base", "STL", "DCR", "question-mark"}
     drawn, missing = draw_all(run_dir / "tables", run_dir / "figures")
-    assert set(missing) == {"losses"} and "plane" in drawn
+    assert {"losses"} <= set(missing) <= {"losses", "judges", "ablations"} and {"plane", "differences", "categories"} <= set(drawn)
     draw_tables(metrics, run_dir / "tables")
     exp.manifest()
     assert "question-mark" in write_report(run_dir).read_text()

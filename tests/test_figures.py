@@ -1,126 +1,169 @@
-"""Figures and tables from tidy tables alone: numbers drawn, bytes repeat, missing stages are said, profiles never mix."""
+"""Figures from tidy tables alone: numbers drawn, bytes repeat, missing stages are said, profiles never mix, seeds combine."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 
+import fake_run
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 
-from dcr import plots, style, tables
+from dcr import figure_data, plots, style
 from dcr.errors import DCRError
-from dcr.figures import SOURCES, draw_all, draw_tables
-from dcr.report import CAPTIONS, write_report
+from dcr.figures import PICTURES, draw_all, draw_run, read_index, redraw
+from dcr.seeds import over_seeds
+
+COMMITTED = Path(__file__).resolve().parent.parent / "figures"
 
 
-def metric_rows(profile: str = "p") -> pd.DataFrame:
-    rows = []
-    for method, shift in (("STL", 0.0), ("DCR", 0.1), ("question-mark", 0.05)):
-        for benchmark, metric in (("oktest", "compliance"), ("coconot", "compliance"), ("advbench", "dsr"), ("q-harm", "dsr")):
-            for form in ("all", "question", "imperative", "balanced"):
-                for name in (metric, "refusal_rate"):
-                    rows.append({"profile": profile, "method": method, "seed": 0, "benchmark": benchmark, "metric": name, "form": form,
-                                 "value": 0.5 + shift, "low": 0.4 + shift, "high": 0.6 + shift, "n": 50, "judge": "phrases",
-                                 "step": -1, "in_distribution": benchmark == "coconot"})
-    return pd.DataFrame(rows)
+def texts(figure) -> list[str]:
+    """Everything written on a figure."""
+    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run directory with a small table for every figure."""
-    folder = tmp_path / "tables"
-    folder.mkdir()
-    layers = pd.DataFrame({"layer": [1, 2] * 2, "auroc": [0.6, 0.7] * 2, "low": 0.5, "high": 0.8, "pairing": ["sources (paper)"] * 2 +
-                           ["matched pairs"] * 2})
-    data = {
-        "question_shares": pd.DataFrame({"set": ["a", "b"], "label": ["toxic", "general"], "question_share": [0.1, 0.9], "n": [5, 6]}),
-        "separability_probe_base": layers,
-        "separability_surface_base": pd.DataFrame({"baseline": ["length"] * 2, "auroc": 0.55,
-                                                   "pairing": ["sources (paper)", "matched pairs"]}),
-        "separability_transfer_base": layers.assign(tested_on="matched pairs"),
-        "refinement_DCR": pd.DataFrame({"step": [0, 5], "cross_similarity": [0.9, 0.1], "within_similarity": [0.9, 0.8],
-                                        "probe_auroc": [0.6, 0.9], "method": "DCR"}),
-        "losses": pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0], "method": "STL", "stage": "align"}),
-        "trajectory_rejection": pd.DataFrame({"step": [0, 0, 4, 4], "label": ["toxic", "general"] * 2, "probability": [0.1, 0.0, 0.9, 0.2],
-                                              "method": "STL"}),
-        "trajectory_kernel": pd.DataFrame({"step": [0, 4], "class_a": "toxic", "class_b": "seemingly_toxic", "normalised": [0.9, 0.8],
-                                           "normalised_low": [0.8, 0.7], "normalised_high": [1.0, 0.9], "method": "STL"}),
-        "plane": pd.DataFrame({"method": ["STL"] * 2, "step": [0, 4], "dsr": [0.1, 0.8], "compliance": [1.0, 0.4]}),
-        "metrics": metric_rows(),
-        "cost": pd.DataFrame({"name": ["STL"], "kind": ["align"], "seconds": [10.0], "peak_memory_mib": [1.0]}),
-    }
-    for name, table in data.items():
-        table.to_csv(folder / f"{name}.csv", index=False)
-    return tmp_path
-
-
-def test_every_figure_is_drawn_with_labels_and_saved_with_its_data(run):
-    drawn, missing = draw_all(run / "tables", run / "figures")
-    assert missing == {} and set(drawn) == {"overview", *SOURCES} <= set(CAPTIONS)
+def test_every_figure_is_drawn_with_labelled_axes_and_saved_with_its_data():
+    run, drawn, missing = fake_run.drawn()
+    absent = {"ablations"} & set(PICTURES)
+    assert set(missing) == absent and set(drawn) == set(PICTURES) - absent
+    index = read_index(run / "figures")["figures"]
     for name, figure in drawn.items():
-        assert (run / "figures" / f"{name}.png").stat().st_size > 3000 and (run / "figures" / f"{name}.svg").exists()
-        if name not in ("overview", "rates_by_form"):
-            assert figure.axes[0].get_xlabel(), name
-    assert all((run / "figures" / f"{t}.csv").exists() for needed, _ in SOURCES.values() for t in needed)
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5000 and (run / "figures" / f"{name}.svg").exists()
+        assert all((run / "figures" / file).exists() for file in index[name]["data"]) and bool(index[name]["data"]) == (name != "overview")
+        labels = [ax.get_xlabel() or ax.get_title() for ax in figure.axes] + [getattr(figure, "_supxlabel", None)]
+        assert name == "overview" or any(labels), name
 
 
-def test_pictures_are_the_same_bytes_twice(run):
-    def digests():
-        draw_all(run / "tables", run / "figures")
-        return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (run / "figures").iterdir()}
+def test_no_label_is_cut_and_none_covers_another():
+    """Titles, axis labels, tick labels and legends of every figure lie inside the canvas and apart from one another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    assert digests() == digests()
+    for name, figure in fake_run.drawn()[1].items():
+        if name == "overview":
+            continue
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        boxes = [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for ax in figure.axes for t in
+                 (ax.title, ax.xaxis.label, ax.yaxis.label) if t.get_text()]
+        boxes += [(str(t.get_text()), t.get_window_extent()) for t in (figure._supxlabel, figure._supylabel) if t is not None]
+        boxes += [("legend", legend.get_window_extent()) for legend in figure.legends]
+        ticks = [(t.label1.get_text(), t.label1.get_window_extent()) for ax in figure.axes if ax.axison for axis in (ax.xaxis, ax.yaxis)
+                 for t in axis.get_major_ticks() if t.label1.get_visible() and t.label1.get_text()
+                 and min(axis.get_view_interval()) <= t.get_loc() <= max(axis.get_view_interval())]
+        for text, box in ticks:
+            assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1, f"{name}: tick label {text!r} is cut"
+        for i, (text, box) in enumerate(boxes):
+            assert box.x0 > -2 and box.y0 > -2 and box.x1 < figure.bbox.x1 + 2 and box.y1 < figure.bbox.y1 + 2, f"{name}: {text!r} is cut"
+            for other, second in boxes[i + 1:]:
+                overlap = min(box.x1, second.x1) - max(box.x0, second.x0), min(box.y1, second.y1) - max(box.y0, second.y0)
+                assert min(overlap) < 1.5, f"{name}: {text!r} over {other!r}"
+
+
+def test_notebooks_show_pictures_not_names():
+    """A figure is displayed as a PNG of sensible size in any kernel, whatever its matplotlib backend."""
+    from IPython.core.formatters import DisplayFormatter
+
+    shown, size = DisplayFormatter().format(fake_run.drawn()[1]["cost"])
+    assert shown["image/png"][:4] == b"\x89PNG" and 300 < size["image/png"]["width"] < 1000
+
+
+def test_pictures_are_the_same_bytes_twice(tmp_path):
+    run, _, _ = fake_run.drawn()
+    draw_all(run / "tables", tmp_path, only=("overview", "plane", "shortcut", "refusal_rates", "differences", "kernel"))
+    again = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in tmp_path.iterdir() if p.suffix in (".png", ".svg", ".csv")}
+    assert len(again) >= 18
+    assert again == {name: hashlib.sha256((run / "figures" / name).read_bytes()).hexdigest() for name in again}
+
+
+def test_every_figure_redraws_from_the_data_beside_it():
+    run = fake_run.drawn()[0]
+    for name in ("plane", "shortcut", "similarity", "kernel"):
+        assert style.picture(redraw(run / "figures", name), "svg") == (run / "figures" / f"{name}.svg").read_bytes(), name
+    with pytest.raises(DCRError, match="no figure 'plain'"):
+        redraw(run / "figures", "plain")
+
+
+def test_committed_figures_come_from_the_data_beside_them():
+    """The repository's pictures, redrawn: the same words and the same numbers (to a thousandth of a point)."""
+    index = read_index(COMMITTED)["figures"]
+    assert {"overview", "plane", "refusal_rates", "kernel", "separability", "similarity", "rejection"} <= set(index)
+    for name in index:
+        old, new = (COMMITTED / f"{name}.svg").read_text(encoding="utf-8"), style.picture(redraw(COMMITTED, name), "svg").decode()
+        number = re.compile(r"(?<![\w#])-?\d+\.?\d*(?:e-?\d+)?(?!\w)")
+        assert number.sub("0", _plain(old)) == number.sub("0", _plain(new)), f"{name} was edited, or its drawing changed: redraw figures/"
+        a, b = (np.array(number.findall(_plain(text)), dtype=float) for text in (old, new))
+        np.testing.assert_allclose(a, b, atol=2e-3, err_msg=name)
+        assert (COMMITTED / f"{name}.png").exists()
+
+
+def _plain(svg: str) -> str:
+    """An SVG without version and generated ids."""
+    return re.sub(r"Matplotlib v[\d.]+|\b[mph][0-9a-f]{10}\b", "", svg)
 
 
 def test_plotted_numbers_are_the_tables():
-    points = pd.DataFrame({"method": ["STL"] * 2, "step": [0, 4], "dsr": [0.1, 0.8], "compliance": [1.0, 0.4]})
+    points = pd.DataFrame({"method": ["STL"] * 2, "step": [-1, 0], "dsr": [0.8, 0.1], "compliance": [0.4, 1.0]})
     line = plots.plane(points).axes[0].lines[0]
-    np.testing.assert_allclose(line.get_xydata(), [[0.1, 1.0], [0.8, 0.4]])
+    np.testing.assert_allclose(line.get_xydata(), [[0.1, 1.0], [0.8, 0.4]])  # step -1 is the last one
+    rates = figure_data.refusal_rates({"curves": fake_run.tables()["curves"]})["refusal_rates"]
+    first = plots.refusal_rates(rates).axes[0].lines[0]
+    np.testing.assert_allclose(first.get_ydata(orig=False), [0.0, 0.175, 0.7])
 
 
-def test_a_missing_stage_is_said_and_the_rest_drawn(run):
-    (run / "tables" / "plane.csv").unlink()
-    drawn, missing = draw_all(run / "tables", run / "figures")
-    assert "run notebook 04_evaluation" in missing["plane"] and set(drawn) == {"overview", *SOURCES} - {"plane"}
+def test_a_missing_stage_is_said_and_the_rest_drawn(tmp_path):
+    run = fake_run.write_run(tmp_path)
+    (run / "tables" / "metrics.csv").unlink()
+    (run / "tables" / "cost.csv").write_text("")
+    with pytest.raises(DCRError, match=r"cost.csv: not a CSV table .* run its notebook again"):
+        draw_all(run / "tables", run / "figures")
+    (run / "tables" / "cost.csv").unlink()
+    drawn, missing = draw_all(run / "tables", run / "figures", only=("plane", "shortcut", "cost", "refusal_rates"))
+    assert {"plane", "shortcut", "cost"} == set(missing) and {"refusal_rates"} == set(drawn)
+    assert "run notebook 04_evaluation" in missing["plane"] and any("run notebook" in t for t in texts(plots.note(missing["plane"])))
 
 
-def test_mixed_profiles_are_refused():
-    mixed = pd.concat([metric_rows("a"), metric_rows("b")])
-    for make in (tables.table1, plots.rates_by_form):
-        with pytest.raises(DCRError, match="mixes profiles"):
-            make(mixed)
+def test_mixed_profiles_are_refused(tmp_path):
+    with pytest.raises(DCRError, match="mixes profiles"):
+        plots.rates_by_form(pd.concat([fake_run.metric_rows("a"), fake_run.metric_rows("b")]))
+    run = fake_run.write_run(tmp_path)
+    fake_run.metric_rows("other").to_csv(run / "tables" / "metrics.csv", index=False)
+    with pytest.raises(DCRError, match=r"mixes profiles: .*Draw one profile at a time"):
+        draw_all(run, run / "figures")
+
+
+def test_several_seeds_give_bands_and_one_seed_says_so(tmp_path):
+    one, many = fake_run.write_run(tmp_path / "one"), fake_run.write_run(tmp_path / "many", seeds=3)
+    drawn_one, _ = draw_all(one, one / "figures", only=("refusal_rates", "plane"))
+    drawn_many, missing = draw_run(many, many / "figures", only=("refusal_rates", "plane", "rejection"))
+    assert not missing and (many / "figures" / "table1.tex").exists()
+    bands = [len(d["refusal_rates"].axes[0].collections) - sum("Line" in type(c).__name__ for c in d["refusal_rates"].axes[0].collections)
+             for d in (drawn_one, drawn_many)]
+    assert bands == [0, 3]
+    assert "One seed: no band over seeds" in read_index(one / "figures")["figures"]["plane"]["caption"]
+    assert "Mean of 3 seeds" in read_index(many / "figures")["figures"]["plane"]["caption"]
+
+
+def test_over_seeds_averages_and_widens():
+    rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5],
+                         "high": [0.5, 0.6, 0.7], "n": 10})
+    mean = over_seeds(rows).iloc[0]
+    half = np.hypot(0.1, 1.96 * 0.1 / np.sqrt(3))
+    assert (mean["value"], mean["seeds"], mean["n"]) == (pytest.approx(0.5), 3, 10)
+    assert mean["high"] - mean["value"] == pytest.approx(half) and mean["value"] - mean["low"] == pytest.approx(half)
 
 
 def test_every_method_and_class_has_its_own_look():
     assert len(set(style.METHOD_COLOURS.values())) == len(style.METHOD_COLOURS) == len(set(style.METHOD_MARKERS.values()))
-    assert set(style.CLASS_COLOURS) == set(style.CLASS_LINES) == {"toxic", "seemingly_toxic", "general"}
+    assert set(style.CLASS_COLOURS) == set(style.CLASS_LINES) == set(style.CLASS_MARKERS) == {"toxic", "seemingly_toxic", "general"}
+    assert style.method_look("mine") == style.method_look("mine") and style.method_look("DCR")["color"] == style.METHOD_COLOURS["DCR"]
+    assert style.in_order(["mine", "question-mark", "DCR", "base"]) == ["base", "DCR", "question-mark", "mine"]
 
 
-def test_table1_marks_best_in_distribution_and_means():
-    long = tables.table1(metric_rows())
-    best = long[long["best"]].set_index("benchmark")["method"]
-    assert best["oktest"] == "DCR" and best["mean DSR"] == "DCR"
-    wide = tables.wide(long)
-    assert wide.loc["DCR", "coconot compl. ↑ (n=50)"] == "**0.60** [0.50, 0.70]†"
-    assert wide.index.tolist() == ["STL", "DCR", "question-mark"]
-
-
-def test_tables_are_saved_in_three_formats_beside_the_papers_numbers(run):
-    made = draw_tables(metric_rows(), run / "tables")
-    assert set(made["table1_paper"].index) == {"this run", "the paper's (secondary notes)"}
-    tex, md = ((run / "tables" / f"table1.{k}").read_text() for k in ("tex", "md"))
-    assert r"\toprule" in tex and r"\textbf{0.60}" in tex and r"$^\dagger$" in tex and "question-mark" in md
-    paper = made["table1_paper"].loc["the paper's (secondary notes)"]
-    assert paper.query("method == 'DCR' and model == 'Qwen2.5-1.5B'")["xstest-safe"].item() == 0.98 and (paper["mark"] == "N").all()
-    assert made["table1_paper"].loc["this run", "phtest"].isna().all()
-
-
-def test_report_is_self_contained_and_escaped(run):
-    with pytest.raises(DCRError, match="no figures yet"):
-        write_report(run)
-    draw_all(run / "tables", run / "figures")
-    draw_tables(metric_rows().replace("STL", "<b>STL</b>"), run / "tables")
-    page = write_report(run).read_text()
-    assert page.count("data:image/png;base64,") == len(SOURCES) + 1 and "<script" not in page
-    assert "http://" not in page and "https://" not in page and "&lt;b&gt;STL" in page and "<b>STL" not in page
+def test_the_classes_differ_in_grey():
+    """Lightness of the three class colours, or their lines and markers, tell them apart without colour."""
+    looks = {(style.CLASS_LINES[c], style.CLASS_MARKERS[c], style.CLASS_HATCHES[c]) for c in style.CLASS_COLOURS}
+    assert len(looks) == 3 and len({(str(style.METHOD_LINES[m]), style.METHOD_MARKERS[m]) for m in style.METHOD_COLOURS}) == len(
+        style.METHOD_COLOURS)

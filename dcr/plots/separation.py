@@ -24,7 +24,8 @@ def question_shares(table: pd.DataFrame) -> Figure:
             bar.set_hatch({"toxic": "", "seemingly_toxic": "//", "general": ".."}[label])
             ax.text(bar.get_width() + 0.01, bar.get_y() + bar.get_height() / 2, f"{bar.get_width():.2f}  (n={n})",
                     va="center", fontsize=8)
-        ax.set(xlim=(0, 1.22), xlabel="share of prompts that are questions", title="Sentence form nearly gives the label away")
+        ax.grid(False, axis="y")
+        ax.set(xlim=(0, 1.22), xlabel="share of prompts that are questions", title="How many prompts of each set are questions")
         handles = [FancyBboxPatch((0, 0), 1, 1, fc=CLASS_COLOURS[c], hatch=h) for c, h in
                    (("toxic", ""), ("seemingly_toxic", "//"), ("general", ".."))]
         figure.legend(handles, [CLASS_NAMES[c] for c in ("toxic", "seemingly_toxic", "general")],
