@@ -84,7 +84,7 @@ PICTURES: dict[str, Picture] = {
         ("categories",), "04_evaluation", data.as_is("categories"), plots.categories,
         "Refusal rate by category of prompt (in brackets: prompts); the most frequent categories of each class.", False),
     "judges": Picture(
-        ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.judge_calibration,
+        ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.calibration,
         "Judges against human labels on published completions: Cohen's κ with its 95 % interval, by the model that answered."),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
 }
