@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from dcr.analysis import _states, class_prompts, kernel_table
 from dcr.data.pairs import as_pairs
 from dcr.experiment import Experiment
+from dcr.trajectories import class_prompts, kernel_table, stored_states
 
 WHEN = ("before", "after")
 
@@ -25,7 +25,7 @@ def training_pairs(experiment: Experiment, method: str = "DCR", n: int = 6) -> p
 
 def _both(experiment: Experiment, method: str, per_class: int):
     rows = class_prompts(experiment, per_class)
-    states = {"before": _states(experiment, "base", "refinement", rows), "after": _states(experiment, method, "refinement", rows, 0)}
+    states = {"before": stored_states(experiment, "base", "refinement", rows), "after": stored_states(experiment, method, "refinement", rows, 0)}
     return rows, states, experiment.refined(method).manifest["layer"]
 
 
