@@ -91,7 +91,7 @@ PICTURES: dict[str, Picture] = {
         ("probe_cells", ("separability_cells_base",), "01_representations", plots.probe_cells,
          "Probe AUROC by the forms of the toxic and the harmless prompts (one chosen layer).", False),
         ("proposition", ("proposition_pairs", "proposition"), "01_representations", plots.proposition,
-         "Proposition 1: the bilinear term |h'ᵀh| at ℓ against the kernel's norm over pairs of prompts, before and after refinement.", False),
+         "Proposition 1: |h'ᵀh| at ℓ against the kernel's norm over pairs of prompts, before and after refinement.", False),
         ("refinement_cosines", ("refinement_cosines",), "02_refinement", plots.cosine_maps,
          "Cosine of hidden states at ℓ between prompts, before and after refinement.", False),
         ("refinement_maps", ("refinement_maps",), "02_refinement", plots.maps_before_after,

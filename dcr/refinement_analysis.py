@@ -25,7 +25,8 @@ def training_pairs(experiment: Experiment, method: str = "DCR", n: int = 6) -> p
 
 def _both(experiment: Experiment, method: str, per_class: int):
     rows = class_prompts(experiment, per_class)
-    states = {"before": stored_states(experiment, "base", "refinement", rows), "after": stored_states(experiment, method, "refinement", rows, 0)}
+    states = {"before": stored_states(experiment, "base", "refinement", rows),
+              "after": stored_states(experiment, method, "refinement", rows, 0)}
     return rows, states, experiment.refined(method).manifest["layer"]
 
 
