@@ -75,7 +75,8 @@ def fitted(experiment, method: str):
     anchors = {role: anchor_table(role, recipe, exclude=tested, n=options.anchors + held) for role in roles[method]}
     chosen = asdict(options) | {"strengths": None, "selfcd_alpha": None}
     dependencies = {"weights": experiment.weights_key(method, -1), "steering": chosen,
-                    "anchors": {role: table_hash(rows) for role, rows in anchors.items()}, "version": 1}
+                    "anchors": {role: table_hash(rows) for role, rows in anchors.items()},
+                    "dtype": recipe.generation.dtype, "version": 1}
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method)
