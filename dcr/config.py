@@ -151,6 +151,7 @@ class SteeringConfig:
     scans_alpha: float = 3.5
     scans_threshold: float = 0.0  # 0: chosen once on held-out prompts
     surgical_lambda: float = 1.0
+    surgical_candidates: int = 48  # (layer, position) pairs tried, drawn by the seed; 0 tries all, as published
     selfcd_alpha: float = 2.5
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # multiples swept for the curve
 

@@ -222,6 +222,8 @@ def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokeni
     try:
         surgical, facts = fit_surgical(model, tiny_tokenizer, sentences("steal"), sentences("kill"), sentences("bake"),
                                        held_pseudo=sentences("kill")[:4], held_harmless=sentences("fix")[:4])
+        _, few = fit_surgical(model, tiny_tokenizer, sentences("steal"), sentences("kill"), sentences("bake"), max_candidates=2,
+                              held_pseudo=sentences("kill")[:4], held_harmless=sentences("fix")[:4])
         tail = instruction_tail(tiny_tokenizer)
         means = [residuals(model, token_rows(tiny_tokenizer, sentences(v)), 1, last=tail, at="input").mean(1)
                  for v in ("steal", "kill", "bake")]
@@ -230,6 +232,7 @@ def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokeni
             hook.remove()
     direction = orthogonal(means[1] - means[2], means[0] - means[2])
     assert float(direction[2, -1] @ w) > 0.99
+    assert few["candidates"] == 2 and few["refusal_score"] >= facts["refusal_score"]
     assert facts["kl"] <= 0.2 and facts["candidates"] == 3 * tail and surgical.layer < 3
 
 

@@ -15,7 +15,7 @@ from dcr.steering.scans import Scans, choose_threshold, fit_scans
 from dcr.steering.selfcd import SelfCD
 from dcr.steering.surgical import Surgical, fit_surgical
 
-HELD_OUT = 12  # prompts a class on which Surgical compares directions: every one costs a forward pass a candidate
+HELD_OUT = 8  # prompts a class on which Surgical compares directions: every one costs a forward pass a candidate
 PUBLISHED = {"harmful": "advbench", "pseudo": "or-bench"}
 BUNDLED = {"harmful": "toxic", "pseudo": "seemingly_toxic"}
 
@@ -75,7 +75,8 @@ def fitted(experiment, method: str):
     anchors = {role: anchor_table(role, recipe, exclude=tested, n=options.anchors + held) for role in roles[method]}
     chosen = asdict(options) | {"strengths": None, "selfcd_alpha": None}
     dependencies = {"weights": experiment.weights_key(method, -1), "steering": chosen,
-                    "anchors": {role: table_hash(rows) for role, rows in anchors.items()}, "version": 1}
+                    "anchors": {role: table_hash(rows) for role, rows in anchors.items()},
+                    "dtype": recipe.generation.dtype, "version": 1}
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method)
@@ -98,7 +99,7 @@ def fitted(experiment, method: str):
             steering, facts = fit_surgical(
                 model, tokenizer, *(texts[r][: cut[r]] for r in ("harmful", "pseudo", "harmless")),
                 held_pseudo=texts["pseudo"][cut["pseudo"] :][:held], held_harmless=texts["harmless"][cut["harmless"] :][:held],
-                strength=options.surgical_lambda, layers_path=path)
+                strength=options.surgical_lambda, max_candidates=options.surgical_candidates, seed=recipe.seed, layers_path=path)
             save_file({"direction": steering.direction.contiguous()}, folder / "directions.safetensors")
         overlap = {role: int(rows["id"].isin(tested).sum()) for role, rows in anchors.items()}
         return facts | {"in_distribution": sorted({s for rows in anchors.values() for s in rows["source"]}),

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -77,10 +78,11 @@ def orthogonal(w: Tensor, r: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str], harmless: Sequence[str], *,
-                 held_pseudo: Sequence[str], held_harmless: Sequence[str], strength: float = 1.0,
-                 layers_path: str = "") -> tuple[Surgical, dict]:
+                 held_pseudo: Sequence[str], held_harmless: Sequence[str], strength: float = 1.0, max_candidates: int = 0,
+                 seed: int = 0, layers_path: str = "") -> tuple[Surgical, dict]:
     """The direction and what was measured to choose it: {layer, position, refusal_score, before, kl, kept, candidates}.
 
+    max_candidates: how many (layer, position) are tried, drawn by the seed (0: all, as published; each costs a forward pass).
     Prompts whose refusal score contradicts their class are dropped before the means; where fewer than 4 would stay, those
     nearest to their class are kept and the count says so. Raises DCRError for empty sets or when every candidate disturbs harmless prompts.
     """
@@ -102,6 +104,8 @@ def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str]
     reference = last_logits(model, held[1], pad).log_softmax(-1)
     tried, depth = [], max(1, int(KEPT_DEPTH * len(candidates)))
     grid = [(layer, position) for layer in range(depth) for position in range(tail)]
+    if 0 < max_candidates < len(grid):
+        grid = [grid[i] for i in sorted(np.random.default_rng([seed, 0x5A]).permutation(len(grid))[:max_candidates])]
     for layer, position in tqdm(grid, desc="surgical", unit="direction", leave=False):
         with ablated(model, candidates[layer, position], layers_path=layers_path):
             score = float(refusal_score(last_logits(model, held[0], pad), tokens).mean())
