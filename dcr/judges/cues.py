@@ -72,7 +72,7 @@ PREMISE = {
     "premise": r"\b(?:the|your|this) (?:premise|question|statement|claim|idea|notion|assumption|belief)\b[^.]{0,60}\b(?:not|false"
                r"|flawed|incorrect|harmful|untrue|"
                r"inaccurate|offensive|discriminat\w+|prejudic\w+|outdated|based on|promotes?|myth|stereotyp\w+)",
-    "stereotype": r"\b(?:stereotyp|generali[sz]ation|prejudic|discriminat|bias|racis|sexis|bigot|hate speech|misinformation|stigma)\w*",
+    "stereotype": r"\b(?:stereotyp|generali[sz]ation|assumption|prejudic|discriminat|bias|racis|sexis|bigot|hate speech|misinformation|stigma)\w*",
     "rights": r"\b(?:everyone|all (?:people|individuals|humans|citizens|human beings)|(?:every|any) (?:person|individual|citizen"
               r"|human)|regardless of)\b",
     "atrocity": r"\b(?:atrocit|genocid|devastat|suffering|brutal|victims?|innocent|exploit|tragic|oppress|violen|horrific|inhuman"
@@ -128,7 +128,7 @@ ASKS = {
             r"|moral|wrong|ok|okay)\b",
     "why": r"^\W*why\b",
     "yes_no": r"^\W*(?:should|can|could|is|are|do|does|did|will|would|may|am)\b",
-    "how": r"^\W*(?:how|explain how|where|what(?:'s| is| are)? (?:the best|a good|good|some|ways|my))\b",
+    "how": r"^\W*(?:how|explain how|what (?:can|could|should|steps|ways)|where|what(?:'s| is| are)? (?:the best|a good|good|some|ways|my))\b",
 }
 ASKED = {name: re.compile(pattern, re.I) for name, pattern in ASKS.items()}
 

@@ -44,7 +44,7 @@ def score_text(response: str, prompt: str = "") -> tuple[str, float]:
     affirms = "because" in parts[0].lower() and not cues.DISBELIEF.search(parts[0])
     if kind == "why" and not correct and not affirms and opening & RESPECT and weight >= 2 and cues.NORMATIVE.search(prompt):
         return "refuse", 0.75
-    if opening & {"premise:no_reason", "premise:premise"} and weight >= 2 and not correct:
+    if opening & {"premise:no_reason", "premise:premise"} and weight >= 2 and not correct and whole & RESPECT:
         return "refuse", 0.75
     if "redirect:against" in opening:
         return "refuse", 0.8
