@@ -128,8 +128,8 @@ class GenerationConfig:
 class EvaluationConfig:
     """Judges, statistics and general ability."""
 
-    judge: str = "consensus"  # phrases, learned, guard:<id or folder>, or consensus of those at hand
-    curve_judge: str = "consensus"
+    judge: str = "phrases"  # or learned, consensus, guard:<id or folder>; consensus measured no better on models left out
+    curve_judge: str = "phrases"
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
     capability_tasks: tuple[str, ...] = ()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -145,3 +150,35 @@ def test_a_server_that_answers_nothing_or_is_down(serve):
         generate_remote(TABLE, "localhost:8000")
     with pytest.raises(DCRError, match="occurs twice"):
         generate_remote(TABLE.assign(id="a"), server.url)
+
+
+@pytest.mark.slow
+def test_transformers_serve_gives_the_local_answers(tmp_path):
+    """A real OpenAI-compatible server of a tiny model: greedy answers equal `dcr.generate`'s."""
+    from conftest import make_model, make_tokenizer
+
+    from dcr.generation import generate
+
+    model, tokenizer = make_model("llama", seed=3), make_tokenizer()
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([str(Path(sys.executable).parent / "transformers"), "serve", str(tmp_path / "tiny"),
+                                "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"],
+                               stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.5)
+        url = f"http://127.0.0.1:{port}/v1"
+        rows = generate_remote(TABLE, url, model=str(tmp_path / "tiny"), max_new_tokens=6, concurrency=1, timeout=120)
+    finally:
+        process.terminate()
+        process.wait(30)
+    local = generate(model, tokenizer, TABLE, max_new_tokens=6)
+    assert rows["response"].tolist() == local["response"].tolist() and rows["prompt_id"].tolist() == TABLE["id"].tolist()

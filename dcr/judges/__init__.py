@@ -1,7 +1,7 @@
 """Judges: answers → verdicts {comply, partial, refuse, degenerate, unscored} with a score, P(refusal) in [0, 1].
 
 `phrases` (rules), `learned` (classifier trained on XSTest's human labels), `guard:<hub id or folder>` (a guard or
-classifier model) and `consensus` of those at hand, the default; `consensus+guard:<id>` joins a guard model to it.
+classifier model) and `consensus` of those at hand; `consensus+guard:<id>` joins a guard model to it.
 """
 
 from __future__ import annotations

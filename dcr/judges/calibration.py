@@ -1,8 +1,9 @@
 """Judges against people: agreement on human-labelled answers, the annotators' ceiling, and blind reading of our own.
 
-Protocol. The phrase rules were written on XSTest's gpt4 and llama2new completions and checked on mistralinstruct (κ there
-rose from 0.40 to 0.70 unseen); then the odd prompts of mistralinstruct were read too, and its even prompts stay unread:
-`half="even"` is the honest number for that model. `learned` and `consensus` never see the model they are measured on.
+Protocol. The phrase rules were written on XSTest's gpt4 and llama2new completions and checked on mistralinstruct; then its odd
+prompts were read too, with the even ones as the check, and last the even ones. The numbers on unread answers stand in the
+commit messages of that time; since then no model here is unread by the rules, so their honest test is a completion file that is
+not in this list. `learned` is never trained on the model it is measured on, but it reads the same cues.
 κ is for refuse against comply with people's partial refusals apart; `kappa_all` counts those as no refusal.
 """
 
