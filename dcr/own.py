@@ -67,7 +67,7 @@ def _train_own(out: Path, toxic: str, seemingly_toxic: str, general: str, model:
 
 def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str = "", model: str = "embedded", seed: int = 0,
                overrides: str = "") -> Path:
-    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (accelerate).
+    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (torchrun).
 
     Work is kept in `<out>.work`, so an interrupted call goes on. Raises DCRError for a folder that holds something.
     """

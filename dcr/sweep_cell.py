@@ -106,7 +106,7 @@ def _screen(cell: Cell, refined, prompts: pd.DataFrame) -> dict:
         data = PromptRows(rows, tokenizer, options.max_length)
         return pooled_states(StageOneModel(model, layer, options.pooling, path), data, range(len(data))), torch.tensor(data.labels)
 
-    general = table("general-validation")
+    general = table("general-validation").head(cell.config.data.limit or None)
     before = states(model, general, depth)[0]
     if refined:
         model = apply_trained(model, refined.path / "model")
