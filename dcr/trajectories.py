@@ -41,12 +41,18 @@ def class_prompts(experiment: Experiment, per_class: int) -> pd.DataFrame:
                      ignore_index=True)
 
 
+def _untrained(experiment: Experiment, method: str, step: int) -> tuple[str, int]:
+    """("base", -1) for a method that has not trained anything yet, so that the same weights are measured once."""
+    return ("base", -1) if step == 0 and "refine" not in experiment.stages(method) else (method, step)
+
+
 def _kernel(experiment: Experiment, method: str, step: int, tokens: str, parameters: str) -> tuple[pd.DataFrame, np.ndarray]:
     """The kernel's prompts and their ‖K(x', x)‖_F, [n, n]."""
     from dcr.data.sets import table_hash
     from dcr.kernel import entk
 
     prompts = class_prompts(experiment, experiment.config.evaluation.kernel_prompts)
+    method, step = _untrained(experiment, method, step)
     key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(prompts), "tokens": tokens,
            "parameters": parameters, "version": 2}
 
@@ -109,6 +115,7 @@ def _refusal_probability(experiment: Experiment, method: str, step: int, prompts
     from dcr.data.sets import table_hash
     from dcr.rejection import PHRASES_VERSION, refusal_probability
 
+    method, step = _untrained(experiment, method, step)
     key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(prompts), "phrases": PHRASES_VERSION}
 
     def build(folder) -> None:

@@ -16,7 +16,7 @@ from dcr.trajectories import kernel_steps
 OVERRIDES = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 2,
              "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "generation.max_new_tokens": 2,
              "generation.dtype": "float32", "data.limit": 6, "data.curve_limit": 20, "evaluation.trajectory_prompts": 4,
-             "evaluation.kernel_prompts": 3, "align.checkpoints": "0,1,2"}
+             "evaluation.kernel_prompts": 3, "evaluation.kernel_steps": 0, "align.checkpoints": "0,1,2"}
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,9 @@ def test_trajectories_cover_every_recorded_step(exp):
     assert sorted(tables["rejection"]["step"].unique()) == [0, 1, 2] == sorted(tables["kernel"]["step"].unique())
     assert set(zip(tables["kernel"]["class_a"], tables["kernel"]["class_b"], strict=True)) == {
         (a, b) for a in ("toxic", "seemingly_toxic", "general") for b in ("toxic", "seemingly_toxic", "general")}
+    first = tables["kernel"].query("step == 0")["normalised"].to_numpy()
+    assert (first == analysis.kernel_table(exp, "base")["normalised"].to_numpy()).all()  # the same weights, measured once
+    assert not [name for name in exp.store.computed if name.startswith(("kernel/STL@0", "rejection/STL@0"))]
     rates = analysis.refusal_rates(exp, ("STL",))
     assert set(rates["measure"]) == {"refusal", "compliance"} and sorted(rates["step"].unique()) == [0, 1, 2]
     one = rates[(rates["step"] == 2) & (rates["label"] == "toxic")].set_index("measure")

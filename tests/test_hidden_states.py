@@ -115,7 +115,12 @@ def test_memory_holds_one_batch_at_a_time(tmp_path, tiny_llama, tiny_tokenizer, 
     assert isinstance(result.values, np.memmap) and result.values.shape == (5, 30, 32)
     sizes = []
     keep = module._keep
-    monkeypatch.setattr(module, "_keep", lambda state, i, r: (keep(state, i, r), sizes.append(state[i].shape[0])))
+
+    def notes(state, index, result) -> None:
+        keep(state, index, result)
+        sizes.append(state[index].shape[0])
+
+    monkeypatch.setattr(module, "_keep", notes)
     hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path / "b")
     assert max(sizes) == 2
 
