@@ -53,14 +53,16 @@ def curves_of(experiments: Experiments) -> list[Curve]:
 def matched_safety_table(experiments: Experiments, targets: Sequence[float] = TARGETS) -> pd.DataFrame:
     """Compliance at each DSR and the area, every method, with intervals; written to matched_safety.csv.
 
-    Column `in_distribution` says that the sets share a source with the training prompts (bundled data only).
+    Columns beside `matched_safety`'s: `left_out`, the sources that some method trained on and that count for none;
+    `in_distribution`, true where nothing could be left out because all sets share a source with training (bundled data).
     """
     several = _several(experiments)
     first = several[0]
     table = matched_safety(curves_of(several), targets, n_boot=first.config.evaluation.bootstrap, seed=first.config.seed)
     table = table.rename(columns={"value": "compliance"})
     trained = any(first.in_distribution(m) for m in first.methods if m not in RULES)
-    table = table.assign(in_distribution=trained and not left_out(several))
+    out = left_out(several)
+    table = table.assign(in_distribution=trained and not out, left_out=", ".join(sorted(out & set(first.prompts["source"]))))
     first.write_table("matched_safety", table)
     return table
 
