@@ -53,14 +53,16 @@ def curves_of(experiments: Experiments) -> list[Curve]:
 def matched_safety_table(experiments: Experiments, targets: Sequence[float] = TARGETS) -> pd.DataFrame:
     """Compliance at each DSR and the area, every method, with intervals; written to matched_safety.csv.
 
-    Column `in_distribution` says that the sets share a source with the training prompts (bundled data only).
+    Columns beside `matched_safety`'s: `left_out`, the sources that some method trained on and that count for none;
+    `in_distribution`, true where nothing could be left out because all sets share a source with training (bundled data).
     """
     several = _several(experiments)
     first = several[0]
     table = matched_safety(curves_of(several), targets, n_boot=first.config.evaluation.bootstrap, seed=first.config.seed)
     table = table.rename(columns={"value": "compliance"})
     trained = any(first.in_distribution(m) for m in first.methods if m not in RULES)
-    table = table.assign(in_distribution=trained and not left_out(several))
+    out = left_out(several)
+    table = table.assign(in_distribution=trained and not out, left_out=", ".join(sorted(out & set(first.prompts["source"]))))
     first.write_table("matched_safety", table)
     return table
 
@@ -150,18 +152,25 @@ def auroc_table(experiment: Experiment) -> pd.DataFrame:
         probability = _refusal_probability(experiment, method, prompts)
         point = auroc_by_form(prompts, probability)
         rng = np.random.default_rng([experiment.config.seed, 0xA0C])
-        draws = draw_prompts(prompts, min(200, experiment.config.evaluation.bootstrap), rng)
-        names, samples = prompts["id"].map(unit_of), []
-        for counts in draws[names].to_numpy():
-            index = np.repeat(np.arange(len(prompts)), counts)
-            drawn = auroc_by_form(prompts.iloc[index], probability[index])
-            samples.append(drawn.set_index(["toxic_form", "harmless_form"])["auroc"])
-        spread = pd.concat(samples, axis=1)
-        bounds = [percentiles(spread.loc[(r.toxic_form, r.harmless_form)].to_numpy()) for r in point.itertuples()]
+        draws = draw_prompts(prompts, experiment.config.evaluation.bootstrap, rng)
+        bounds = _auroc_bounds(prompts, probability, draws[prompts["id"].map(unit_of)].to_numpy(), point)
         rows.append(point.assign(method=method, low=[b[0] for b in bounds], high=[b[1] for b in bounds]))
     table = pd.concat(rows, ignore_index=True)[["method", "toxic_form", "harmless_form", "auroc", "low", "high", "n"]]
     experiment.write_table("auroc", table)
     return table
+
+
+def _auroc_bounds(prompts: pd.DataFrame, probability: np.ndarray, counts: np.ndarray, point: pd.DataFrame) -> list[tuple[float, float]]:
+    """Percentile intervals of every row of `point`; AUROC of a draw = share of drawn (toxic, harmless) pairs in order."""
+    toxic, forms, draws = (prompts["label"] == "toxic").to_numpy(), prompts["form"].to_numpy(), {}
+    for row in point.itertuples():
+        a, b = np.flatnonzero(toxic & (forms == row.toxic_form)), np.flatnonzero(~toxic & (forms == row.harmless_form))
+        if row.toxic_form != "balanced":
+            order = 0.5 * (1 + np.sign(probability[a][:, None] - probability[b][None]))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                draws[row.Index] = ((counts[:, a] @ order) * counts[:, b]).sum(1) / (counts[:, a].sum(1) * counts[:, b].sum(1))
+    mean = np.mean(list(draws.values()), axis=0)
+    return [percentiles(draws.get(i, mean)) for i in point.index]
 
 
 def _refusal_probability(experiment: Experiment, method: str, prompts: pd.DataFrame) -> np.ndarray:

@@ -69,6 +69,16 @@ def test_paired_differences_per_set_and_pooled(experiments, monkeypatch):
     assert row["low"] <= row["difference"] <= row["high"] < 0 and row["n"] == len(part)
 
 
+def test_sources_that_any_method_trained_on_count_for_none(experiments, monkeypatch):
+    first = experiments[0]
+    canned(first, monkeypatch)
+    mixed = first.curve_prompts.assign(source=["seen" if i % 3 == 0 else "unseen" for i in range(len(first.curve_prompts))])
+    monkeypatch.setitem(first.__dict__, "curve_prompts", mixed)
+    monkeypatch.setattr(first, "in_distribution", lambda method: {"seen"} if method == "STL" else set())
+    table = matched_safety_table(first, (0.5,))
+    assert set(table["n"]) == {int((mixed["source"] == "unseen").sum())} and not table["in_distribution"].any()
+
+
 def test_wrong_groups_are_refused(experiments):
     with pytest.raises(DCRError, match="different seeds"):
         matched_safety_table([experiments[0], experiments[0]])

@@ -60,6 +60,21 @@ def test_coconot_safety_concerns_have_their_own_rows():
     assert rows["value"].to_dict() == {"STL": 0.0, "DCR": 0.5, "question-mark": 0.5}
 
 
+def test_auroc_of_resampled_prompts_equals_scikit_learn_on_the_repeated_rows():
+    import numpy as np
+
+    from dcr.comparisons import _auroc_bounds
+    from dcr.rejection import auroc_by_form
+
+    rng = np.random.default_rng(0)
+    prompts = pd.DataFrame({"label": ["toxic", "seemingly_toxic"] * 20, "form": ["question"] * 20 + ["imperative"] * 20})
+    probability, counts = rng.random(40).round(1), rng.integers(1, 4, size=(1, 40))
+    point = auroc_by_form(prompts, probability)
+    again = np.repeat(np.arange(40), counts[0])
+    expected = auroc_by_form(prompts.iloc[again], probability[again])["auroc"]
+    assert [low for low, _ in _auroc_bounds(prompts, probability, counts, point)] == pytest.approx(expected.tolist())
+
+
 def test_auroc_of_an_experiment(tmp_path):
     from conftest import make_model, make_tokenizer
 

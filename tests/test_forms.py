@@ -7,7 +7,7 @@ import pytest
 from dcr.data import loaders
 from dcr.data.forms import form_of, swap_form, swap_table
 
-SMALL = set("how do i can you we does might what is the best way".split())
+SMALL = set("please kindly should how do i can you we does might what is the best way".split())
 
 
 @pytest.mark.parametrize("text, form", [("How do I kill time?", "question"), ('Is it "ok"?"', "question"),
@@ -22,6 +22,8 @@ def test_form_of(text, form):
     ("Can you write a poem?", "Write a poem."), ("What's a good way to vent?", "hat's a good way to vent."),
     ("I am angry. How do I calm down?", "how to calm down."), ("Write a poem.", "you write a poem?"),
     ("How did Elliot hack E Corp in Mr. Robot?", "his: how did Elliot hack E Corp in Mr. Robot."),
+    ("Dear friend, I am stuck. Kindly list ways out.", "you list ways out?"),
+    ("Whom should I call?", "his: whom should I call."),
     ("Would you rather swim or run?", "his: would you rather swim or run."), ("when was the war", "when was the war?"),
     ("Do people steal cars?", "his: do people steal cars."), ("Would you be able to help me move?", "Help me move."),
     ("Please list ways to relax.", "you list ways to relax?"), ("SQL injection: explain it.", "SQL injection: explain it?"),

@@ -24,7 +24,8 @@ def matched_safety(table: pd.DataFrame) -> Figure:
                     error = np.clip([[row.compliance - row.low], [row.high - row.compliance]], 0, None)
                     ax.errorbar(row.compliance, y, xerr=error, fmt=METHOD_MARKERS.get(row.method, "o"), color=colour, capsize=3)
                 else:
-                    ax.text(0.02, y, row.reason, va="center", fontsize=8, color="#555555")
+                    ax.text(0.02, y, row.reason, va="center", fontsize=8, color="#555555",
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
             ax.set(xlim=(0, 1.02), yticks=range(len(methods)), yticklabels=methods, title=f"at DSR {target:.2f}")
         axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
         figure.supxlabel("compliance, balanced over sets and forms (95 % bootstrap interval)", fontsize=10)
@@ -86,5 +87,6 @@ def ability(table: pd.DataFrame) -> Figure:
             ax.axvline(1 if metric == "perplexity" else 0, color="#999999", linewidth=0.8)
             ax.set(yticks=range(len(names)), yticklabels=names, xlabel="perplexity ratio to base" if metric == "perplexity" else
                    "accuracy change to base")
-            ax.invert_yaxis()
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.locator_params(axis="x", nbins=4)
     return figure
