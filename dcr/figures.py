@@ -223,7 +223,8 @@ def title(name: str, seeds: int = 1) -> str:
     return {"table1": f"Compliance and defence success rate (DSR), {marks}",
             "table1_balanced": f"The same, averaged equally over questions and imperatives, sets that have both; {marks}",
             "table1_paper": "Beside the paper's numbers (N: secondary reading notes; blank where unknown). Other models, other judges: "
-                            "compare directions. Safety is the mean DSR of five sets, which ones in the paper is inferred",
+                            "compare directions. Safety is the mean DSR of five sets, which ones in the paper is inferred; "
+                            "this run's cells are blank where it has not run those sets",
             "table_capabilities": f"General ability; 95 % intervals ({over}); best in bold",
             "table_quality": f"Response quality; 95 % intervals ({over}); best in bold",
             "table_cost": "Cost of each method: wall time and peak memory of the process"}[name]

@@ -15,7 +15,7 @@ from dcr.figures import read_index
 from dcr.rates import plane_points
 from dcr.seeds import over_seeds
 from dcr.store import write_atomic
-from dcr.style import in_order
+from dcr.style import DPI, in_order
 from dcr.table_formats import fragment
 
 # The story: heading, what the reader is told, the figures that show it. No number stands here; those come from the run.
@@ -59,11 +59,13 @@ def write_report(root: str | Path) -> Path:
     return path
 
 
-def _figure(root: Path, name: str, index: dict) -> dict[str, str]:
+def _figure(root: Path, name: str, index: dict) -> dict[str, str | int]:
     path = root / "figures" / f"{name}.png"
     if not path.exists():
         raise DCRError(f"{path} is missing, but its index names it. Run notebook 05_figures again.")
-    return {"name": name, "caption": index["figures"][name]["caption"], "data": base64.b64encode(path.read_bytes()).decode()}
+    content = path.read_bytes()
+    width = int.from_bytes(content[16:20], "big") * 100 // DPI  # shown at 100 pixels an inch, so that text has one size everywhere
+    return {"name": name, "caption": index["figures"][name]["caption"], "width": width, "data": base64.b64encode(content).decode()}
 
 
 def _tables(folder: Path) -> list[tuple[str, str]]:
