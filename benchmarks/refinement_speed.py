@@ -27,7 +27,7 @@ from dcr.models import DTYPES, decoder_layers, pool, position_ids, resolve_layer
 from dcr.refinement import prompt_table
 from dcr.sampling import batch_plan, contrastive_batches
 from dcr.stage_one import PromptRows, StageOneModel
-from dcr.store import environment, peak_memory_mib, write_atomic
+from dcr.store import environment, write_atomic
 
 OUT = Path(__file__).parent / "results" / "refinement_speed.json"
 
@@ -79,8 +79,15 @@ def operations(model, layer: int, tokens: int) -> float:
     return tokens * (4 * weights + 6 * adapters)
 
 
+def resident(field: str) -> float:
+    """MiB of this process, now (VmRSS) or at most (VmHWM); Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
 def peak(kind: str, args) -> float:
-    command = [sys.executable, __file__, "--memory-of", kind, "--dtype", args.dtype, "--layer", str(args.layer), "--batch", str(args.batch)]
+    command = [sys.executable, __file__, "--memory-of", kind,
+               "--dtype", args.dtype, "--layer", str(args.layer), "--batch", str(args.batch), "--steps", "1"]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -96,9 +103,10 @@ def main() -> None:
     stage, loss = StageOneModel(model, layer, "last"), ContrastiveLoss()
     stage.train()
     if args.memory_of:
-        before = peak_memory_mib()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+        before = resident("VmRSS")
         step(args.memory_of, stage, batches[0], loss)
-        print(round(peak_memory_mib() - before, 1))
+        print(round(resident("VmHWM") - before, 1))
         return
     seconds, values = {"truncated": [], "full": []}, {"truncated": [], "full": []}
     for kind in seconds:
