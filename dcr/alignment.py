@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
@@ -117,7 +118,12 @@ class StepRecorder(TrainerCallback):
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"{state.global_step:06d}.safetensors"
             weights = trained_state(self.trainer.accelerator.unwrap_model(self.trainer.model).model)
-            save_file(weights, path.with_suffix(".tmp"))
+            try:
+                save_file(weights, path.with_suffix(".tmp"))
+            except (OSError, SafetensorError) as error:
+                path.with_suffix(".tmp").unlink(missing_ok=True)
+                raise DCRError(f"{path}: could not be written ({error}). Free space and call again; training goes on from "
+                               "the last resume point.") from error
             path.with_suffix(".tmp").replace(path)
 
     def on_train_begin(self, args, state, control, **_) -> None:
@@ -219,10 +225,13 @@ class AlignTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total = model(**inputs)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != IGNORED).sum()
-        self.tokens += int(inputs["attention_mask"].sum())
         loss = total / count
+        seen = torch.stack([loss.detach(), inputs["attention_mask"].sum().to(loss)])
+        if self.accelerator.num_processes > 1:  # each process holds its part of the batch
+            seen = self.accelerator.reduce(seen, "sum")
+        self.tokens += int(seen[1])
         step = self.state.global_step
         earlier = self.metrics["loss"] if self.metrics.get("_step") == step else 0.0
-        self.metrics = {"loss": earlier + float(loss.detach()), "_step": step}
+        self.metrics = {"loss": earlier + float(seen[0]), "_step": step}
         self.check_finite(loss)
         return loss * self.accelerator.num_processes  # DDP averages over processes; the count is global

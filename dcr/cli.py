@@ -111,6 +111,33 @@ def export_command(method: str, out: Path, profile: Profile = "embedded", seed: 
     typer.echo(f"Model: {export(Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides), method, out)}")
 
 
+@app.command("refine")
+def refine_command(out: Path, toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
+                   seemingly_toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
+                   general: Annotated[str, typer.Option(help="CSV or JSONL with text, for general_share or retention.")] = "",
+                   model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
+                   seed: Seed = 0, overrides: Overrides = "") -> None:
+    """Stage 1 alone on your own prompts; many processes: `torchrun --nproc_per_node 2 -m dcr.cli refine ...`."""
+    from dcr.own import refine_own
+
+    folder = refine_own(out, model=model, toxic=toxic, seemingly_toxic=seemingly_toxic, general=general, seed=seed, overrides=overrides)
+    typer.echo(f"Model: {folder}")
+
+
+@app.command("sweep")
+def sweep_command(grid: Annotated[str, typer.Argument(help="A YAML file, or a grid that ships with the kit by name.")],
+                  run_dir: Annotated[str, typer.Option(help="Run directory, shared by all workers.")],
+                  profile: Annotated[str, typer.Option(help="Default: the grid's.")] = "", seed: Seed = 0, overrides: Overrides = "",
+                  retry: Annotated[bool, typer.Option(help="Run failed cells again.")] = False) -> None:
+    """Run what is missing of a grid of recipes; several workers may share the folder."""
+    from dcr.sweep import load_grid, run_sweep
+
+    table = run_sweep(load_grid(grid, profile=profile, seed=seed, overrides=overrides), run_dir, retry=retry)
+    shown = [c for c in ("cell", "seed", "status", "probe_auroc", "cross_similarity", "general_drift", "dsr", "compliance",
+                         "refusal_auroc", "error") if c in table]
+    typer.echo(table[shown].to_string(index=False, float_format="%.3f", na_rep=""))
+
+
 @app.command("figures")
 def figures_command(run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
                     out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path("figures")) -> None:
@@ -124,8 +151,9 @@ def figures_command(run: Annotated[Path, typer.Argument(help="A run directory, o
 
 
 @app.command("info")
-def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
-    """The resolved configuration of a profile."""
+def info_command(profile: Profile = "quick", overrides: Overrides = "",
+                 cost: Annotated[bool, typer.Option(help="Also estimate parameters, tokens, memory and time here.")] = True) -> None:
+    """The resolved configuration of a profile, and what a run would cost on this machine (about, to a factor of two)."""
     import yaml
 
     from dcr.config import load_config
@@ -134,6 +162,13 @@ def info_command(profile: Profile = "quick", overrides: Overrides = "") -> None:
                  list(v) if isinstance(v, tuple) else v)
              for k, v in load_config(profile, overrides=overrides).to_dict().items()}
     typer.echo(yaml.safe_dump(plain, sort_keys=False))
+    if cost:
+        from dcr.estimate import estimate
+
+        try:
+            typer.echo(estimate(load_config(profile, overrides=overrides)).to_string(index=False))
+        except DCRError as error:
+            typer.echo(f"No estimate: {error}")
 
 
 def main() -> None:

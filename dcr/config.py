@@ -79,6 +79,8 @@ class RefineConfig:
     bf16: bool = False
     gradient_checkpointing: bool = False
     max_length: int = 256
+    auto_layers: tuple[float, ...] = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)  # candidates of layer="auto"
+    auto_steps: int = 12  # optimiser steps a candidate
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,19 @@ class GenerationConfig:
 class EvaluationConfig:
     """Judges, statistics and general ability."""
 
-    judge: str = "phrases"
+    judge: str = "phrases"  # or learned, consensus, guard:<id or folder>; consensus measured no better on models left out
     curve_judge: str = "phrases"
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
     capability_tasks: tuple[str, ...] = ()
-    capability_limit: int = 100
+    capability_limit: int = 100  # items a task; 0 takes all
+    robustness_prompts: int = 40  # prompts a class under each wrapper; 0 skips
+    bias_sweep: bool = True  # refusal-bias frontier of every method
+    quality_endpoint: str = ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
+    quality_model: str = ""
     trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
     kernel_prompts: int = 8  # prompts a class for the kernel
+    kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,7 @@ class SteeringConfig:
     scans_alpha: float = 3.5
     scans_threshold: float = 0.0  # 0: chosen once on held-out prompts
     surgical_lambda: float = 1.0
+    surgical_candidates: int = 48  # (layer, position) pairs tried, drawn by the seed; 0 tries all, as published
     selfcd_alpha: float = 2.5
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # multiples swept for the curve
 

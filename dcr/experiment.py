@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dcr.config import methods_file
 from dcr.errors import DCRError
 from dcr.store import content_key, read_jsonl, write_atomic
 from dcr.training_stages import RULES, Training
@@ -34,24 +35,40 @@ class Experiment(Training):
         prompts = self.prompts if step < 0 else self.curve_prompts
         dependencies = {"weights": self.weights_key(method, step), "prompts": table_hash(prompts),
                         "generation": asdict(self.config.generation), "seed": self.config.seed}
-        name = method if step < 0 else f"{method}@{step}"
+        name, steering = method if step < 0 else f"{method}@{step}", None
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import steering_of
+
+            if step == 0 and method != "SelfCD":  # strength 0 is the model that is steered
+                on = methods_file()[method]["steers"]
+                return self.generations(on, self.steps(on)[-1]).assign(method=method)
+            steering = steering_of(self, method, step)
+            dependencies["steering"] = steering.settings
 
         def build(folder: Path) -> dict:
-            model, tokenizer = self.model(method, step)
             options = self.config.generation
+            if options.endpoint:  # the served model is the user's choice; the method only names the rows
+                from dcr.endpoint import generate_remote
+
+                rows = generate_remote(prompts, options.endpoint, method=method, seed=self.config.seed,
+                                       max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+                                       out=folder / "generations.jsonl")
+                return {"prompts": len(rows), "missing": len(prompts) - len(rows), "endpoint": options.endpoint}
+            model, tokenizer = self.model(method, step)
             model = model.to(inference_dtype(options.dtype, str(model.device)))
             rows = generate(model, tokenizer, prompts, method=method, seed=self.config.seed,
                             max_new_tokens=options.max_new_tokens, batch_size=options.batch_size,
-                            temperature=options.temperature, out=folder / "generations.jsonl")
+                            temperature=options.temperature, out=folder / "generations.jsonl", steering=steering)
             return {"prompts": len(rows), "truncated": int((rows["finish"] == "length").sum()),
-                    "dtype": str(model.dtype), "batch_size": options.batch_size, **self._facts()}
+                    "dtype": str(model.dtype), "batch_size": options.batch_size, "new_tokens": int(rows["n_tokens"].sum()),
+                    **({"steering": steering.settings} if steering else {}), **self._facts()}
 
         artifact = self.store.get("generate", name, dependencies, build)
         return pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
 
     def verdicts(self, method: str, step: int = -1) -> pd.DataFrame:
         """Verdicts of the configured judge (the curve's judge at earlier steps)."""
-        from dcr.judges import judge
+        from dcr.judges import identity, judge
         from dcr.metrics import question_mark_rule
 
         prompts = self.prompts if step < 0 else self.curve_prompts
@@ -59,7 +76,7 @@ class Experiment(Training):
             return question_mark_rule(prompts)
         name = self.config.evaluation.judge if step < 0 else self.config.evaluation.curve_judge
         answers = self.generations(method, step)
-        dependencies = {"answers": content_key(answers.to_dict("records")), "judge": name}
+        dependencies = {"answers": content_key(answers.to_dict("records")), **identity(name)}
 
         def build(folder: Path) -> None:
             rows = judge(prompts, answers, name=name)
@@ -82,20 +99,38 @@ class Experiment(Training):
 
     def metrics(self) -> pd.DataFrame:
         """Metric rows of all methods at the last step, the question-mark rule among them; written to metrics.csv."""
-        rows = pd.concat([self.metric_rows(m) for m in (*self.methods, *RULES) if m in RULES or m in self.methods],
+        rows = pd.concat([self.metric_rows(m) for m in dict.fromkeys((*self.methods, *RULES))],
                          ignore_index=True)
         self.write_table("metrics", rows)
         return rows
 
     def curve(self, method: str) -> pd.DataFrame:
-        """Metric rows of a method at every recorded alignment step: its curve in the compliance-safety plane."""
-        return pd.concat([self.metric_rows(method, step) for step in self.steps(method)], ignore_index=True)
+        """Metric rows of a method at every recorded alignment step: its curve in the compliance-safety plane.
+
+        A steering method's curve is its sweep of strengths: `step` is the strength in per cent of the nominal one, and
+        `strength` (missing for the others) the multiple.
+        """
+        steers = "steer" in self.stages(method)
+        return pd.concat([self.metric_rows(method, step).assign(strength=step / 100 if steers else float("nan"))
+                          for step in self.steps(method)], ignore_index=True)
 
     def curves(self) -> pd.DataFrame:
-        """Curves of every method that aligns; written to curves.csv."""
-        rows = pd.concat([self.curve(m) for m in self.methods if "align" in self.stages(m)], ignore_index=True)
+        """Curves of every method that aligns or steers; written to curves.csv."""
+        rows = pd.concat([self.curve(m) for m in self.methods if {"align", "steer"} & set(self.stages(m))], ignore_index=True)
         self.write_table("curves", rows)
         return rows
+
+    def matched_safety(self) -> pd.DataFrame:
+        """Compliance at matched DSR and area of every method's curve (`dcr.comparisons`); written to matched_safety.csv."""
+        from dcr.comparisons import matched_safety_table
+
+        return matched_safety_table(self)
+
+    def capabilities(self, method: str) -> pd.DataFrame:
+        """Per-item general ability and held-out answer losses of a method, cached (`dcr.capabilities`)."""
+        from dcr.capabilities import measure
+
+        return measure(self, method)
 
     # ---- output ------------------------------------------------------------------------------------------
 
@@ -144,5 +179,10 @@ def run_methods(experiment: Experiment) -> Iterator[tuple[str, str]]:
         if "align" in stages:
             experiment.aligned(method)
             yield method, "aligned"
+        if "steer" in stages and method != "SelfCD":
+            from dcr.steering.stage import fitted
+
+            fitted(experiment, method)
+            yield method, "directions fitted"
         experiment.metric_rows(method)
         yield method, "judged"

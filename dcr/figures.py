@@ -84,13 +84,38 @@ PICTURES: dict[str, Picture] = {
         ("categories",), "04_evaluation", data.as_is("categories"), plots.categories,
         "Refusal rate by category of prompt (in brackets: prompts); the most frequent categories of each class.", False),
     "judges": Picture(
-        ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.judge_calibration,
+        ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.calibration,
         "Judges against human labels on published completions: Cohen's κ with its 95 % interval, by the model that answered."),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
+    **{name: Picture(needs, notebook, data.as_is(*needs), draw, caption, bands) for name, needs, notebook, draw, caption, bands in (
+        ("probe_cells", ("separability_cells_base",), "01_representations", plots.probe_cells,
+         "Probe AUROC by the forms of the toxic and the harmless prompts (one chosen layer).", False),
+        ("proposition", ("proposition_pairs", "proposition"), "01_representations", plots.proposition,
+         "Proposition 1: |h'ᵀh| at ℓ against the kernel's norm over pairs of prompts, before and after refinement.", False),
+        ("refinement_cosines", ("refinement_cosines",), "02_refinement", plots.cosine_maps,
+         "Cosine of hidden states at ℓ between prompts, before and after refinement.", False),
+        ("refinement_maps", ("refinement_maps",), "02_refinement", plots.maps_before_after,
+         "Hidden states at ℓ on two principal components, before and after refinement.", False),
+        ("refinement_drift", ("refinement_drift",), "02_refinement", plots.drift_by_layer,
+         "How far each class of prompts moved from the base model, by layer.", False),
+        ("refinement_kernel", ("refinement_kernel",), "02_refinement", plots.kernel_before_after,
+         "Kernel similarity of toxic prompts with each class, before and after refinement (95 % bootstrap over prompts).", False),
+        ("reliability", ("reliability_STL", "reliability_STL_bins"), "03_alignment", plots.reliability,
+         "Refusal probability against judged answers: share refused in each bin (95 % Wilson) for STL.", False),
+        ("matched_safety", ("matched_safety",), "04_evaluation", plots.matched_safety,
+         "Compliance at matched safety: a monotone fit of each curve read at a DSR, never extrapolated (95 % bootstrap).", False),
+        ("bias_frontier", ("bias_sweep",), "04_evaluation", plots.bias_frontier,
+         "The whole frontier of a trained model: a constant added to the logits of refusal openings; the filled point is the model "
+         "as it is.", False),
+        ("robustness", ("robustness",), "04_evaluation", plots.robustness,
+         "Refusal of both classes under mild rewording (95 % Wilson intervals).", False),
+        ("ability", ("capabilities",), "04_evaluation", plots.ability,
+         "Change of general ability against the base model, item by item (95 % intervals).", False),
+        ("ablation_levers", ("ablations",), "06_ablations", plots.ablation_levers,
+         "Ablations: a row a recipe, one dot a seed; failed recipes are marked.", False),
+        ("ablation_outcomes", ("ablations",), "06_ablations", plots.ablation_outcomes,
+         "Ablations after a short alignment: compliance against DSR, and whether the cheap screen foretold it.", False))},
 }
-if "ablations" in plots.REDRAW:
-    PICTURES["ablations"] = Picture(("ablations",), "06_ablations", data.as_is("ablations"), plots.REDRAW["ablations"],
-                                    "Ablations: one setting changed at a time.")
 
 
 def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:

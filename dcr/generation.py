@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -40,27 +41,26 @@ def inference_dtype(wanted: str, device: str) -> torch.dtype:
 
 def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed: int = 0, max_new_tokens: int = 24,
              batch_size: int = 64, temperature: float = 0.0, out: str | Path | None = None,
-             max_length: int | None = None) -> pd.DataFrame:
+             max_length: int | None = None, steering=None) -> pd.DataFrame:
     """Answers to a prompt table (columns id, text): rows prompt_id, method, seed, response, n_tokens, finish.
 
     Greedy, or sampled at `temperature`. The model is used as it is (its dtype, its hooks). With `out` (a JSONL file)
     rows are written batch by batch, and a second call answers only what is missing; one with other parameters is
-    refused. Raises DCRError for an empty table, repeated ids, or changed parameters.
+    refused. `steering` (see `dcr.steering`) changes the forward pass or the choice of tokens, for this call only.
+    Raises DCRError for an empty table, repeated ids, or changed parameters.
     """
-    if prompts.empty:
-        raise DCRError("generate: no prompts given.")
-    if prompts["id"].duplicated().any():
-        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
-    if max_new_tokens < 1 or temperature < 0:
-        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
+    check_request(prompts, max_new_tokens, temperature)
     settings = {"method": method, "seed": seed, "max_new_tokens": max_new_tokens, "batch_size": batch_size,
                 "temperature": temperature, "dtype": str(model.dtype)}
+    if steering is not None:
+        settings["steering"] = steering.settings
     rows = resume(out, settings)
     done = {row["prompt_id"] for row in rows}
     todo = prompts[~prompts["id"].isin(done)]
     if not todo.empty:
-        decoder = _Decoder(model, tokenizer, render(tokenizer, todo["text"].tolist()), max_new_tokens, temperature, seed,
-                           max_length)
+        texts = todo["text"].tolist() if steering else render(tokenizer, todo["text"].tolist())
+        decoder = (steering.decoder if steering else _Decoder)(model, tokenizer, texts, max_new_tokens, temperature, seed,
+                                                               max_length)
         ids = todo["id"].tolist()
         with tqdm(total=len(prompts), initial=len(done), desc=f"generate {method}", unit="prompt", leave=False) as bar:
             for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
@@ -79,6 +79,16 @@ def generate(model, tokenizer, prompts: pd.DataFrame, *, method: str = "", seed:
     return pd.DataFrame(sorted(rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
 
 
+def check_request(prompts: pd.DataFrame, max_new_tokens: int, temperature: float) -> None:
+    """Raise DCRError for an empty table, a repeated id, or numbers out of range."""
+    if prompts.empty:
+        raise DCRError("generate: no prompts given.")
+    if prompts["id"].duplicated().any():
+        raise DCRError(f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice.")
+    if max_new_tokens < 1 or temperature < 0:
+        raise DCRError(f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0.")
+
+
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
     """Rows already in `out`; refuses a file that was begun with other settings (kept beside it as .settings.json)."""
     if out is None:
@@ -94,6 +104,16 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     if rows:  # a torn last line must not stay in the middle of what follows
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return rows
+
+
+def decode(model, tokenizer, texts: Sequence[str], *, max_new_tokens: int, batch_size: int) -> list[list[int]]:
+    """Greedy new token ids after each rendered text, in the texts' order (stop token included)."""
+    decoder = _Decoder(model, tokenizer, texts, max_new_tokens, 0.0, 0, None)
+    out: list[list[int]] = [[] for _ in texts]
+    for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
+        for i, tokens in zip(batch, decoder.run(batch), strict=True):
+            out[i] = tokens
+    return out
 
 
 class _Decoder:
@@ -118,30 +138,44 @@ class _Decoder:
     @torch.no_grad()
     def run(self, batch: Sequence[int]) -> list[list[int]]:
         """New token ids of each row, the stop token included."""
-        tails = [self.rows[i][self.shared :] for i in batch]
-        width = max(map(len, tails))
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=self.device)
-        mask = torch.tensor([[1] * self.shared + [0] * (width - len(t)) + [1] * len(t) for t in tails],
-                            device=self.device)
-        cache = self._prefix(len(batch))
+        state = self.begin(batch)
         active, out = list(range(len(batch))), [[] for _ in batch]
         for _ in range(self.limit):
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            step = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                              use_cache=True, logits_to_keep=1)
-            cache, token = step.past_key_values, self._choose(step.logits[:, -1])
+            token = self._choose(self.logits(state))
             for row, t in zip(active, token.tolist(), strict=True):
                 out[row].append(t)
             alive = [i for i, t in enumerate(token.tolist()) if t not in self.stops]
             if not alive:
                 break
-            if len(alive) < len(active):  # rows that have stopped leave the batch
-                keep = torch.tensor(alive, device=self.device)
-                cache.batch_select_indices(keep)
-                mask, token, active = mask[keep], token[keep], [active[i] for i in alive]
-            ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(active), 1)], 1)
+            active = [active[i] for i in alive]
+            self.advance(state, token, alive)
         return out
+
+    def begin(self, batch: Sequence[int]) -> State:
+        """Rows of one batch, left-padded behind the common prefix."""
+        tails = [self.rows[i][self.shared :] for i in batch]
+        width, pad = max(map(len, tails)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=self.device)
+        mask = torch.tensor([[1] * self.shared + [0] * (width - len(t)) + [1] * len(t) for t in tails],
+                            device=self.device)
+        return State(list(batch), ids, mask, self._prefix(len(batch)))
+
+    def logits(self, state: State) -> Tensor:
+        """Logits of the next token, [rows, vocabulary]; the tokens of `state.ids` join the cache."""
+        positions = (state.mask.cumsum(-1) - 1).clamp(min=0)[:, -state.ids.shape[1] :]
+        step = self.model(input_ids=state.ids, attention_mask=state.mask, position_ids=positions,
+                          past_key_values=state.cache, use_cache=True, logits_to_keep=1)
+        state.cache = step.past_key_values
+        return step.logits[:, -1]
+
+    def advance(self, state: State, token: Tensor, alive: list[int]) -> None:
+        """Append the chosen tokens; rows that have stopped leave the batch."""
+        if len(alive) < len(token):
+            keep = torch.tensor(alive, device=self.device)
+            state.cache.batch_select_indices(keep)
+            state.rows, state.mask, token = [state.rows[i] for i in alive], state.mask[keep], token[keep]
+        state.ids = token[:, None]
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
 
     def _prefix(self, n: int):
         """Keys and values of the common prefix for n rows."""
@@ -159,6 +193,16 @@ class _Decoder:
             return logits.argmax(-1)
         probability = (logits.float() / self.temperature).softmax(-1)
         return torch.multinomial(probability, 1, generator=self.generator)[:, 0]
+
+
+@dataclass
+class State:
+    """A batch under way: row numbers, the tokens to read next [rows, n], attention mask [rows, seq], keys and values."""
+
+    rows: list[int]
+    ids: Tensor
+    mask: Tensor
+    cache: object
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> int:

@@ -69,12 +69,9 @@ def trace(model, input_ids: Tensor, cotangents: Tensor, wanted: set[str], layers
     small = [(n, p) for n, p in model.named_parameters() if n in wanted and id(p) not in inside | tables]
     with grads_on(p for _, p in small), torch.enable_grad(), _removed(hooks):
         logits = model(input_ids=input_ids, use_cache=False).logits[0, -1]
-        found = [torch.autograd.grad(logits, [leaf["top"], *(p for _, p in small)], c.to(logits.dtype),
-                                     retain_graph=True, allow_unused=True) for c in cotangents]
-    border = torch.stack([f[0][0] for f in found]).detach()
-    grads = {n: torch.stack([f[i + 1].flatten() if f[i + 1] is not None else torch.zeros(p.numel()).to(border)
-                             for f in found]).detach() for i, (n, p) in enumerate(small)}
-    return Trace(input_ids[0], inputs, arguments, kept["head"], border, grads)
+        found = pulled_back(logits, [leaf["top"], *(p for _, p in small)], cotangents)
+    grads = {n: f.flatten(1) for (n, _), f in zip(small, found[1:], strict=True)}
+    return Trace(input_ids[0], inputs, arguments, kept["head"], found[0][:, 0], grads)
 
 
 def step_down(block: nn.Module, prefix: str, index: int, state: Trace, wanted: set[str]) -> dict[str, Factors | Tensor]:
@@ -95,15 +92,13 @@ def step_down(block: nn.Module, prefix: str, index: int, state: Trace, wanted: s
         result = result if torch.is_tensor(result) else result[0]
         names = list(seen)
         sources = [start, *(seen[n][1] for n in names), *(p for _, p in small)]
-        found = [torch.autograd.grad(result, sources, g[None].to(result.dtype), retain_graph=True, allow_unused=True)
-                 for g in state.border]
+        found = pulled_back(result, sources, state.border[:, None])
     out: dict[str, Factors | Tensor] = {}
-    for i, name in enumerate(names, 1):
-        out[f"{prefix}.{name}"] = Factors(torch.stack([f[i][0] for f in found]), seen[name][0][0])
-    for i, (name, p) in enumerate(small, 1 + len(names)):
-        out[name] = torch.stack([f[i].flatten() if f[i] is not None else torch.zeros(p.numel()).to(f[0])
-                                 for f in found])
-    state.border = torch.stack([f[0][0] for f in found]).detach()
+    for name, delta in zip(names, found[1:], strict=False):
+        out[f"{prefix}.{name}"] = Factors(delta[:, 0], seen[name][0][0])
+    for (name, _), gradient in zip(small, found[1 + len(names):], strict=True):
+        out[name] = gradient.flatten(1)
+    state.border = found[0][:, 0]
     return out
 
 
@@ -133,10 +128,19 @@ def at_embeddings(model, state: Trace, wanted: set[str], layers_path: str = "") 
     with torch.enable_grad(), _removed(hooks), contextlib.suppress(_Reached):
         model(input_ids=state.input_ids[None], use_cache=False)
     names = list(seen)
-    found = [torch.autograd.grad(reached["hidden"], [seen[n][1] for n in names], g[None], retain_graph=True)
-             for g in state.border]
+    found = pulled_back(reached["hidden"], [seen[n][1] for n in names], state.border[:, None])
     scale = {n: float(getattr(tables[n], "embed_scale", 1.0)) for n in names}  # Gemma multiplies what it looks up
-    return {n: Factors(torch.stack([f[i][0] for f in found]) * scale[n], ids=seen[n][0]) for i, n in enumerate(names)}
+    return {n: Factors(f[:, 0] * scale[n], ids=seen[n][0]) for n, f in zip(names, found, strict=True)}
+
+
+def pulled_back(result: Tensor, sources: list[Tensor], cotangents: Tensor) -> list[Tensor]:
+    """Gradients of ⟨c, result⟩ in each source for all cotangents c [k, *result.shape] in one backward pass, [k, ...].
+
+    One pass over k cotangents reads each weight matrix once, not k times. A source without influence gets zeros.
+    """
+    found = torch.autograd.grad(result, sources, cotangents.to(result.dtype), is_grads_batched=True, allow_unused=True)
+    return [f.detach() if f is not None else s.new_zeros(len(cotangents), *s.shape)
+            for f, s in zip(found, sources, strict=True)]
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
 """Pooled hidden states of all layers in one pass per batch (PAPER "Motivation", item 4).
 
-Pooling happens inside the hooks, so memory holds one batch's full states at a time, whatever the number of prompts.
+Pooling happens inside the hooks, so memory holds one batch's full states at a time, whatever the number of prompts. The
+tokens with which all prompts begin (the chat template) run once; every batch goes on from their keys and values.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -16,11 +18,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from dcr.chat import encode, render
+from dcr.chat import render
 from dcr.errors import DCRError
+from dcr.generation import _common_prefix
 from dcr.models import _layers_holder, length_sorted_batches, pool, position_ids
 
 log = logging.getLogger("dcr")
+MIN_SHARED = 8  # common first tokens from which running them once pays
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,19 @@ class HiddenStates:
         return np.asarray(self.values[layer])
 
 
+def check_lengths(model, lengths: Sequence[int], prompts: Sequence[str], max_length: int | None = None,
+                  truncate: bool = False) -> int:
+    """The token limit of a prompt: `max_length`, else the model's context. Raises DCRError naming the first prompt over
+    it unless `truncate` is set."""
+    config = model.config.get_text_config()
+    limit = max_length or getattr(config, "max_position_embeddings", None) or max(lengths)
+    for i, n in enumerate(lengths):
+        if n > limit and not truncate:
+            raise DCRError(f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
+                           "or ask for truncation (truncate=True).")
+    return limit
+
+
 @torch.no_grad()
 def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "last", batch_size: int = 32,
                   out: str | Path | None = None, max_length: int | None = None, truncate: bool = False,
@@ -53,17 +70,16 @@ def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "l
     """
     if not len(prompts):
         raise DCRError("hidden_states: no prompts given.")
-    limit = max_length or getattr(model.config, "max_position_embeddings", None)
     texts = render(tokenizer, prompts)
-    lengths = [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    for i, n in enumerate(lengths):
-        if limit and n > limit and not truncate:
-            raise DCRError(f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
-                           "or ask for truncation (truncate=True).")
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    limit = check_lengths(model, [len(r) for r in rows], prompts, max_length, truncate)
+    rows = [r[-limit:] if padding_side == "left" else r[:limit] for r in rows]
+    shared = _common_prefix(rows)
+    shared = shared if shared >= MIN_SHARED and len(rows) > 1 else 0
     holder, name = _layers_holder(model, layers_path)
     blocks = getattr(holder, name)
     values, done = _buffers(out, len(blocks) + 1, len(texts), model.config.get_text_config().hidden_size,
-                            _fingerprint(texts, pooling, model))
+                            _fingerprint([*texts, str(limit)], pooling, model) if out else "")
     device = next(model.parameters()).device
     state: dict = {}
     hooks = [blocks[0].register_forward_pre_hook(
@@ -71,18 +87,32 @@ def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "l
     hooks += [block.register_forward_hook(lambda _m, _a, result, i=i: _keep(state, i + 1, result))
               for i, block in enumerate(blocks)]
     try:
-        batches = [b for b in length_sorted_batches(lengths, batch_size) if not done[b].all()]
+        batches = [b for b in length_sorted_batches([len(r) for r in rows], batch_size) if not done[b].all()]
+        state["pooling"], cache, head = "mean", None, 0.0
+        if shared and batches:
+            ids = torch.tensor([rows[0][:shared]], device=device)
+            state["mask"] = torch.ones_like(ids)
+            result = holder(input_ids=ids, use_cache=True)
+            _keep(state, len(blocks), result.last_hidden_state)
+            cache, head = result.past_key_values, np.stack([state[i] for i in range(len(blocks) + 1)])  # [layers + 1, 1, hidden]
+        state["pooling"] = pooling
         for batch in tqdm(batches, desc="hidden states", unit="batch", leave=False):
-            inputs = encode(tokenizer, [texts[i] for i in batch], padding_side=padding_side, max_length=limit,
-                            truncate=truncate, device=device)
-            state.update(mask=inputs["attention_mask"], pooling=pooling)
-            final = holder(**inputs, position_ids=position_ids(inputs["attention_mask"]), use_cache=False)
+            inputs = tokenizer.pad({"input_ids": [rows[i][shared:] for i in batch]}, padding=True, padding_side=padding_side,
+                                   return_tensors="pt").to(device)
+            mask = state["mask"] = inputs["attention_mask"]
+            whole = torch.cat([mask.new_ones(len(batch), shared), mask], 1)
+            final = holder(input_ids=inputs["input_ids"], attention_mask=whole, position_ids=position_ids(whole)[:, shared:],
+                           past_key_values=_repeated(cache, len(batch)), use_cache=cache is not None)
             _keep(state, len(blocks), final.last_hidden_state)
             block = np.stack([state[i] for i in range(len(blocks) + 1)])
+            if pooling == "mean" and shared:
+                own = mask.sum(1).cpu().numpy()[:, None]
+                block = (head * shared + block * own) / (shared + own)
             bad = ~np.isfinite(block).all(axis=(0, 2))
             if bad.any():
+                kept = f"{int(done.sum())} finished prompts are kept in {out}" if out is not None else "nothing is kept without `out`"
                 raise DCRError(f"hidden states of prompt {batch[int(bad.argmax())]} are not finite; load the model in "
-                               "float32 or look at that prompt. Finished batches are kept.")
+                               f"float32 or look at that prompt ({kept}).")
             values[:, batch] = block
             done[batch] = True
     finally:
@@ -91,16 +121,25 @@ def hidden_states(model, tokenizer, prompts: Sequence[str], *, pooling: str = "l
     return HiddenStates(values, pooling)
 
 
+def _repeated(cache, n: int):
+    """A copy of one row's keys and values for n rows."""
+    if cache is None:
+        return None
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(n)
+    return cache
+
+
 def _keep(state: dict, index: int, result) -> None:
     hidden = result if torch.is_tensor(result) else result[0]
     state[index] = pool(hidden, state["mask"], state["pooling"]).float().cpu().numpy()
 
 
 def _fingerprint(texts: Sequence[str], pooling: str, model) -> str:
-    """What stored states depend on: texts, pooling and the weights (by a sample of them)."""
-    weights = next(p for n, p in model.named_parameters() if "weight" in n).detach().flatten()[:64].float().tolist()
-    tail = list(model.parameters())[-2].detach().flatten()[:64].float().tolist()
-    return hashlib.sha256(json.dumps([list(texts), pooling, weights, tail]).encode()).hexdigest()
+    """What stored states depend on: texts, pooling and every weight (two sums of each tensor)."""
+    weights = [(n, float(p.detach().sum(dtype=torch.float64)), float(p.detach().float().norm()))
+               for n, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps([list(texts), pooling, weights]).encode()).hexdigest()
 
 
 def _buffers(out: str | Path | None, layers: int, n: int, hidden: int, fingerprint: str):

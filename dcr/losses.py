@@ -1,8 +1,14 @@
 """Contrastive losses by name, from pytorch-metric-learning, always in fp32.
 
-What is equivalent and what is not: the loss of a batch depends on which prompts stand in it together (in-batch
-negatives), so two batches of 16 with accumulation are not one batch of 32. Gathering the hidden states of all
-processes before the loss makes n processes x batch b equal to one process x batch n*b; nothing else does.
+What is equivalent, and what cannot be. The loss of a batch depends on which prompts stand in it together (in-batch
+positives and negatives), so 2 batches of 16 with accumulation are NOT one batch of 32: pairs across the two are never
+seen. What holds, and is tested:
+- accumulation over k batches gives the mean of their k gradients (every batch has the same number of anchors);
+- hidden states, and so everything without gradients (held-out measures, retention's references), do not depend on the
+  batch size or the padding, up to float rounding;
+- retention is a mean over general prompts, so k batches of b are one batch of k·b for it;
+- n processes × batch b equal one process × batch n·b, because hidden states are gathered before the loss, and its
+  mean over all anchors is the same number in every process.
 """
 
 from __future__ import annotations
@@ -49,6 +55,6 @@ class ContrastiveLoss(nn.Module):
 
 
 def drift(hidden: Tensor, reference: Tensor) -> Tensor:
-    """Squared distance of hidden states to the frozen base's, relative to the base's size (0 = knowledge kept)."""
+    """Mean over rows of ‖h − h₀‖² / ‖h₀‖², h₀ the frozen base's state, [n, hidden] each (0 = knowledge kept)."""
     hidden, reference = hidden.float(), reference.float()
-    return (hidden - reference).pow(2).sum() / reference.pow(2).sum()
+    return ((hidden - reference).pow(2).sum(-1) / reference.pow(2).sum(-1).clamp_min(1e-12)).mean()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from dcr.chat import encode, render
 from dcr.errors import DCRError
+from dcr.hidden_states import check_lengths
 from dcr.models import length_sorted_batches, position_ids
 
 log = logging.getLogger("dcr")
@@ -43,20 +44,28 @@ def opening_tokens(tokenizer, openings: Sequence[str] = REFUSAL_OPENINGS) -> lis
 
 @torch.no_grad()
 def refusal_probability(model, tokenizer, prompts: Sequence[str], *, openings: Sequence[str] = REFUSAL_OPENINGS,
-                        batch_size: int = 16, max_length: int | None = None) -> np.ndarray:
-    """[n] probability in [0, 1] that the answer begins with one of the openings (teacher forcing, fp32 softmax)."""
+                        batch_size: int = 16, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
+    """[n] probability in [0, 1] that the answer begins with one of the openings (teacher forcing, fp32 softmax).
+
+    Raises DCRError for no prompts, a prompt over the context length (unless `truncate`: its last tokens are kept), or
+    logits that are not finite.
+    """
     if not len(prompts):
         raise DCRError("refusal_probability: no prompts given.")
     phrases = opening_tokens(tokenizer, openings)
     texts = render(tokenizer, prompts)
     lengths = [len(r) for r in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    limit = check_lengths(model, lengths, prompts, max_length, truncate)
     device, result = next(model.parameters()).device, np.zeros(len(texts))
     batches = length_sorted_batches(lengths, batch_size)
     for batch in tqdm(batches, desc="refusal probability", unit="batch", leave=False):
-        inputs = encode(tokenizer, [texts[i] for i in batch], max_length=max_length, device=device)
+        inputs = encode(tokenizer, [texts[i] for i in batch], max_length=limit, truncate=truncate, device=device)
         mask = inputs["attention_mask"]
         first = model(**inputs, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
         result[batch] = _mass(model, first, mask, phrases).cpu().numpy()
+        if not np.isfinite(result[batch]).all():
+            row = batch[int(np.argmax(~np.isfinite(result[batch])))]
+            raise DCRError(f"refusal probability of prompt {row} is not finite; load the model in float32.")
     return result
 
 
@@ -98,3 +107,33 @@ def auroc_by_form(prompts: pd.DataFrame, probability: np.ndarray) -> pd.DataFram
     mean = {"toxic_form": "balanced", "harmless_form": "balanced", "n": sum(r["n"] for r in rows),
             "auroc": float(np.mean([r["auroc"] for r in rows]))}
     return pd.DataFrame([*rows, mean])
+
+
+def reliability(probability: np.ndarray, refused: np.ndarray, *, bins: int = 5, seed: int = 0,
+                n_boot: int = 500) -> tuple[dict[str, float], pd.DataFrame]:
+    """How well refusal probability tells which prompts the model then refuses, on the same prompts.
+
+    refused: [n] whether the generated answer was judged a refusal. Returns (auroc with low and high, brier score, expected
+    calibration error, n, refused share) and a calibration table: bin, probability (mean), refused (share) with Wilson low
+    and high, n. Bins hold equal numbers of prompts. Raises DCRError unless both outcomes occur twice.
+    """
+    from dcr.metrics import wilson
+    from dcr.separability import auroc_interval
+
+    probability, refused = np.asarray(probability, dtype=float), np.asarray(refused, dtype=bool)
+    for value, name in ((True, "refused"), (False, "answered")):
+        if (refused == value).sum() < 2:
+            raise DCRError(f"reliability: only {(refused == value).sum()} of {len(refused)} answers were {name}; both need "
+                           "at least 2. Take an aligned model and more prompts.")
+    rows = []
+    for number, members in enumerate(np.array_split(np.argsort(probability, kind="stable"), bins)):
+        if len(members):
+            count = int(refused[members].sum())
+            low, high = wilson(count, len(members))
+            rows.append({"bin": number, "probability": float(probability[members].mean()), "refused": count / len(members),
+                         "low": low, "high": high, "n": len(members)})
+    table = pd.DataFrame(rows)
+    auroc = auroc_interval(refused.astype(int), probability, np.arange(len(refused)), seed, n_boot)
+    gap = float(((table["probability"] - table["refused"]).abs() * table["n"]).sum() / table["n"].sum())
+    return {"auroc": auroc["auroc"], "low": auroc["low"], "high": auroc["high"], "n": len(refused), "calibration_error": gap,
+            "brier": float(((probability - refused) ** 2).mean()), "refused_share": float(refused.mean())}, table

@@ -1,12 +1,14 @@
 """Batches for contrastive refinement: seeded, balanced over class and form, minimal pairs kept together.
 
-The whole schedule is drawn before training from the seed alone, so a resumed run sees the batches the
-interrupted one would have seen, and no global random state is touched.
+Each epoch is drawn from (seed, epoch) alone and the whole schedule before training, so a resumed run sees the
+batches the interrupted one would have seen, and no global random state is touched.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,45 +33,78 @@ class _Deck:
         return taken
 
 
-def contrastive_batches(table: pd.DataFrame, *, batch_size: int, n_batches: int, seed: int, pairing: str = "sources",
-                        toxic_share: float = 0.5, balance_forms: bool = False, general_share: float = 0.0,
-                        retention_rows: int = 0) -> list[list[int]]:
-    """`n_batches` lists of row positions of `table` (columns label, form, pair_id).
+@dataclass(frozen=True)
+class BatchPlan:
+    """What every batch holds. `general` rows are part of the batch, `retention` rows come on top."""
 
-    sources/sham: `toxic_share` of each batch toxic, the rest seemingly toxic; with `balance_forms` questions and
-    imperatives equally often in both. matched: batch_size / 2 minimal pairs, both members in the same batch.
-    `general_share` of the non-toxic places go to general prompts; `retention_rows` further general rows are added.
-    Raises DCRError when a class is missing or too small for a batch.
+    toxic: int
+    harmless: int
+    general: int
+    retention: int
+    pairing: str = "sources"
+    balance_forms: bool = False
+
+    def per_epoch(self, table: pd.DataFrame) -> int:
+        """Batches that show every toxic and every seemingly toxic prompt at least once."""
+        counts = table["label"].value_counts()
+        return max(1, math.ceil(counts.get("toxic", 0) / self.toxic),
+                   math.ceil(counts.get("seemingly_toxic", 0) / self.harmless))
+
+
+def batch_plan(*, batch_size: int, pairing: str = "sources", toxic_share: float = 0.5, balance_forms: bool = False,
+               general_share: float = 0.0, retention_rows: int = 0) -> BatchPlan:
+    """Places of each kind in a batch. Raises DCRError for an unknown pairing or shares that leave a class under two.
+
+    sources/sham: `toxic_share` of the places toxic. matched: as many pairs as fit, whatever `toxic_share`.
+    `general_share` of the non-toxic places go to general prompts.
     """
     if pairing not in ("sources", "matched", "sham"):
         raise DCRError(f"refine.pairing={pairing!r} is unknown; use sources, matched or sham.")
     if not 0 < toxic_share < 1 or not 0 <= general_share < 1:
         raise DCRError(f"refine.toxic_share={toxic_share} and refine.general_share={general_share} must lie in (0, 1) "
                        "and [0, 1).")
-    rng = np.random.default_rng([seed, 0xDC4])
-    label = table["label"].to_numpy()
-    general = _Deck(np.flatnonzero(label == "general"), rng)
-    n_toxic = max(2, round(batch_size * toxic_share))
-    n_harmless = batch_size - n_toxic
-    n_general = round(general_share * n_harmless)
-    n_harmless -= n_general
-    if n_harmless < 2:
-        raise DCRError(f"refine.batch_size={batch_size} leaves {n_harmless} seemingly toxic places; the loss needs two "
+    toxic = max(2, round(batch_size * toxic_share))
+    harmless = batch_size - toxic
+    general = round(general_share * harmless)
+    harmless -= general
+    if pairing == "matched":
+        toxic = harmless = (batch_size - general) // 2
+    if harmless < 2:
+        raise DCRError(f"refine.batch_size={batch_size} leaves {harmless} seemingly toxic places; the loss needs two "
                        "of each class. Enlarge the batch or lower toxic_share or general_share.")
-    if (n_general or retention_rows) and not len(general.rows):
+    return BatchPlan(toxic, harmless, general, retention_rows, pairing, balance_forms)
+
+
+def contrastive_batches(table: pd.DataFrame, plan: BatchPlan, *, n_batches: int, seed: int) -> list[list[int]]:
+    """`n_batches` lists of row positions of `table` (columns label, form, pair_id), drawn epoch by epoch.
+
+    With `balance_forms` questions and imperatives come equally often in both classes; `matched` puts both members
+    of a minimal pair in one batch. Raises DCRError when a class is missing or too small for a batch.
+    """
+    batches: list[list[int]] = []
+    epoch = 0
+    while len(batches) < n_batches:
+        batches += epoch_batches(table, plan, seed=seed, epoch=epoch)
+        epoch += 1
+    return batches[:n_batches]
+
+
+def epoch_batches(table: pd.DataFrame, plan: BatchPlan, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, a function of (seed, epoch): each prompt is dealt before any comes again."""
+    rng = np.random.default_rng([seed, epoch, 0xDC4])
+    general = _Deck(np.flatnonzero((table["label"] == "general").to_numpy()), rng)
+    if plan.general + plan.retention and not len(general.rows):
         raise DCRError("refine.general_share or refine.retention is set but no general prompts were given; pass "
                        "general=[...].")
-    if pairing == "matched":
-        deal = _pair_dealer(table, rng, balance_forms)
-        draw = lambda: deal((batch_size - n_general) // 2)  # noqa: E731
+    if plan.pairing == "matched":
+        pairs = _pair_dealer(table, rng, plan.balance_forms)
     else:
-        toxic = _class_dealer(table, "toxic", n_toxic, rng, balance_forms)
-        harmless = _class_dealer(table, "seemingly_toxic", n_harmless, rng, balance_forms)
-        draw = lambda: toxic(n_toxic) + harmless(n_harmless)  # noqa: E731
+        toxic = _class_dealer(table, "toxic", plan.toxic, rng, plan.balance_forms)
+        harmless = _class_dealer(table, "seemingly_toxic", plan.harmless, rng, plan.balance_forms)
     batches = []
-    for _ in range(n_batches):
-        batch = draw() + general.deal(n_general + retention_rows)
-        batches.append(rng.permutation(batch).tolist())
+    for _ in range(plan.per_epoch(table)):
+        contrast = pairs(plan.toxic) if plan.pairing == "matched" else toxic(plan.toxic) + harmless(plan.harmless)
+        batches.append(rng.permutation(contrast + general.deal(plan.general + plan.retention)).tolist())
     return batches
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, roc_auc_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
@@ -34,9 +34,10 @@ def is_toxic(prompts: pd.DataFrame) -> np.ndarray:
 
 
 def groups_of(prompts: pd.DataFrame) -> np.ndarray:
-    """Fold groups: the minimal pair (its two forms together) where there is one, else the prompt itself."""
+    """Fold groups: the minimal pair (its two forms together) where there is one, else the prompt and its swapped form."""
     pair = prompts["pair_id"].astype(str).str.replace(r"-(q|i)$", "", regex=True).to_numpy()
-    return np.where(pair != "", pair, np.arange(len(prompts)).astype(str))
+    own = prompts["id"].astype(str).str.rstrip("~").to_numpy() if "id" in prompts else np.arange(len(prompts)).astype(str)
+    return np.where(pair != "", pair, own)
 
 
 def cosine_structure(states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] | None = None) -> pd.DataFrame:
@@ -53,32 +54,43 @@ def cosine_structure(states: HiddenStates, prompts: pd.DataFrame, layers: Sequen
 
 
 def _probe():
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000))
+    # balanced: else the intercept holds the training fold's class ratio, which runs against the held-out fold's
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.05, max_iter=1000, class_weight="balanced"))
 
 
 def grouped_scores(features, y: np.ndarray, groups: np.ndarray, model, seed: int = 0, folds: int = 5) -> np.ndarray:
     """[n] out-of-fold decision scores of a classifier, folds grouped and stratified."""
+    return _held_out(features, y, groups, features, groups, model, seed, folds)
+
+
+def _held_out(features, y, groups, others, other_groups, model, seed: int, folds: int = 5) -> np.ndarray:
+    """Scores of `others`, each from the classifier of the fold that held its group out; groups never trained on: the mean."""
     folds = min(folds, len(np.unique(groups[y == 1])), len(np.unique(groups[y == 0])))
     if folds < 2:
         raise DCRError("a cross-validated probe needs at least two groups of each class; give more prompts.")
-    scores = np.zeros(len(y))
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, y, groups):
-        fitted = model().fit(features[train], y[train])
-        scores[test] = fitted.decision_function(features[test])
-    return scores
+    total, count = np.zeros(len(other_groups)), np.zeros(len(other_groups))
+    for train, _ in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, y, groups):
+        rows = np.flatnonzero(~np.isin(other_groups, groups[train]))
+        if len(rows):
+            total[rows] += model().fit(features[train], y[train]).decision_function(others[rows])
+            count[rows] += 1
+    return total / count
 
 
 def auroc_interval(y: np.ndarray, scores: np.ndarray, groups: np.ndarray, seed: int = 0, n_boot: int = 500) -> dict:
-    """AUROC and accuracy with a 95 % bootstrap interval over groups (a pair is drawn whole)."""
+    """AUROC and accuracy with a 95 % bootstrap interval over groups (a pair is drawn whole).
+
+    A draw weights each group by how often it came up, and AUROC is a weighted mean over pairs of prompts (ties 1/2).
+    """
     rng = np.random.default_rng([seed, 0xB0])
-    members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    values = []
-    for _ in range(n_boot):
-        rows = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        if 0 < y[rows].sum() < len(rows):
-            values.append(roc_auc_score(y[rows], scores[rows]))
+    names, member = np.unique(groups, return_inverse=True)
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)[:, member]
+    toxic, other = weights[:, y == 1], weights[:, y == 0]
+    above = np.sign(scores[y == 1][:, None] - scores[y == 0][None]) / 2 + 0.5
+    size = toxic.sum(1) * other.sum(1)
+    values = np.einsum("bi,bi->b", toxic @ above, other)[size > 0] / size[size > 0]
     low, high = np.quantile(values, [0.025, 0.975])
-    return {"auroc": float(roc_auc_score(y, scores)), "low": float(low), "high": float(high),
+    return {"auroc": float(above.mean()), "low": float(low), "high": float(high),
             "accuracy": float(((scores > 0) == y).mean()), "n": len(y)}
 
 
@@ -97,14 +109,31 @@ def transfer_auroc(train: HiddenStates, train_prompts: pd.DataFrame, test: Hidde
                    layers: Sequence[int], seed: int = 0) -> pd.DataFrame:
     """The probe of one set read on another (e.g. form-swapped): rows layer, auroc, low, high, accuracy, n.
 
+    A prompt that was trained on, in either form or as a member of a trained pair, is scored by a probe that held it out.
     Below 0.5 the probe follows something else than harm, such as the sentence's form.
     """
-    y, target = is_toxic(train_prompts), is_toxic(test_prompts)
+    y, target, groups = is_toxic(train_prompts), is_toxic(test_prompts), groups_of(test_prompts)
     rows = []
     for layer in layers:
-        scores = _probe().fit(train.layer(layer), y).decision_function(test.layer(layer))
-        rows.append({"layer": layer, **auroc_interval(target, scores, groups_of(test_prompts), seed)})
+        scores = _held_out(train.layer(layer), y, groups_of(train_prompts), test.layer(layer), groups, _probe, seed)
+        rows.append({"layer": layer, **auroc_interval(target, scores, groups, seed)})
     return pd.DataFrame(rows)
+
+
+def probe_by_form(states: HiddenStates, prompts: pd.DataFrame, swapped: HiddenStates, swapped_prompts: pd.DataFrame,
+                  layer: int, seed: int = 0) -> pd.DataFrame:
+    """AUROC of one pairing's probe in each cell toxic_form × harmless_form, and `balanced`, their mean (with n).
+
+    Trained on the prompts as they are; held-out prompts are scored as they are and with their form swapped, so every cell
+    is filled with the same requests. A probe of harm is as good in every cell; a probe of form is not.
+    """
+    from dcr.rejection import auroc_by_form
+
+    y, groups = is_toxic(prompts), groups_of(prompts)
+    scores = [_held_out(states.layer(layer), y, groups, s.layer(layer), groups_of(p), _probe, seed)
+              for s, p in ((states, prompts), (swapped, swapped_prompts))]
+    both = pd.concat([prompts, swapped_prompts], ignore_index=True)
+    return auroc_by_form(both, np.concatenate(scores)).assign(layer=layer)
 
 
 def cluster_by_layer(states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] | None = None,
@@ -132,7 +161,7 @@ def surface_baselines(prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
     rows = [{"baseline": "question-mark", **auroc_interval(y, mark, groups, seed)}]
     for name, features, model in (("length", words, _probe), ("source", source, _probe),
-                                  ("tf-idf", tfidf, lambda: LogisticRegression(C=10.0, max_iter=1000))):
+                                  ("tf-idf", tfidf, lambda: LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"))):
         rows.append({"baseline": name,
                      **auroc_interval(y, grouped_scores(features, y, groups, model, seed), groups, seed)})
     return pd.DataFrame(rows)

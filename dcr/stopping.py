@@ -21,18 +21,23 @@ log = logging.getLogger("dcr")
 BEST = "best.safetensors"
 
 
-def held_out_measures(train: Tensor, train_classes: Tensor, held: Tensor, held_classes: Tensor) -> dict[str, float]:
-    """Cross- and within-class cosine of held-out states; AUROC and accuracy of a linear probe from train to held."""
+def fit_probe(states: Tensor, classes: Tensor):
+    """A linear probe of toxic (1) against seemingly toxic (0) on states [n, hidden]; `decision_function` gives scores."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, roc_auc_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(states, classes)
+
+
+def held_out_measures(train: Tensor, train_classes: Tensor, held: Tensor, held_classes: Tensor) -> dict[str, float]:
+    """Cross- and within-class cosine of held-out states; AUROC and accuracy of a linear probe from train to held."""
+    from sklearn.metrics import accuracy_score, roc_auc_score
 
     unit = torch.nn.functional.normalize(held, dim=-1)
     similarity, same = unit @ unit.T, held_classes[:, None] == held_classes[None]
     off = ~torch.eye(len(held), dtype=torch.bool)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(train, train_classes)
-    score = probe.decision_function(held)
+    score = fit_probe(train, train_classes).decision_function(held)
     return {"cross_similarity": similarity[~same].mean().item(),
             "within_similarity": similarity[same & off].mean().item(),
             "probe_auroc": float(roc_auc_score(held_classes, score)),
@@ -70,17 +75,20 @@ class HeldOutWatcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self.rows = [r for r in read_jsonl(self.path) if r["step"] <= state.global_step]
-        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.trainer.accelerator.wait_for_everyone()  # all have read before one writes
+        if state.is_world_process_zero:
+            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.rows))
         if not self.rows:
             self.measure(0)
+            self._keep()
 
     def on_step_end(self, args, state, control, **_) -> None:
         if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
             return
         row = self.measure(state.global_step)
         best = min(r["cross_similarity"] for r in self.rows)
-        if row["cross_similarity"] <= best and self.stops_early and state.is_world_process_zero:
-            save_file(trained_state(self.stage), self.best)
+        if row["cross_similarity"] <= best:
+            self._keep()
         since = [r["cross_similarity"] for r in self.rows][::-1].index(best)  # evaluations since the best
         if self.config.target > -1 and row["cross_similarity"] <= self.config.target:
             self.reason = f"held-out cross-class cosine {row['cross_similarity']:.3f} reached {self.config.target}"
@@ -89,8 +97,22 @@ class HeldOutWatcher(TrainerCallback):
             self.reason = f"no improvement of the held-out cross-class cosine in {since} evaluations"
             control.should_training_stop = True
 
+    def _keep(self) -> None:
+        if self.stops_early and self.trainer.state.is_world_process_zero:
+            temporary = self.best.with_suffix(".tmp")
+            save_file(trained_state(self.stage), temporary)
+            temporary.replace(self.best)
+
     def finish(self) -> None:
-        """Restore the best step where a stop rule is on."""
+        """Restore the best step where a stop rule is on; say in the history's last row why training stopped."""
+        self.trainer.accelerator.wait_for_everyone()
+        step = self.trainer.state.global_step
         if self.stops_early and self.best.exists():
             load_trained_state(self.stage, load_file(self.best))
-        log.info("refine: stopped at step %d: %s", self.trainer.state.global_step, self.reason)
+            step = min(self.rows, key=lambda r: (r["cross_similarity"], -r["step"]))["step"]
+        recorder = self.trainer.recorder
+        if recorder.rows:
+            recorder.rows[-1] |= {"stop_reason": self.reason, "best_step": step}
+            if self.trainer.state.is_world_process_zero:
+                write_atomic(recorder.path, "".join(json.dumps(r) + "\n" for r in recorder.rows))
+        log.info("refine: stopped at step %d: %s; weights of step %d", self.trainer.state.global_step, self.reason, step)

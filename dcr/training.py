@@ -10,11 +10,13 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -78,6 +80,15 @@ class StageTrainer(Trainer):
         save_file(trained_state(self.accelerator.unwrap_model(self.model)), temporary)
         temporary.replace(folder / WEIGHTS)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """A resume point; on a full disk one clear error, and the points before it stay good."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+            raise DCRError(f"{self.args.output_dir}: the resume point of step {self.state.global_step} could not be saved "
+                           f"({error}). Free space and call again; training goes on from "
+                           f"{Path(whole_checkpoint(Path(self.args.output_dir)) or 'the start').name}.") from error
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
@@ -124,7 +135,7 @@ class HistoryCallback(TrainerCallback):
 
 def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, schedule: str, accumulation: int,
                        save_steps: int, bf16: bool, seed: int, weight_decay: float = 0.0,
-                       gradient_checkpointing: bool = False, max_grad_norm: float = 1.0) -> TrainingArguments:
+                       max_grad_norm: float = 1.0) -> TrainingArguments:
     """The library's arguments for one stage; every number that matters is named here."""
     schedules = ("constant", "linear", "cosine")
     if schedule not in schedules:
@@ -137,16 +148,22 @@ def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, sc
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()), seed=seed, data_seed=seed,
         weight_decay=weight_decay, max_grad_norm=max_grad_norm, optim="adamw_torch", report_to=[],
         logging_strategy="no", remove_unused_columns=False, disable_tqdm=True, label_names=[],
-        gradient_checkpointing=gradient_checkpointing, ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,
         ddp_backend="gloo" if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available() else None,
         accelerator_config={"split_batches": True, "use_seedable_sampler": True}, dataloader_pin_memory=False)
 
 
-def run(trainer: StageTrainer) -> None:
-    """Train, from the last checkpoint in the folder if there is one."""
-    folder = Path(trainer.args.output_dir)
+def whole_checkpoint(folder: Path) -> str | None:
+    """The last resume point that was written to its end; one cut off while saving is set aside."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     while last and not (Path(last) / "trainer_state.json").exists():  # killed while saving: go one further back
-        Path(last).rename(Path(last).with_name("broken-" + Path(last).name))
+        aside = Path(last).with_name("broken-" + Path(last).name)
+        shutil.rmtree(aside, ignore_errors=True)
+        Path(last).rename(aside)
         last = get_last_checkpoint(str(folder))
-    trainer.train(resume_from_checkpoint=last)
+    return last
+
+
+def run(trainer: StageTrainer) -> None:
+    """Train, from the last checkpoint in the folder if there is one."""
+    trainer.train(resume_from_checkpoint=whole_checkpoint(Path(trainer.args.output_dir)))

@@ -118,7 +118,7 @@ class Training:
         """
         from dcr.adapters import apply_trained
 
-        method = methods_file()[method].get("on", method)
+        method, step = (methods_file()[method]["steers"], -1) if "steer" in self.stages(method) else (method, step)
         model, tokenizer = self.base()
         if "refine" in self.stages(method):
             model = apply_trained(model, self.refined(method).path / "model")
@@ -157,7 +157,7 @@ class Training:
 
         recipe = self.recipe(method)
         toxic, seemingly, general, _ = self.training_sets(method)
-        uses_general = recipe.refine.general_share > 0 or recipe.refine.retention > 0
+        uses_general = recipe.refine.general_share > 0 or recipe.refine.retention > 0 or recipe.refine.layer == "auto"
         data = {"toxic": table_hash(toxic), "seemingly_toxic": table_hash(seemingly)}
         if uses_general:
             data["general"] = table_hash(general)
@@ -171,7 +171,8 @@ class Training:
                             work_dir=folder, merge=False, layers_path=recipe.model.layers_path)
             save_trained(result.model, folder / "model")
             _drop_checkpoints(folder)
-            return {"layer": result.layer, "stop_reason": result.stop_reason, "steps": len(result.history),
+            return {"layer": result.layer, "layer_sweep": result.layer_sweep, "stop_reason": result.stop_reason,
+                    "steps": len(result.history), "leakage": _counts(self.leakage),
                     "in_distribution": sorted({*toxic["source"], *seemingly["source"]}), **self._facts()}
 
         return self.store.get("refine", method, dependencies, build)
@@ -187,8 +188,9 @@ class Training:
         first = self.refined(method) if "refine" in self.stages(method) else None
         dependencies = {"model": self.model_key, "refine": first.path.name if first else "", "mix": table_hash(mix),
                         "align": asdict(recipe.align), "seed": recipe.seed}
+        layer = first.manifest["layer"] if first else recipe.refine.layer  # "auto" is settled by then
         if recipe.align.above_layer:
-            dependencies["layer"] = recipe.refine.layer
+            dependencies["layer"] = layer
 
         def build(folder: Path) -> dict:
             _ = self.leakage
@@ -196,7 +198,7 @@ class Training:
             if first:
                 model = apply_trained(model, first.path / "model")
             result = align(model, tokenizer, mix, config=recipe.align, seed=recipe.seed, work_dir=folder, merge=False,
-                           layer=recipe.refine.layer if recipe.align.above_layer else None,
+                           layer=layer if recipe.align.above_layer else None,
                            layers_path=recipe.model.layers_path)
             save_trained(result.model, folder / "model")
             _drop_checkpoints(folder)
@@ -221,13 +223,22 @@ class Training:
         return pd.DataFrame(read_jsonl(artifact.path / name)).assign(method=method, stage=stage)
 
     def steps(self, method: str) -> list[int]:
-        """Alignment steps at which a method's weights are recorded."""
+        """Alignment steps at which a method's weights are recorded; for a steering method, its strengths in per cent."""
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import curve_points
+
+            return curve_points(self.config)
         return self.aligned(method).manifest["recorded_steps"] if "align" in self.stages(method) else [0]
 
     def in_distribution(self, method: str) -> set[str]:
         """Registry names of the sources whose prompts a method trained on or took anchors from."""
         names: set[str] = set()
-        method = methods_file()[method].get("on", method)
+        if "steer" in self.stages(method):
+            from dcr.steering.stage import fitted
+
+            if method != "SelfCD":
+                names |= set(fitted(self, method).manifest["in_distribution"])
+            method = methods_file()[method]["steers"]
         if "refine" in self.stages(method):
             names |= set(self.refined(method).manifest["in_distribution"])
         if "align" in self.stages(method):
@@ -238,12 +249,19 @@ class Training:
         """What identifies a method's weights after an alignment step: the artifacts they come from."""
         if method in RULES:
             return {"rule": method}
+        if "steer" in self.stages(method):  # the weights are those of the model it steers
+            method, step = methods_file()[method]["steers"], -1
         key = {"model": self.model_key, "step": step}
         if "refine" in self.stages(method):
             key["refine"] = self.refined(method).path.name
         if "align" in self.stages(method) and step != 0:
             key["align"] = self.aligned(method).path.name
         return key
+
+
+def _counts(report: pd.DataFrame) -> list[dict]:
+    """How many overlaps of each kind stand between which prompts, for manifests."""
+    return report.groupby(["stage", "benchmark", "kind"], as_index=False).size().to_dict("records")
 
 
 def _drop_checkpoints(folder: Path) -> None:

@@ -68,8 +68,9 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
         "categories": pd.DataFrame([{"profile": profile, "method": m, "label": c, "benchmark": "oktest", "category": k,
                                      "value": 0.5, "low": 0.4, "high": 0.6, "n": 10} for m in METHODS
                                     for c in classes for k in ("privacy", "weapons & tools")]),
-        "judge_calibration": pd.DataFrame([{"judge": j, "model": m, "kappa": 0.7, "low": 0.6, "high": 0.8} for j in ("phrases", "learned")
-                                           for m in ("gpt4", "llama2new")]),
+        "judge_calibration": pd.DataFrame([{"judge": j, "model": m, "tokens": t, "half": "all", "kappa": 0.7, "low": 0.6, "high": 0.8}
+                                           for j in ("annotators", "phrases", "learned") for m in ("gpt4", "llama2new")
+                                           for t in (0, 24) if t == 0 or j != "annotators"]),
         "cost": pd.DataFrame([{"name": m, "kind": k, "seconds": 10.0, "peak_memory_mib": 900.0} for m in trained
                               for k in ("align", "generate")]),
         "capabilities": pd.DataFrame([{"method": m, "task": t, "metric": "acc", "value": 0.3, "low": 0.2, "high": 0.4, "n": 100}

@@ -81,6 +81,78 @@ def test_it_learns_the_answer_and_to_stop(tiny_tokenizer):
     assert out[-1] == tiny_tokenizer.eos_token_id and "sorry" in tiny_tokenizer.decode(out) and len(out) < 15
 
 
+def test_alpaca_prompt_labels_the_answer_and_its_stop_token(tiny_tokenizer):
+    from dcr.chat import ALPACA_TEMPLATE
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ALPACA_TEMPLATE
+    batch = Examples(mix(2), tokenizer, labels="completion", max_length=96).collate([1])
+    learnt = batch["labels"][0][batch["labels"][0] != -100]
+    assert tokenizer.decode(learnt).replace(" ", "") == "sorry,icannothelpwiththat.<|end|>"
+    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    with pytest.raises(DCRError, match="no assistant turn"):
+        align(make_model(), tokenizer, mix(), config=FAST)
+
+
+@pytest.mark.parametrize("what", ["weights", "optimiser"])
+def test_a_full_disk_keeps_the_last_resume_point(what, tmp_path, monkeypatch):
+    """Saving fails at step 4: the error says so, step 2 survives, and going on ends at the same weights."""
+    from dcr import training
+
+    config = replace(FAST, save_steps=2)
+    whole = weights(run(config, work_dir=tmp_path / "whole").model)
+    good, torch_save, calls = training.save_file, torch.save, []
+
+    def full(save):
+        def fails(value, path, *args, **kwargs):
+            if "checkpoint-4" in str(path):
+                calls.append(path)
+                open(path, "wb").write(b"half")
+                raise OSError(28, "No space left on device")
+            return save(value, path, *args, **kwargs)
+        return fails
+
+    if what == "weights":
+        monkeypatch.setattr(training, "save_file", full(good))
+    else:
+        monkeypatch.setattr(torch, "save", full(torch_save))
+    with pytest.raises(DCRError, match="step 4 could not be saved.*No space left.*goes on from checkpoint-2"):
+        run(config, work_dir=tmp_path / "cut")
+    assert calls
+    monkeypatch.undo()
+    again = weights(run(config, work_dir=tmp_path / "cut").model)
+    assert all(torch.equal(whole[n], w) for n, w in again.items())
+
+
+TWO = """
+import os, sys
+sys.path[:0] = [os.path.dirname({tests!r}), {tests!r}]
+from test_alignment import *
+from dcr.config import AlignConfig
+result = run(replace(FAST, batch_size=8, max_steps=4, accumulation=int(sys.argv[2])), work_dir=sys.argv[1])
+if int(os.environ.get("RANK", 0)) == 0:
+    torch.save(weights(result.model), sys.argv[1] + "/final.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(tests=os.path.dirname(__file__)))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for accumulation in ("1", "2"):
+        one, two = tmp_path / f"one{accumulation}", tmp_path / f"two{accumulation}"
+        subprocess.run([sys.executable, str(script), str(one), accumulation], check=True, timeout=200)
+        subprocess.run([*launch, str(script), str(two), accumulation], check=True, timeout=250)
+        first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, two))
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
+        logs = [[json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (one, two)]
+        for a, b in zip(*logs, strict=True):
+            assert a["tokens"] == b["tokens"] and abs(a["loss"] - b["loss"]) < 1e-5
+
+
 def test_accumulation_and_batch_size_are_equivalent():
     one = replace(FAST, batch_size=8, accumulation=1, max_steps=2)
     two = replace(FAST, batch_size=8, accumulation=1, max_steps=2)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -68,6 +73,42 @@ def test_a_killed_run_loses_one_batch_and_resumes(tmp_path, tiny_llama, tiny_tok
     again = generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2, out=out)
     assert again["response"].tolist() == whole["response"].tolist()
     assert len(read_jsonl(out)) == len(table) and len(calls) == 3
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+import pandas as pd
+from conftest import make_model, make_tokenizer
+from dcr import generation
+run = generation._Decoder.run
+def slow(self, batch):
+    time.sleep(0.3)
+    return run(self, batch)
+generation._Decoder.run = slow
+table = pd.DataFrame({"id": [f"p{i}" for i in range(40)], "text": ["how do i kill a process ?"] * 40})
+generation.generate(make_model("llama"), make_tokenizer(), table, max_new_tokens=3, batch_size=2, out=sys.argv[1])
+"""
+
+
+def test_sigkill_loses_at_most_one_batch(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    """A real process killed without warning: every finished batch is in the file, and the next call does only the rest."""
+    out = tmp_path / "g.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(Path(__file__).parent)])
+    try:
+        deadline = time.monotonic() + 120
+        while not (out.exists() and out.read_text().count("\n") >= 4):
+            assert process.poll() is None and time.monotonic() < deadline, "the run ended or stood still before it could be killed"
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    kept = len(read_jsonl(out))
+    table = pd.DataFrame({"id": [f"p{i}" for i in range(40)], "text": ["how do i kill a process ?"] * 40})
+    run, done = generation._Decoder.run, []
+    monkeypatch.setattr(generation._Decoder, "run", lambda self, batch: done.extend(batch) or run(self, batch))
+    rows = generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=3, batch_size=2, out=out)
+    assert 4 <= kept < 40 and len(done) == 40 - kept and len(rows) == 40 and rows["prompt_id"].is_unique
 
 
 def test_changed_parameters_are_refused_by_name(tmp_path, tiny_llama, tiny_tokenizer, table):

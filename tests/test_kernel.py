@@ -9,7 +9,7 @@ from conftest import make_model
 
 from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.kernel import entk
+from dcr.kernel import class_matrix, entk
 
 A = ["how do i kill a process ?", "list the dog ."]
 B = ["how do i kill my neighbour ?", "steal the password .", "how ?"]
@@ -53,23 +53,35 @@ def test_refusal_tokens_and_ratios(tiny_tokenizer):
     assert same.normalised[0, 0] == pytest.approx(1.0, rel=1e-5)
 
 
-def test_all_tokens_estimate_is_unbiased(tiny_tokenizer):
+def test_all_tokens_estimate_is_unbiased_and_its_interval_covers(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
     oracle = exact(model, tiny_tokenizer, [A[0], B[0]], list(range(128)), lambda n: True)[0, 1]
-    squares = [entk(model, tiny_tokenizer, A[:1], B[:1], tokens="all", k=12, seed=s).cross[0, 0] ** 2
-               for s in range(24)]
+    found = [entk(model, tiny_tokenizer, A[:1], B[:1], tokens="all", k=12, seed=s) for s in range(24)]
+    squares = [r.cross[0, 0] ** 2 for r in found]
     error = np.std(squares) / np.sqrt(len(squares))
     assert abs(np.mean(squares) - oracle**2) < 3.5 * error and error < 0.2 * oracle**2
+    assert np.mean([r.cross_low[0, 0] <= oracle <= r.cross_high[0, 0] for r in found]) >= 0.75
+    assert entk(model, tiny_tokenizer, A[:1], B[:1], k=4).cross_low is None  # exact kernels carry no interval
 
 
-def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer):
+def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
     from dcr.adapters import train_blocks
 
     torch.manual_seed(0)
     model = train_blocks(make_model(layers=2, hidden=16), 0, 2, rank=2, alpha=4)
-    result = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
+    with caplog.at_level("WARNING", logger="dcr"):
+        result = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
+    assert result.degenerate and "degenerate" in caplog.text
     oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: "lora_B" in n)  # at B = 0, A has none
     np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=1e-4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    trained = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
+    oracle = exact(model, tiny_tokenizer, [*A, *B], trained.tokens, lambda n: "lora_" in n)
+    np.testing.assert_allclose(trained.cross, oracle[:2, 2:], rtol=1e-4)
+    assert not trained.degenerate
     with pytest.raises(DCRError, match="no adapter"):
         entk(make_model(), tiny_tokenizer, A, B, parameters="lora")
 
@@ -85,3 +97,39 @@ def test_bad_choices(change, message, tiny_tokenizer):
 def test_empty_class_is_refused(tiny_tokenizer):
     with pytest.raises(DCRError, match="0 and 3 prompts"):
         entk(make_model(), tiny_tokenizer, [], B)
+
+
+def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
+    """The template's tokens are handled in a basis of their own: more of them than dimensions, and none at all."""
+    model = make_model(layers=2, hidden=16)
+    for head in ("tell me what the time is in my house and list the dog and the cat of my house ", ""):
+        a, b = [head + "how do i kill ?"], [head + "steal the bike .", "how ?" if not head else head + "how ?"]
+        result = entk(model, tiny_tokenizer, a, b, k=4)
+        oracle = exact(model, tiny_tokenizer, [*a, *b], result.tokens, lambda n: True)
+        np.testing.assert_allclose(result.cross, oracle[:1, 1:], rtol=1e-4)
+
+
+def test_class_matrix_means_and_intervals():
+    rng = np.random.default_rng(0)
+    labels = ["toxic"] * 12 + ["general"] * 10
+    norms = np.where(np.equal.outer(labels, labels), 0.8, 0.3) + rng.normal(scale=0.05, size=(22, 22))
+    norms = (norms + norms.T) / 2
+    np.fill_diagonal(norms, 2.0)
+    table = class_matrix(norms, labels).set_index(["class_a", "class_b"])
+    assert table.loc[("toxic", "toxic"), "normalised"] == pytest.approx(0.4, abs=0.02)  # a prompt against itself would be 1
+    cross = table.loc[("toxic", "general")]
+    assert cross["normalised"] == pytest.approx(0.15, abs=0.02) and cross["n"] == 120
+    assert cross["normalised_low"] < cross["normalised"] < cross["normalised_high"] < 0.2
+    with pytest.raises(DCRError, match="1 prompt of class 'general'"):
+        class_matrix(norms[:13, :13], labels[:13])
+
+
+def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
+    model = make_model(layers=2, hidden=16)
+    with pytest.raises(DCRError, match="prompt 1 has .* tokens, the context holds 9"):
+        entk(model, tiny_tokenizer, ["how ?"], ["how do i kill a process in my house ?"], max_length=9)
+    assert entk(model, tiny_tokenizer, ["how ?"], ["how do i kill my process ?"], max_length=9, truncate=True, k=3).cross.shape == (1, 1)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(DCRError, match="prompt 0 are not finite"):
+        entk(model, tiny_tokenizer, A, B, tokens="refusal")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
@@ -14,6 +14,7 @@ from dcr.errors import DCRError
 from dcr.metrics import bootstrap_mean, compare, mcnemar_exact, mean_rate, question_mark_rule, rate_rows, wilson
 
 
+@settings(deadline=None)
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_equals_scipy_and_holds_the_share(pair):
     count, n = pair
@@ -23,6 +24,7 @@ def test_wilson_equals_scipy_and_holds_the_share(pair):
     assert -1e-9 <= low <= count / n + 1e-9 and count / n - 1e-9 <= high <= 1 + 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_mcnemar_equals_statsmodels(outcomes):
     a, b = np.array(outcomes).T
@@ -77,6 +79,14 @@ def test_bootstrap_covers_the_mean_of_a_known_share():
                  (bootstrap_mean(rng.random(120) < 0.3, n_boot=300, seed=i)[1:] for i in range(100)))
     assert 88 <= inside <= 100
     assert bootstrap_mean([1, 0, 1], seed=1) == bootstrap_mean([1, 0, 1], seed=1)
+
+
+def test_holm_steps_down():
+    rng = np.random.default_rng(0)
+    base = rng.random(80) < 0.5
+    table = compare({"STL": base, **{f"m{i}": base ^ (rng.random(80) < 0.1 * i) for i in range(1, 5)}}, "STL").sort_values("p")
+    expected = np.maximum.accumulate(np.minimum(1, table["p"].to_numpy() * np.arange(4, 0, -1)))
+    assert table["p_holm"].to_numpy() == pytest.approx(expected) and table["p"].nunique() > 1
 
 
 def test_compare_is_paired_and_corrected():

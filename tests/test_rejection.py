@@ -10,7 +10,7 @@ from conftest import FAMILIES, make_model
 
 from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.rejection import auroc_by_form, opening_tokens, refusal_probability
+from dcr.rejection import auroc_by_form, opening_tokens, refusal_probability, reliability
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i")
 
@@ -49,3 +49,26 @@ def test_auroc_by_form():
 def test_no_prompts(tiny_llama, tiny_tokenizer):
     with pytest.raises(DCRError, match="no prompts"):
         refusal_probability(tiny_llama, tiny_tokenizer, [])
+
+
+def test_reliability_of_a_calibrated_and_of_a_useless_probability():
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(size=400)
+    scores, table = reliability(probability, rng.uniform(size=400) < probability)
+    assert scores["auroc"] > 0.75 and scores["calibration_error"] < 0.1 and scores["low"] < scores["auroc"] < scores["high"]
+    assert table["n"].sum() == 400 and (table["low"] <= table["refused"]).all() and table["probability"].is_monotonic_increasing
+    useless, _ = reliability(probability, rng.uniform(size=400) < 0.5)
+    assert useless["low"] < 0.5 < useless["high"] and useless["calibration_error"] > 0.15
+    with pytest.raises(DCRError, match="0 of 400 answers were refused"):
+        reliability(probability, np.zeros(400, dtype=bool))
+
+
+def test_prompt_over_the_context_and_broken_weights(tiny_llama, tiny_tokenizer, prompts):
+    with pytest.raises(DCRError, match="prompt 0 has .* tokens, the context holds 8"):
+        refusal_probability(tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS, max_length=8)
+    cut = refusal_probability(tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS, max_length=8, truncate=True)
+    assert ((cut >= 0) & (cut <= 1)).all()
+    with torch.no_grad():
+        tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(DCRError, match="not finite"):
+        refusal_probability(tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from dcr.errors import DCRError
-from dcr.sampling import FixedBatches, contrastive_batches, shuffled_labels
+from dcr.sampling import FixedBatches, batch_plan, epoch_batches, shuffled_labels
+from dcr.sampling import contrastive_batches as schedule
+
+
+def contrastive_batches(table, *, n_batches, seed, **plan):
+    return schedule(table, batch_plan(**plan), n_batches=n_batches, seed=seed)
 
 
 @pytest.fixture
@@ -52,6 +59,29 @@ def test_the_seed_decides_and_a_longer_schedule_begins_alike(table):
     short, long, other = (contrastive_batches(table, batch_size=8, n_batches=n, seed=s)
                           for n, s in ((5, 0), (9, 0), (5, 1)))
     assert long[:5] == short and other != short
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch(table):
+    plan = batch_plan(batch_size=8)
+    whole = schedule(table, plan, n_batches=18, seed=4)
+    for epoch in (2, 0, 1):  # in any order: nothing is carried over
+        assert epoch_batches(table, plan, seed=4, epoch=epoch) == whole[6 * epoch : 6 * epoch + 6]
+    assert epoch_batches(table, plan, seed=4, epoch=0) != epoch_batches(table, plan, seed=4, epoch=1)
+
+
+def test_no_global_random_state_is_touched(table):
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    contrastive_batches(table, batch_size=8, n_batches=9, seed=0)
+    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_an_epoch_shows_every_prompt_whatever_the_class_ratio(table):
+    for share in (0.25, 0.5, 0.75):
+        plan = batch_plan(batch_size=16, toxic_share=share)
+        seen = {r for b in epoch_batches(table, plan, seed=0, epoch=0) for r in b}
+        assert len(seen) == (table.label != "general").sum()
 
 
 def test_each_class_is_used_up_before_it_repeats(table):

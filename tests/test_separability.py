@@ -6,13 +6,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dcr.data.forms import swap_table
 from dcr.errors import DCRError
 from dcr.hidden_states import HiddenStates
 from dcr.separability import (
+    auroc_interval,
     cluster_by_layer,
     cosine_structure,
     groups_of,
     map_2d,
+    probe_by_form,
     probe_by_layer,
     surface_baselines,
     transfer_auroc,
@@ -94,3 +97,54 @@ def test_map_is_deterministic(prompts):
 def test_one_class_is_refused(prompts):
     with pytest.raises(DCRError, match="at least 2 toxic prompts, got 0"):
         surface_baselines(prompts[prompts.label != "toxic"])
+
+
+def test_auroc_is_the_library_s_and_ties_count_half():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    y, scores, groups = rng.integers(2, size=90), rng.normal(size=90).round(1), np.repeat(np.arange(30), 3)
+    found = auroc_interval(y, scores + 0.8 * y, groups)
+    assert found["auroc"] == pytest.approx(roc_auc_score(y, scores + 0.8 * y))
+    assert found["low"] < found["auroc"] < found["high"] and found["high"] - found["low"] < 0.4
+
+
+def forms_set(n: int = 40) -> pd.DataFrame:
+    """The paper's confound: toxic imperatives, harmless questions, no pairs."""
+    rows = [{"id": f"t{i}", "text": f"Take the thing{i} away.", "label": "toxic", "form": "imperative"} for i in range(n)]
+    rows += [{"id": f"s{i}", "text": f"How do I take item{i} out?", "label": "seemingly_toxic", "form": "question"} for i in range(n)]
+    return pd.DataFrame(rows).assign(pair_id="", source="one")
+
+
+@pytest.mark.parametrize("reads, crossed", [("form", 0.1), ("harm", 0.9)])
+def test_cells_tell_a_probe_of_form_from_a_probe_of_harm(reads, crossed):
+    prompts = forms_set()
+    swapped = swap_table(prompts)
+
+    def states(rows, seed):
+        values = np.random.default_rng(seed).normal(scale=0.3, size=(1, len(rows), 6)).astype(np.float32)
+        values[0, :, 0] += (rows["form"] == "imperative") if reads == "form" else (rows["label"] == "toxic")
+        return HiddenStates(values, "last")
+
+    table = probe_by_form(states(prompts, 0), prompts, states(swapped, 1), swapped, 0).set_index(["toxic_form", "harmless_form"])
+    assert table.loc[("imperative", "question"), "auroc"] > 0.9  # as published both look perfect
+    other = table.loc[("question", "imperative"), "auroc"]
+    assert other < crossed if reads == "form" else other > crossed
+    assert table.loc[("balanced", "balanced"), "n"] == 4 * len(prompts)
+
+
+def test_transfer_to_the_swapped_form_never_scores_a_request_it_was_trained_on():
+    """States that only name the request: a probe that had seen it would be perfect, one that held it out is at chance."""
+    prompts = forms_set(60)
+    names = np.random.default_rng(0).normal(size=(1, len(prompts), 100)).astype(np.float32)
+    states = HiddenStates(names, "last")
+    auroc = transfer_auroc(states, prompts, states, swap_table(prompts), [0])["auroc"].iloc[0]
+    assert 0.3 < auroc < 0.7
+
+
+def test_a_feature_that_says_nothing_is_at_chance_when_groups_are_lopsided():
+    """Each group holds one class mostly: a probe's intercept would tell the fold's class ratio, backwards."""
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"w{i} {rng.integers(9)}", "label": "toxic" if rng.uniform() < (0.9 if g % 2 else 0.2) else "seemingly_toxic",
+             "pair_id": f"g{g}", "source": "one", "form": "statement"} for g in range(8) for i in range(12)]
+    assert surface_baselines(pd.DataFrame(rows)).set_index("baseline").loc["source", "auroc"] == pytest.approx(0.5)

@@ -3,6 +3,10 @@
 Published benchmarks are nearly all questions on one side and imperatives on the other (PAPER, last section), so
 every benchmark is also judged with its forms swapped. A template can bring a bias of its own ("Can you ...?"
 raises refusal), so there are several, dealt by a hash of the text.
+
+Read by us: 120 swaps (20 of the bundled prompts in each of two editions, 8 from each of ten published sets). 115 kept meaning and
+grammar; the five that did not (a split after "Mr.", "Would you rather", a question without its mark, a salutation before the
+request, "Whom") led to the rules below that mend them. Ids, marks and hashes of the 100 still in use: `bundled/form_check.csv`.
 """
 
 from __future__ import annotations
@@ -17,13 +21,19 @@ FORMS = ("question", "imperative", "statement")
 TO_QUESTION = ("Can you {x}?", "Could you {x}?", "Would you {x}?", "Will you {x}?")
 # {x} is a question as it stands (without its question mark) or its clause.
 TO_IMPERATIVE = ("Answer this: {x}.", "Tell me this: {x}.", "Explain this: {x}.")
+TO_IMPERATIVE_CLOSED = TO_IMPERATIVE[:2]  # yes or no, who, when, where, how many: nothing to explain
 HOW = ("Explain how to {x}.", "Describe how to {x}.", "Tell me how to {x}.", "Show me how to {x}.")
 _HOW_DO_I = re.compile(r"^how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people) "
                        r"(?:best )?(.+)$", re.I)
 _HOW_TO = re.compile(r"^(?:how to|what is the best way to|what's the best way to|what are (?:some )?ways to|"
                      r"what are good ways to) (.+)$", re.I)
-_ASKS = re.compile(r"^(?:can|could|would|will) you (?:please )?(.+)$", re.I)
-_STARTS_QUESTION = re.compile(r"^(?:who|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
+_ASKS = re.compile(r"^(?:can|could|would|will) you (?:please )?(?:be able to )?"
+                   r"(?!(?:rather|prefer|like|be|ever|not|agree|still|also|feel|believe)\b)(.+)$", re.I)
+_OPEN = re.compile(r"^(?:what|why|how(?! (?:many|much|old|long|far|often)\b))\b", re.I)
+_UNMARKED = re.compile(r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I)
+_SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
+                           r"(?<=[.!?]) (?=[A-Z])")
+_STARTS_QUESTION = re.compile(r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
                               r"would|should|will|may|might|has|have)\b", re.I)
 _STARTS_STATEMENT = re.compile(r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I)
 
@@ -47,7 +57,7 @@ def _pick(templates: tuple[str, ...], text: str) -> str:
 
 
 def _to_imperative(text: str) -> str:
-    *before, last = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    *before, last = _SENTENCE_END.split(text)
     body = last.rstrip("?\"' ").strip()
     for pattern in (_HOW_DO_I, _HOW_TO):
         if match := pattern.match(body):
@@ -57,7 +67,8 @@ def _to_imperative(text: str) -> str:
         if match := _ASKS.match(body):
             swapped = match[1][0].upper() + match[1][1:] + "."
         else:
-            swapped = _pick(TO_IMPERATIVE, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
+            templates = TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED
+            swapped = _pick(templates, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
                                                         else body)
     return " ".join([*before, swapped])
 
@@ -66,10 +77,15 @@ def _to_question(text: str) -> str:
     body = text.rstrip(".!:;\"' ").strip()
     if form_of(text) == "statement":
         return f"{body}. Can you help with that?"
+    *before, last = _SENTENCE_END.split(body)
+    if before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last):  # what is asked for stands last
+        return " ".join([*before, _to_question(last)])
+    if _UNMARKED.match(body):  # a question that only lacks its mark
+        return f"{body}?"
     first = body.split(" ", 1)[0]
     # Keep capitals of acronyms and names; lower only an ordinary first word.
     body = body if first.isupper() and len(first) > 1 else body[0].lower() + body[1:]
-    return _pick(TO_QUESTION, text).format(x=re.sub(r"^please ", "", body, flags=re.I))
+    return _pick(TO_QUESTION, text).format(x=re.sub(r"^(?:please|kindly) ", "", body, flags=re.I))
 
 
 def swap_table(prompts: pd.DataFrame) -> pd.DataFrame:

@@ -44,7 +44,7 @@ def load(name: str, *, audited: bool = False, download: bool = True) -> pd.DataF
         marks = audit()
         if name != "safety-only":
             raise DCRError(f"{name}: no audit is committed for this source; turn data.audited off.")
-        table = table[table["id"].map(marks) == "harmful"].reset_index(drop=True)
+        table = table[~table["id"].map(marks).isin(["harmless", "ambiguous"])].reset_index(drop=True)
     return table
 
 

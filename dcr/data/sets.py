@@ -6,6 +6,7 @@ Contrastive, alignment and evaluation prompts are disjoint by construction, and 
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -18,6 +19,7 @@ from dcr.data.forms import swap_table
 from dcr.data.pairs import leakage_report
 from dcr.errors import DCRError
 
+log = logging.getLogger("dcr")
 # Benchmark name → bundled table, split, label.
 BUNDLED_BENCHMARKS = {
     f"{name}-{side}": ("pairs", split, label)
@@ -151,7 +153,10 @@ def alignment_mix(config: Config) -> pd.DataFrame:
         if align.augment_source == "pairs" and (answered["response"] == "").all():
             answered = _bundled_half("seemingly_toxic", True)
         answered = answered[answered["response"] != ""]
-        parts.append((_take(answered, align.n_augment, seed, "align.n_augment"), "augment", align.n_augment))
+        if len(answered) < align.n_augment:
+            log.warning("align.n_augment=%d, but %d answered seemingly toxic prompts are at hand: all are taken",
+                        align.n_augment, len(answered))
+        parts.append((_at_most(answered, align.n_augment, seed), "augment", align.n_augment))
     kept = [mixed_forms(rows, align.form_mix, seed).assign(role=role) for rows, role, n in parts if n]
     if not kept:
         raise DCRError("the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0.")

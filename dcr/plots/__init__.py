@@ -6,21 +6,32 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from dcr.plots.breakdown import categories, differences, judge_calibration, similarity
+from dcr.plots.ablations import ablation_levers, ablation_outcomes
+from dcr.plots.breakdown import categories, differences, similarity
 from dcr.plots.common import note
 from dcr.plots.diagram import overview
+from dcr.plots.evaluation import ability, bias_frontier, matched_safety, robustness
+from dcr.plots.judges import calibration
+from dcr.plots.kernels import kernel_matrix, proposition, reliability
 from dcr.plots.results import cost, plane, rates_by_form, shortcut
-from dcr.plots.separation import map_2d, question_shares, separability_by_layer, transfer
-from dcr.plots.stage_one import refinement
+from dcr.plots.separation import map_2d, probe_cells, question_shares, separability_by_layer, transfer
+from dcr.plots.stage_one import cosine_maps, drift_by_layer, kernel_before_after, layer_choice, maps_before_after, refinement
 from dcr.plots.stage_two import kernel, loss_curves, rejection
 from dcr.plots.trajectories import kernel_similarity, refusal_probabilities, refusal_rates
 
 REDRAW: dict[str, Callable[..., Figure]] = {
-    "question_shares": question_shares, "transfer": transfer, "refinement": refinement, "losses": loss_curves,
-    "rejection": rejection, "kernel": kernel, "plane": plane, "rates_by_form": rates_by_form, "cost": cost,
-    "refusal_rates": refusal_rates, "shortcut": shortcut, "categories": categories, "differences": differences,
-    "judge_calibration": judge_calibration, "similarity": similarity,
-    "kernel_similarity": kernel_similarity, "refusal_probabilities": refusal_probabilities}
-__all__ = ["REDRAW", "categories", "cost", "differences", "judge_calibration", "kernel", "kernel_similarity", "loss_curves", "map_2d",
-           "note", "overview", "plane", "question_shares", "rates_by_form", "refinement", "refusal_probabilities", "refusal_rates",
-           "rejection", "separability_by_layer", "shortcut", "similarity", "transfer"]
+    "question_shares": question_shares, "transfer": transfer, "refinement": refinement, "losses": loss_curves, "rejection": rejection,
+    "kernel": kernel, "plane": plane, "rates_by_form": rates_by_form, "cost": cost, "refinement_cosines": cosine_maps,
+    "refinement_maps": maps_before_after, "refinement_drift": drift_by_layer, "refinement_kernel": kernel_before_after,
+    "layer_choice": layer_choice, "ablation_levers": ablation_levers, "ablation_outcomes": ablation_outcomes, "calibration": calibration,
+    "refusal_rates": refusal_rates, "shortcut": shortcut, "categories": categories, "differences": differences, "similarity": similarity,
+    "kernel_similarity": kernel_similarity, "refusal_probabilities": refusal_probabilities, "matched_safety": matched_safety,
+    "bias_frontier": bias_frontier, "robustness": robustness, "ability": ability,
+}
+__all__ = [
+    "REDRAW", "ability", "ablation_levers", "ablation_outcomes", "bias_frontier", "calibration", "categories", "cosine_maps", "cost",
+    "differences", "drift_by_layer", "kernel", "kernel_before_after", "kernel_matrix", "kernel_similarity", "layer_choice",
+    "loss_curves", "map_2d", "maps_before_after", "matched_safety", "note", "overview", "plane", "probe_cells", "proposition",
+    "question_shares", "rates_by_form", "refinement", "refusal_probabilities", "refusal_rates", "rejection", "reliability", "robustness",
+    "separability_by_layer", "shortcut", "similarity", "transfer",
+]

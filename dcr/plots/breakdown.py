@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dcr.plots.common import half_widths, need, new_axes, one_legend, panels
+from dcr.plots.common import half_widths, need, new_axes, panels
 from dcr.style import CLASS_NAMES, in_order, look, method_look
 
 MOST = 24  # categories a class in the heat map
@@ -65,29 +65,6 @@ def differences(table: pd.DataFrame) -> Figure:
             ax.set(title=method, xlim=(-reach, reach), ylim=(len(names) - 0.5, -0.5))
             ax.set_yticks(range(len(names)), names, fontsize=8)
         figure.supxlabel("difference to STL (compliance; DSR on grey rows)", fontsize=10)
-    return figure
-
-
-def judge_calibration(table: pd.DataFrame) -> Figure:
-    """Agreement of each judge with human labels (Cohen's κ), a row for each model whose answers were labelled."""
-    need(table, "judge", "model", "kappa", "low", "high")
-    judges, models = list(dict.fromkeys(table["judge"])), list(dict.fromkeys(table["model"]))
-    looks = list(zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^Dv<>", strict=True))
-    with look():
-        figure, axes = new_axes(5.6, 0.16 * len(judges) * len(models) + 1.6)
-        ax, spread = axes[0, 0], 0.7 / max(1, len(judges) - 1)
-        for i, judge in enumerate(judges):
-            mine = table[table["judge"] == judge].drop_duplicates("model").set_index("model").reindex(models)
-            colour, marker = looks[i % len(looks)]
-            ax.errorbar(mine["kappa"], np.arange(len(models)) + spread * (i - (len(judges) - 1) / 2), xerr=half_widths(mine, "kappa"),
-                        fmt=marker, color=colour, markersize=4.5, elinewidth=0.9, label=judge)
-        for i in range(1, len(models), 2):
-            ax.axhspan(i - 0.5, i + 0.5, color="#ececec", linewidth=0, zorder=0)
-        ax.axvline(0, color="black", linewidth=0.8)
-        ax.set(xlabel="agreement with human labels (Cohen's κ)", title="Judges against people", ylim=(len(models) - 0.5, -0.5),
-               xlim=(min(-0.05, float(table["low"].min()) - 0.03), 1.03))
-        ax.set_yticks(range(len(models)), models)
-        one_legend(figure, [ax], 3)
     return figure
 
 

@@ -58,12 +58,15 @@ def transfer(table: pd.DataFrame) -> Figure:
     """AUROC of a probe on sets it was not trained on: below 0.5 it follows form, not harm."""
     need(table, "layer", "auroc", "pairing", "tested_on")
     with look():
-        figure, axes = new_axes(8, 3.8, 1, table["pairing"].nunique(), sharey=True)
-        styles = dict(zip(dict.fromkeys(table["tested_on"]), ("o-", "s--", "^:"), strict=False))
+        figure, axes = new_axes(8.4, 4.2, 1, table["pairing"].nunique(), sharey=True)
+        tests = list(dict.fromkeys(table["tested_on"]))
+        styles = dict(zip(tests, ("o-", "s--", "^:", "D-.", "v--", "P:", "X-", "p--"), strict=False))
+        colours = dict(zip(tests, ("#D55E00", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#000000",
+                                    "#999933"), strict=False))
         for ax, (name, part) in zip(axes[0], table.groupby("pairing", sort=False), strict=True):
             for tested, rows in part.groupby("tested_on", sort=False):
                 line = ax.plot(rows["layer"], rows["auroc"], styles[tested], label=f"tested on {tested}",
-                               color=PAIRING_COLOURS.get(tested, "#D55E00" if "sources" in tested else "#56B4E9"))
+                               color=colours[tested])
                 ax.fill_between(rows["layer"], rows["low"], rows["high"], color=line[0].get_color(), alpha=0.15)
             ax.axhline(0.5, color="#bbbbbb", linewidth=0.8)
             ax.set(title=f"probe trained on {name}", xlabel="layer (blocks run)", ylim=(0, 1.03))
@@ -87,4 +90,27 @@ def map_2d(points: pd.DataFrame, colour: str = "label") -> Figure:
         axes[0, 0].set(xlabel="first principal component", ylabel="second principal component",
                        title=f"Hidden states at layer {points['layer'].iloc[0]}, by {colour}")
         axes[0, 0].legend(loc="best")
+    return figure
+
+
+def probe_cells(table: pd.DataFrame) -> Figure:
+    """AUROC of each pairing's probe by form of the toxic and the harmless prompt: a bar a cell, chance at 0.5."""
+    need(table, "pairing", "toxic_form", "harmless_form", "auroc", "layer")
+    cells = table[table["toxic_form"] != "balanced"]
+    names = list(dict.fromkeys(cells["pairing"]))
+    kinds = list(dict.fromkeys(zip(cells["toxic_form"], cells["harmless_form"], strict=True)))
+    with look():
+        figure, axes = new_axes(2.4 * len(names) + 2.2, 3.8)
+        ax, width = axes[0, 0], 0.8 / len(kinds)
+        for i, (kind, hatch, colour) in enumerate(zip(kinds, ("", "//", "..", "xx"), ("#0072B2", "#56B4E9", "#E69F00", "#009E73"),
+                                                      strict=False)):
+            part = cells[(cells["toxic_form"] == kind[0]) & (cells["harmless_form"] == kind[1])].set_index("pairing")["auroc"]
+            at = [names.index(n) + (i - (len(kinds) - 1) / 2) * width for n in part.index]
+            bars = ax.bar(at, part, width, color=colour, hatch=hatch, edgecolor="black", linewidth=0.5,
+                          label=f"toxic {kind[0]}, harmless {kind[1]}")
+            ax.bar_label(bars, fmt="%.2f", fontsize=7)
+        ax.axhline(0.5, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(names)), [f"trained on\n{n}" for n in names])
+        ax.set(ylim=(0, 1.1), ylabel="AUROC, held-out requests", title=f"The same probe by sentence form (layer {table['layer'].iloc[0]})")
+        figure.legend(loc="outside lower center", ncols=2)
     return figure

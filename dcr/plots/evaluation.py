@@ -1,0 +1,92 @@
+"""Evaluation beyond rates: matched safety, the refusal-bias frontier, robustness to wrappers, general ability."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dcr.plots.common import need, new_axes
+from dcr.style import CLASS_COLOURS, CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look
+
+
+def matched_safety(table: pd.DataFrame) -> Figure:
+    """Compliance at each DSR with its interval, a row a method; what a curve does not reach is written, not drawn."""
+    need(table, "method", "quantity", "target", "compliance", "low", "high", "reason")
+    rows = table[table["quantity"] == "compliance"]
+    methods, targets = list(dict.fromkeys(rows["method"])), sorted(rows["target"].unique())
+    with look():
+        figure, axes = new_axes(3.4 * len(targets) + 1.2, 0.36 * len(methods) + 1.4, 1, len(targets), sharey=True)
+        for ax, target in zip(axes[0], targets, strict=True):
+            for y, row in enumerate(rows[rows["target"] == target].itertuples()):
+                colour = METHOD_COLOURS.get(row.method, "#333333")
+                if np.isfinite(row.compliance):
+                    error = np.clip([[row.compliance - row.low], [row.high - row.compliance]], 0, None)
+                    ax.errorbar(row.compliance, y, xerr=error, fmt=METHOD_MARKERS.get(row.method, "o"), color=colour, capsize=3)
+                else:
+                    ax.text(0.02, y, row.reason, va="center", fontsize=8, color="#555555",
+                            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            ax.set(xlim=(0, 1.02), yticks=range(len(methods)), yticklabels=methods, title=f"at DSR {target:.2f}")
+        axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+        figure.supxlabel("compliance, balanced over sets and forms (95 % bootstrap interval)", fontsize=10)
+    return figure
+
+
+def bias_frontier(table: pd.DataFrame) -> Figure:
+    """Compliance against DSR as refusal openings are made likelier or less likely; the model as it is, filled."""
+    need(table, "method", "bias", "dsr", "compliance")
+    with look():
+        figure, axes = new_axes(5.4, 4.4)
+        ax = axes[0, 0]
+        for method, rows in table.groupby("method", sort=False):
+            rows, colour = rows.sort_values("bias"), METHOD_COLOURS.get(method, "#333333")
+            ax.plot(rows["dsr"], rows["compliance"], color=colour, marker=METHOD_MARKERS.get(method, "o"), markersize=3.5,
+                    markerfacecolor="white", label=method)
+            own = rows[rows["bias"] == 0]
+            ax.plot(own["dsr"], own["compliance"], color=colour, marker=METHOD_MARKERS.get(method, "o"), markersize=9)
+        ax.plot([0, 1], [1, 0], color="#999999", linewidth=0.8, linestyle=":", label="blind to harm")
+        ax.set(xlabel="defence success rate", ylabel="compliance", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
+               title="Refusal-bias sweep (no training)")
+        ax.legend()
+    return figure
+
+
+def robustness(table: pd.DataFrame) -> Figure:
+    """Refusal rate of both classes under each wrapper, a panel a method."""
+    need(table, "method", "label", "wrapper", "refusal_rate", "low", "high")
+    methods, wrappers = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["wrapper"]))
+    with look():
+        figure, axes = new_axes(2.4 * len(methods) + 1.2, 0.4 * len(wrappers) + 1.8, 1, len(methods), sharey=True)
+        for ax, method in zip(axes[0], methods, strict=True):
+            for label, shift, marker in (("toxic", -0.13, "o"), ("seemingly_toxic", 0.13, "s")):
+                mine = table[(table["method"] == method) & (table["label"] == label)].set_index("wrapper").reindex(wrappers)
+                error = np.clip([mine["refusal_rate"] - mine["low"], mine["high"] - mine["refusal_rate"]], 0, None)
+                ax.errorbar(mine["refusal_rate"], np.arange(len(wrappers)) + shift, xerr=error, fmt=marker, markersize=4,
+                            color=CLASS_COLOURS[label], elinewidth=0.8, label=CLASS_NAMES[label])
+            ax.set(title=method, xlim=(-0.05, 1.05), yticks=range(len(wrappers)), yticklabels=wrappers, xticks=[0, 0.5, 1])
+        axes[0, 0].invert_yaxis()
+        figure.supxlabel("refusal rate (95 % Wilson interval)", fontsize=10)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def ability(table: pd.DataFrame) -> Figure:
+    """Change of general ability against the base model: accuracy in points, perplexity as a ratio."""
+    need(table, "method", "task", "metric", "change", "change_low", "change_high")
+    rows = table[(table["method"] != "base") & table["metric"].isin(["acc", "perplexity"])]
+    need(rows, "method")
+    panels = [(m, rows[rows["metric"] == m]) for m in ("acc", "perplexity") if (rows["metric"] == m).any()]
+    with look():
+        figure, axes = new_axes(4.4 * len(panels) + 0.6, 0.3 * max(len(p) for _, p in panels) + 1.6, 1, len(panels))
+        for ax, (metric, part) in zip(axes[0], panels, strict=True):
+            names = [f"{r.method}, {r.task}" for r in part.itertuples()]
+            for y, row in enumerate(part.itertuples()):
+                error = np.clip([[row.change - row.change_low], [row.change_high - row.change]], 0, None)
+                ax.errorbar(row.change, y, xerr=error, fmt=METHOD_MARKERS.get(row.method, "o"), capsize=3,
+                            color=METHOD_COLOURS.get(row.method, "#333333"))
+            ax.axvline(1 if metric == "perplexity" else 0, color="#999999", linewidth=0.8)
+            ax.set(yticks=range(len(names)), yticklabels=names, xlabel="perplexity ratio to base" if metric == "perplexity" else
+                   "accuracy change to base")
+            ax.set_ylim(len(names) - 0.5, -0.5)
+            ax.locator_params(axis="x", nbins=4)
+    return figure

@@ -1,0 +1,147 @@
+"""One cell of a sweep: an experiment with a recipe of its own, screened after stage 1, judged after alignment.
+
+Both measures read validation prompts only, in both forms: the benchmarks stay untouched by the search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dcr.config import Config
+from dcr.errors import DCRError
+from dcr.experiment import Experiment
+
+log = logging.getLogger("dcr")
+PROBE_ROWS = 64  # training prompts a class that the screen's probe is fitted on
+
+
+class Cell(Experiment):
+    """An Experiment whose recipe overrides stand above the method's own, with validation prompts as its benchmarks."""
+
+    def __init__(self, profile: str, *, method: str, seed: int, run_dir: str | Path, base: Mapping[str, object],
+                 recipe: Mapping[str, object], validation: Sequence[str]) -> None:
+        super().__init__(profile, seed=seed, run_dir=run_dir, overrides={**base, **recipe}, methods=(method,))
+        self._recipe, self.validation, self.method = dict(recipe), tuple(validation), method
+
+    def recipe(self, method: str) -> Config:
+        """The method's configuration with the cell's overrides on top."""
+        return super().recipe(method).override(self._recipe)
+
+    @cached_property
+    def sets(self):
+        """The profile's training sets; the validation prompts, as they come and form-swapped, in place of benchmarks."""
+        from dcr.data import sets
+        from dcr.data.forms import swap_table
+
+        own = {name: validation_rows(name, self.config).assign(benchmark=name) for name in self.validation}
+        own |= {f"{n}/swapped": swap_table(t).assign(benchmark=f"{n}/swapped") for n, t in own.items()}
+        return replace(sets.load_sets(self.config.override({"data.benchmarks": []})), benchmarks=own)
+
+
+def validation_rows(name: str, config: Config) -> pd.DataFrame:
+    """A prompt table by name; "coconot@validation" takes the half of it that a hash of the ids deals to validation.
+
+    "@test" is the other half. Limited by data.limit. Raises DCRError for another mark.
+    """
+    from dcr.data.sets import benchmark
+
+    table_name, at, half = name.partition("@")
+    if at and half not in ("validation", "test"):
+        raise DCRError(f"validation set {name!r}: write NAME, NAME@validation or NAME@test.")
+    if not at:
+        return benchmark(table_name, config)
+    rows = benchmark(table_name, config.override({"data.limit": 0}))
+    first = rows["id"].map(lambda i: hashlib.sha256(f"half:{i}".encode()).digest()[0] % 2 == 0)
+    rows = rows[first == (half == "validation")].reset_index(drop=True)
+    if not config.data.limit:
+        return rows
+    from dcr.data.loaders import stratified_subset
+
+    return stratified_subset(rows, min(config.data.limit, len(rows)), config.seed)
+
+
+def screen(cell: Cell) -> dict:
+    """After stage 1, before any alignment (about 100 s on `smollm2-135m`): what a recipe did to hidden state ℓ.
+
+    probe_auroc: a linear probe from training to validation prompts, averaged over the four form pairings, with each
+    pairing beside it; cross_ and within_similarity of validation prompts at ℓ; general_drift of general prompts' last
+    hidden state, ‖h − h₀‖²/‖h₀‖². A method without stage 1 is measured on the base model.
+    """
+    from dcr.data.sets import table_hash
+
+    refined = cell.refined(cell.method) if "refine" in cell.stages(cell.method) else None
+    prompts = cell.prompts[cell.prompts["label"] != "general"].reset_index(drop=True)
+    key = {"model": cell.model_key, "refine": refined.path.name if refined else "", "validation": table_hash(prompts),
+           "seed": cell.config.seed, "layer": refined.manifest["layer"] if refined else cell.recipe(cell.method).refine.layer}
+    artifact = cell.store.get("screen", cell.method, key, lambda folder: {"measures": _screen(cell, refined, prompts)})
+    facts = {} if refined is None else {
+        "layer": refined.manifest["layer"], "steps": refined.manifest["steps"], "stop_reason": refined.manifest["stop_reason"],
+        "refine_seconds": refined.manifest["seconds"], "peak_memory_mib": refined.manifest["peak_memory_mib"]}
+    return {**facts, **artifact.manifest["measures"]}
+
+
+def _screen(cell: Cell, refined, prompts: pd.DataFrame) -> dict:
+    from dcr.adapters import apply_trained
+    from dcr.data.sets import table
+    from dcr.losses import drift
+    from dcr.models import decoder_layers, resolve_layer
+    from dcr.rejection import auroc_by_form
+    from dcr.stage_one import PromptRows, StageOneModel, pooled_states
+    from dcr.stopping import fit_probe, held_out_measures
+
+    options = cell.recipe(cell.method).refine
+    model, tokenizer = cell.base()
+    path, depth = cell.config.model.layers_path, len(decoder_layers(model, cell.config.model.layers_path))
+
+    def states(model, rows: pd.DataFrame, layer: int):
+        data = PromptRows(rows, tokenizer, options.max_length)
+        return pooled_states(StageOneModel(model, layer, options.pooling, path), data, range(len(data))), torch.tensor(data.labels)
+
+    general = table("general-validation").head(cell.config.data.limit or None)
+    before = states(model, general, depth)[0]
+    if refined:
+        model = apply_trained(model, refined.path / "model")
+    layer = refined.manifest["layer"] if refined else resolve_layer(options.layer, depth)
+    toxic, seemingly, *_ = cell.training_sets(cell.method)
+    train = states(model, pd.concat([toxic.head(PROBE_ROWS), seemingly.head(PROBE_ROWS)], ignore_index=True), layer)
+    held = states(model, prompts, layer)
+    measures = held_out_measures(*train, *held)
+    by_form = auroc_by_form(prompts, fit_probe(*train).decision_function(held[0]))
+    named = {f"probe_auroc {r.toxic_form} / {r.harmless_form}": r.auroc for r in by_form.itertuples() if r.toxic_form != "balanced"}
+    return {**measures, "probe_auroc": float(by_form["auroc"].iloc[-1]), **named,
+            "general_drift": float(drift(states(model, general, depth)[0], before)), "n_validation": len(prompts)}
+
+
+def judged(cell: Cell) -> dict:
+    """After alignment: compliance and DSR averaged equally over forms, refusal AUROC, general prompts answered."""
+    from dcr.data.sets import table_hash
+    from dcr.metrics import rate_rows
+    from dcr.rejection import PHRASES_VERSION, auroc_by_form, refusal_probability
+
+    prompts = cell.prompts
+    rates = rate_rows(prompts.assign(benchmark=prompts["label"]), cell.verdicts(cell.method), profile=cell.config.profile,
+                      method=cell.method, seed=cell.config.seed).set_index(["benchmark", "metric", "form"])["value"]
+    contrast = prompts[prompts["label"] != "general"].reset_index(drop=True)
+    key = {"weights": cell.weights_key(cell.method, -1), "prompts": table_hash(contrast), "phrases": PHRASES_VERSION}
+
+    def build(folder: Path) -> None:
+        model, tokenizer = cell.model(cell.method)
+        np.save(folder / "probability.npy", refusal_probability(model, tokenizer, contrast["text"].tolist()))
+
+    artifact = cell.store.get("rejection", f"{cell.method}-validation", key, build)
+    auroc = auroc_by_form(contrast, np.load(artifact.path / "probability.npy"))
+    row = {"dsr": rates.get(("toxic", "dsr", "balanced")), "compliance": rates.get(("seemingly_toxic", "compliance", "balanced")),
+           "general_compliance": rates.get(("general", "compliance", "all")), "refusal_auroc": float(auroc["auroc"].iloc[-1]),
+           "align_seconds": cell.aligned(cell.method).manifest["seconds"] if "align" in cell.stages(cell.method) else 0.0}
+    for label, metric in (("toxic", "dsr"), ("seemingly_toxic", "compliance")):
+        row |= {f"{metric} {form}": rates.get((label, metric, form)) for form in ("question", "imperative")}
+    return {k: None if v is None or v != v else float(v) for k, v in row.items()}
