@@ -89,7 +89,9 @@ def test_notebook_01_runs_in_jupyterlab_and_its_explorer_answers(tmp_path):
     with chromium(tmp_path / "profile", height=1600) as browser, jupyterlab(tmp_path) as address:
         browser.set_script_timeout(30)
         browser.get(f"{address}/lab/tree/{NOTEBOOK}")
-        wait(lambda: browser.execute_script("return !!window.jupyterapp") and browser.execute_script(CELLS), 90, "the notebook to open")
+        count = sum(c["cell_type"] == "code" for c in content["cells"])  # before its content is there, a notebook is one empty cell
+        wait(lambda: browser.execute_script("return !!window.jupyterapp") and len(browser.execute_script(CELLS) or ()) == count, 90,
+             "the notebook to open")
         idle = "return window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status == 'idle'"
         wait(lambda: browser.execute_script(idle), 60, "the kernel")
         browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
