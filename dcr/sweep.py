@@ -8,7 +8,7 @@ The grid is a YAML file:
     base: {refine.epochs: 1.0}   # dotted overrides of every cell
     grid: {refine.layer: [0.5, 0.75], refine.loss: [circle, supcon]}    # every combination is a cell
     recipes: {sham: {refine.pairing: sham}, STL: {method: STL}}         # further cells, by name
-    validation: [validation-safe, validation-toxic, coconot@validation]
+    validation: [validation-safe, validation-toxic, coconot-validation]
     align: 4                     # none, all, or the best n of the screen
 """
 

@@ -5,7 +5,6 @@ Both measures read validation prompts only, in both forms: the benchmarks stay u
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,6 @@ import pandas as pd
 import torch
 
 from dcr.config import Config
-from dcr.errors import DCRError
 from dcr.experiment import Experiment
 
 log = logging.getLogger("dcr")
@@ -42,31 +40,9 @@ class Cell(Experiment):
         from dcr.data import sets
         from dcr.data.forms import swap_table
 
-        own = {name: validation_rows(name, self.config).assign(benchmark=name) for name in self.validation}
+        own = {name: sets.benchmark(name, self.config) for name in self.validation}
         own |= {f"{n}/swapped": swap_table(t).assign(benchmark=f"{n}/swapped") for n, t in own.items()}
         return replace(sets.load_sets(self.config.override({"data.benchmarks": []})), benchmarks=own)
-
-
-def validation_rows(name: str, config: Config) -> pd.DataFrame:
-    """A prompt table by name; "coconot@validation" takes the half of it that a hash of the ids deals to validation.
-
-    "@test" is the other half. Limited by data.limit. Raises DCRError for another mark.
-    """
-    from dcr.data.sets import benchmark
-
-    table_name, at, half = name.partition("@")
-    if at and half not in ("validation", "test"):
-        raise DCRError(f"validation set {name!r}: write NAME, NAME@validation or NAME@test.")
-    if not at:
-        return benchmark(table_name, config)
-    rows = benchmark(table_name, config.override({"data.limit": 0}))
-    first = rows["id"].map(lambda i: hashlib.sha256(f"half:{i}".encode()).digest()[0] % 2 == 0)
-    rows = rows[first == (half == "validation")].reset_index(drop=True)
-    if not config.data.limit:
-        return rows
-    from dcr.data.loaders import stratified_subset
-
-    return stratified_subset(rows, min(config.data.limit, len(rows)), config.seed)
 
 
 def screen(cell: Cell) -> dict:

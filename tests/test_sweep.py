@@ -17,7 +17,7 @@ from conftest import make_model, make_tokenizer
 from dcr import plots, sweep
 from dcr.errors import DCRError
 from dcr.sweep import chosen_cells, collect, grid_for, load_grid, run_sweep
-from dcr.sweep_cell import Cell, validation_rows
+from dcr.sweep_cell import Cell
 
 SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
          "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last",
@@ -78,16 +78,6 @@ def test_a_cells_recipe_stands_above_the_methods_and_validation_replaces_the_ben
     assert set(cell.prompts["benchmark"]) == {f"validation-{s}{w}" for s in ("safe", "toxic") for w in ("", "/swapped")}
     assert set(cell.prompts["split"]) == {"validation"}
 
-
-def test_halves_share_nothing_and_make_the_whole():
-    from dcr.config import load_config
-
-    config = load_config("quick", overrides={"data.limit": 0})
-    whole, first, second = (validation_rows(f"pairs-safe{mark}", config) for mark in ("", "@validation", "@test"))
-    assert not set(first["id"]) & set(second["id"]) and set(first["id"]) | set(second["id"]) == set(whole["id"])
-    assert len(first) and len(second)
-    with pytest.raises(DCRError, match="NAME@validation"):
-        validation_rows("pairs-safe@train", config)
 
 
 def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, monkeypatch):
