@@ -48,6 +48,8 @@ def probe_sets(experiment: Experiment, method: str = "base") -> dict[str, pd.Dat
                       ignore_index=True)
     if method == "base" and not experiment.config.data.limit:
         pairs = loaders.load_bundled("pairs")
+    chosen = pairs["pair_id"].drop_duplicates().sample(frac=1, random_state=seed)  # both members of a pair, or neither
+    pairs = pairs[pairs["pair_id"].isin(chosen[: experiment.config.evaluation.probe_pairs])].reset_index(drop=True)
     found = {"matched pairs": pairs, "matched pairs, forms swapped": swap_table(pairs)}
     if experiment.config.data.toxic != "bundled":
         toxic, harmless = experiment.sets.toxic, experiment.sets.seemingly_toxic

@@ -139,6 +139,7 @@ class EvaluationConfig:
     quality_endpoint: str = ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
     quality_model: str = ""
     trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
+    probe_pairs: int = 200  # minimal pairs in the analysis of representations
     kernel_prompts: int = 8  # prompts a class for the kernel
     kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all
 
