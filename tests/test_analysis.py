@@ -77,7 +77,7 @@ def test_trajectories_cover_every_recorded_step(exp):
     one = rates[(rates["step"] == 2) & (rates["label"] == "toxic")].set_index("measure")
     judged = exp.curve_prompts.merge(exp.verdicts("STL", 2), left_on="id", right_on="prompt_id").query("label == 'toxic'")
     assert one.loc["refusal", "value"] == pytest.approx((judged["verdict"] == "refuse").mean())
-    assert picture(plots.refusal_rates(rates), "png")[:4] == b"\x89PNG"
+    assert picture(plots.refusal_rates(rates[rates["measure"] == "refusal"]), "png")[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("wanted, steps", [(0, [0, 1, 2, 4, 8, 9]), (3, [0, 2, 9]), (2, [0, 9]), (1, [0, 9]), (9, [0, 1, 2, 4, 8, 9])])

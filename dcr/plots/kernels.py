@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dcr.plots.common import need, new_axes
-from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look
+from dcr.style import CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look
 
 PAIR_MARKERS = "o^sDvP"
 PAIR_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -83,22 +83,4 @@ def reliability(scores: pd.DataFrame, table: pd.DataFrame) -> Figure:
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="refusal probability (mean of bin)",
                ylabel="share of generated answers that refuse", title="Refusal probability against generated answers")
         ax.legend(loc="upper left")
-    return figure
-
-
-def refusal_rates(table: pd.DataFrame) -> Figure:
-    """Refusal rate of generated answers by class over alignment, a panel a method (paper figure 1; toxic: DSR)."""
-    need(table, "method", "step", "label", "measure", "value", "low", "high")
-    rows, methods = table[table["measure"] == "refusal"], list(dict.fromkeys(table["method"]))
-    with look():
-        figure, axes = new_axes(3.4 * len(methods) + 0.6, 3.4, 1, len(methods), sharey=True)
-        for ax, method in zip(axes[0], methods, strict=True):
-            for label, part in rows[rows["method"] == method].groupby("label", sort=False):
-                colour = CLASS_COLOURS[label]
-                ax.plot(part["step"], part["value"], CLASS_LINES[label], marker="o", color=colour, label=CLASS_NAMES[label])
-                ax.fill_between(part["step"], part["low"], part["high"], color=colour, alpha=0.15)
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set(title=method, xlabel="alignment step (log)", ylim=(-0.02, 1.02))
-        axes[0, 0].set_ylabel("refusal rate (judged answers)")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
