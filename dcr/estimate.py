@@ -27,7 +27,7 @@ def matrix_rate(dtype: torch.dtype = torch.float32, device: str = "cpu", seconds
     a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
     best, end = math.inf, time.perf_counter() + seconds
     a @ b
-    while time.perf_counter() < end:
+    while best == math.inf or time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
         if device != "cpu":
@@ -121,7 +121,7 @@ def _training(stage: str, config: Config, model, tokenizer, depth: int, rates: d
     logits = batch * max(lengths) * head * model.config.get_text_config().vocab_size * 12
     weights = size["all"] * (2 if config.model.dtype != "float32" else 4) + size["trainable"] * 16
     return {"stage": stage, "parameters": size["all"], "trainable": size["trainable"], "tokens": round(tokens),
-            "memory_mib": round(PROCESS_MIB + (weights + activations + logits) / 2**20), "seconds": round(flops / rate, 1)}
+            "memory_mib": round(PROCESS_MIB + (weights + activations + logits) / 2**20), "seconds": float(f"{flops / rate:.2g}")}
 
 
 def _generation(config: Config, model, tokenizer, method: str, rates: dict) -> dict:
@@ -137,7 +137,7 @@ def _generation(config: Config, model, tokenizer, method: str, rates: dict) -> d
     cache = config.generation.batch_size * (mean + config.generation.max_new_tokens) * model.config.get_text_config().hidden_size * 240
     return {"stage": "generate", "parameters": size, "trainable": 0, "tokens": round(tokens),
             "memory_mib": round(PROCESS_MIB + (size * 4 + cache) / 2**20),
-            "seconds": round(2 * size * tokens / (max(rates.values()) * SHARE["generate"]), 1)}
+            "seconds": float(f"{2 * size * tokens / (max(rates.values()) * SHARE['generate']):.2g}")}
 
 
 def cost_table(experiment, against: str = "STL") -> pd.DataFrame:
