@@ -70,22 +70,24 @@ def refusal_probability(model, tokenizer, prompts: Sequence[str], *, openings: S
 
 
 def _mass(model, first, mask: Tensor, phrases: list[list[int]]) -> Tensor:
-    """Σ over phrases of Π p(token), [batch]; all phrases run as one batch behind the cached prompt."""
-    n, count, width = mask.shape[0], len(phrases), max(len(p) for p in phrases)
-    device = mask.device
-    start = first.logits[:, -1].float().log_softmax(-1)  # [batch, vocab]
-    total = start[:, [p[0] for p in phrases]]  # [batch, phrases]
-    if width > 1:
-        ids = torch.tensor([p[:-1] + [0] * (width - len(p)) for p in phrases], device=device)  # inputs
-        target = torch.tensor([p[1:] + [0] * (width - len(p)) for p in phrases], device=device)
-        real = torch.tensor([[1.0] * (len(p) - 1) + [0.0] * (width - len(p)) for p in phrases], device=device)
+    """Σ over phrases of Π p(token), [batch]; behind the cached prompt, beginnings that phrases share run once."""
+    n, device = mask.shape[0], mask.device
+    starts = {tuple(p[:i]) for p in phrases for i in range(1, len(p))}
+    runs = sorted(s for s in starts if not any(len(t) > len(s) and t[: len(s)] == s for t in starts))
+    log_p = {(): first.logits[:, -1].float().log_softmax(-1)}  # beginning → [batch, vocab] of the next token
+    if runs:
+        width = max(map(len, runs))
+        ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in runs], device=device)
         cache = copy.deepcopy(first.past_key_values)
-        cache.batch_repeat_interleave(count)
-        whole = torch.cat([mask.repeat_interleave(count, 0), mask.new_ones(n * count, width - 1)], 1)
-        out = model(input_ids=ids.repeat(n, 1), attention_mask=whole, past_key_values=cache, use_cache=True,
-                    position_ids=position_ids(whole)[:, -(width - 1):])
-        steps = out.logits.float().log_softmax(-1).gather(-1, target.repeat(n, 1).unsqueeze(-1)).squeeze(-1)
-        total = total + (steps * real.repeat(n, 1)).sum(-1).reshape(n, count)
+        cache.batch_repeat_interleave(len(runs))
+        whole = torch.cat([mask.repeat_interleave(len(runs), 0), mask.new_ones(n * len(runs), width)], 1)
+        logits = model(input_ids=ids.repeat(n, 1), attention_mask=whole, past_key_values=cache, use_cache=True,
+                       position_ids=position_ids(whole)[:, -width:]).logits.unflatten(0, (n, len(runs)))
+        for row, run in enumerate(runs):
+            for length in range(1, len(run) + 1):
+                if run[:length] not in log_p:
+                    log_p[run[:length]] = logits[:, row, length - 1].float().log_softmax(-1)
+    total = torch.stack([sum(log_p[tuple(p[:i])][:, t] for i, t in enumerate(p)) for p in phrases], 1)  # [batch, phrases]
     return total.exp().sum(-1).clamp(max=1.0)
 
 
