@@ -113,7 +113,8 @@ def main() -> None:
             sides = {side: run(side, n, options.parameters, f"{scratch}/{side}.npy") for side in ("ours", "materialised")}
             a, b = (np.load(f"{scratch}/{side}.npy") for side in sides)
             result["compared"] = {
-                "parameters": options.parameters, "dtype": "float32", "prompts": n, "gib_of_gradients_a_prompt": each, **sides,
+                "parameters": options.parameters, "dtype": "float32", "budget_gib": options.budget,
+                "prompts": n, "gib_of_gradients_a_prompt": each, **sides,
                 "speedup": sides["materialised"]["seconds"] / sides["ours"]["seconds"], "aim_speedup": 3.0,
                 "memory_ratio": sides["ours"]["peak_memory_mib"] / sides["materialised"]["peak_memory_mib"], "aim_memory_ratio": 0.1,
                 "max_relative_difference": float((np.abs(a - b) / b).max())}
