@@ -29,16 +29,14 @@ def read_csv(path: Path) -> pd.DataFrame:
 def seed_folders(folder: str | Path) -> list[Path]:
     """Where a run's tables are: the folder itself, its `tables/`, or `seed-*/tables/` where several seeds ran.
 
-    Raises DCRError when there are none.
+    None where nothing has run yet (each figure then says which notebook to run).
     """
     folder = Path(folder)
     many = sorted(folder.glob("seed-*/tables"), key=lambda p: (len(p.parent.name), p.parent.name))
     if many:
         return many
     found = folder / "tables" if (folder / "tables").is_dir() else folder
-    if not found.is_dir():
-        raise DCRError(f"{folder}: no such folder; give a run directory (one that holds tables/ or seed-*/tables/).")
-    return [found]
+    return [found] if found.is_dir() else []
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
@@ -135,7 +133,8 @@ def refinement(tables: Tables) -> dict[str, pd.DataFrame]:
 
 
 def _refinements(tables: Tables) -> pd.DataFrame:
-    found = [t.assign(method=name.removeprefix("refinement_")) for name, t in tables.items() if name.startswith("refinement_")]
+    found = [t.assign(method=name.removeprefix("refinement_")) for name, t in tables.items()
+             if name.startswith("refinement_") and set(FOLLOWED) <= set(t)]  # others hold maps and drifts of single methods
     if not found:
         raise DCRError("no table refinement_*; run notebook 02_refinement")
     return pd.concat(found, ignore_index=True)

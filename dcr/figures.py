@@ -231,7 +231,17 @@ def title(name: str, seeds: int = 1) -> str:
 
 
 def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
-    """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data, and the tables."""
+    """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data, and the tables.
+
+    A folder of figures is drawn once more from the data in it, after a change of drawing code.
+    """
+    if (Path(run) / "index.json").exists():
+        again = {name: redraw(run, name) for name in read_index(run)["figures"] if not only or name in only}
+        for name, figure in again.items():
+            save(figure, Path(out) / name)
+        return again, {}
+    if not data.seed_folders(run):
+        raise DCRError(f"{run}: no such folder; give a run directory (one that holds tables/ or seed-*/tables/).")
     found = data.load_tables(run)
     drawn, missing = draw_all(run, out, only)
     if "metrics" in found:

@@ -23,18 +23,20 @@ STORY = (
     ("Why aligned models over-refuse",
      "Safety alignment teaches a model to refuse toxic prompts, and the refusals spill over to harmless prompts that look toxic. "
      "The paper's explanation: the model represents both alike, so a step on one moves the other.",
-     ("refusal_rates", "rejection", "kernel", "separability")),
+     ("refusal_rates", "rejection", "reliability", "kernel", "proposition", "separability")),
     ("Contrastive refinement",
      "Before alignment, a contrastive loss at one layer pulls the two classes apart; then alignment runs as before.",
-     ("overview", "similarity", "refinement", "losses")),
+     ("overview", "similarity", "refinement", "refinement_cosines", "refinement_maps", "refinement_drift", "refinement_kernel", "losses")),
     ("Compliance and safety",
      "A model that refuses everything is safe, one that refuses nothing complies: both axes belong in one picture, and each method is a "
-     "curve in it.", ("plane", "differences", "categories", "cost")),
+     "curve in it.",
+     ("plane", "matched_safety", "bias_frontier", "differences", "categories", "ability", "robustness", "cost")),
     ("Is it harm, or the form of the sentence?",
      "In the published sets harmless prompts are nearly all questions and toxic ones nearly all imperatives. The rule “refuse unless it "
      "ends in a question mark” stands beside every method, and every rate is read by form.",
-     ("question_shares", "shortcut", "rates_by_form", "transfer")),
-    ("How far the numbers can be trusted", "Judges against human labels, and one setting changed at a time.", ("judges", "ablations")),
+     ("question_shares", "shortcut", "rates_by_form", "transfer", "probe_cells")),
+    ("How far the numbers can be trusted", "Judges against human labels, and one setting changed at a time.",
+     ("judges", "ablation_levers", "ablation_outcomes")),
 )
 
 

@@ -118,8 +118,10 @@ def ability_table(rows: pd.DataFrame) -> pd.DataFrame:
     _need(rows, "capabilities", "method", "task", "metric", "value", "low", "high", "n")
     one_profile(rows, "table")
     rows = over_seeds(rows).assign(benchmark=lambda t: t["task"], in_distribution=False)
-    rows["best"] = rows["value"] >= rows.groupby(["benchmark", "metric"])["value"].transform("max") - 1e-9
-    return wide(rows)
+    sign = rows["metric"].map(lambda m: -1.0 if m == "perplexity" else 1.0)
+    best = (sign * rows["value"]).groupby([rows["benchmark"], rows["metric"]]).transform("max")
+    table = wide(rows.assign(best=sign * rows["value"] >= best - 1e-9))
+    return table.rename(columns=lambda c: c.replace(UP, DOWN) if " perplexity " in c else c)
 
 
 def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -127,6 +129,8 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     The best value is bold where more is better (win rates and scores).
     """
+    if {"measure", "prompts"} <= set(rows):
+        rows = rows.assign(metric=rows["prompts"].str.replace("_", " ") + ": " + rows["measure"].str.replace("_", " "))
     _need(rows, "quality", "method", "metric", "value")
     one_profile(rows, "table")
     rows = over_seeds(rows)

@@ -73,9 +73,13 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                                            for t in (0, 24) if t == 0 or j != "annotators"]),
         "cost": pd.DataFrame([{"name": m, "kind": k, "seconds": 10.0, "peak_memory_mib": 900.0} for m in trained
                               for k in ("align", "generate")]),
-        "capabilities": pd.DataFrame([{"method": m, "task": t, "metric": "acc", "value": 0.3, "low": 0.2, "high": 0.4, "n": 100}
-                                      for m in trained for t in ("piqa", "arc_easy")]),
-        "quality": pd.DataFrame([{"method": "DCR", "metric": "win rate against STL", "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),
+        "capabilities": pd.DataFrame([{"method": m, "task": t, "metric": k, "value": 0.3 + 0.1 * (m == "DCR"), "low": 0.2,
+                                       "high": 0.6, "change": 0.1, "change_low": -0.1,
+                                       "change_high": 0.2, "n": 100}
+                                      for m in trained
+                                      for t, k in (("piqa", "acc"), ("arc_easy", "acc"), ("held-out answers", "perplexity"))]),
+        "quality": pd.DataFrame([{"method": "DCR", "prompts": "seemingly_toxic", "measure": "win rate against STL",
+                                  "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),
     }
 
 

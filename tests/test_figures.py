@@ -27,7 +27,9 @@ def texts(figure) -> list[str]:
 
 def test_every_figure_is_drawn_with_labelled_axes_and_saved_with_its_data():
     run, drawn, missing = fake_run.drawn()
-    absent = {"ablations"} & set(PICTURES)
+    made = set(fake_run.tables())
+    absent = {name for name, picture in PICTURES.items() if not set(picture.needs) <= made}
+    assert {"plane", "shortcut", "kernel", "similarity", "judges"}.isdisjoint(absent)
     assert set(missing) == absent and set(drawn) == set(PICTURES) - absent
     index = read_index(run / "figures")["figures"]
     for name, figure in drawn.items():
@@ -123,6 +125,13 @@ def test_a_missing_stage_is_said_and_the_rest_drawn(tmp_path):
     drawn, missing = draw_all(run / "tables", run / "figures", only=("plane", "shortcut", "cost", "refusal_rates"))
     assert {"plane", "shortcut", "cost"} == set(missing) and {"refusal_rates"} == set(drawn)
     assert "run notebook 04_evaluation" in missing["plane"] and any("run notebook" in t for t in texts(plots.note(missing["plane"])))
+
+
+def test_an_empty_run_says_what_to_run_and_a_wrong_path_is_refused(tmp_path):
+    drawn, missing = draw_all(tmp_path / "run" / "tables", tmp_path / "figures")
+    assert set(drawn) == {"overview"} and set(missing) == set(PICTURES) - {"overview"}
+    with pytest.raises(DCRError, match="nowhere: no such folder; give a run directory"):
+        draw_run(tmp_path / "nowhere", tmp_path / "figures")
 
 
 def test_mixed_profiles_are_refused(tmp_path):

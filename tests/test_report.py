@@ -25,7 +25,7 @@ def test_report_is_self_contained_escaped_and_tells_the_story(tmp_path):
     with pytest.raises(DCRError, match="no figures yet"):
         write_report(tmp_path)
     page = make_report(tmp_path / "run").read_text()
-    drawn = set(PICTURES) - {"ablations"}
+    drawn = fake_run.drawn()[1]
     assert page.count("data:image/png;base64,") == len(drawn) and "<script" not in page
     assert "http://" not in page and "https://" not in page and "&lt;b&gt;STL" in page and "<b>STL" not in page
     assert all(heading.split("?")[0] in page for heading, _, _ in STORY) and "Beside the paper&#39;s numbers" in page

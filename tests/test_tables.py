@@ -59,6 +59,10 @@ def test_tables_are_saved_in_three_formats_beside_the_papers_numbers(tmp_path):
     ours = made["table1_paper"].loc["this run"].set_index("method")
     assert ours["phtest ↑"].eq("").all() and ours["safety ↑"].eq("").all()  # only two of the five safety sets: no mean of five
     assert ours.loc["DCR", "coconot ↑"] == "0.70 [0.65, 0.75]†"
+    ability = made["table_capabilities"]
+    assert ability.loc["DCR", "piqa acc ↑ (n=100)"].startswith("**0.40**")
+    assert ability.loc["STL", "held-out answers perplexity ↓ (n=100)"].startswith("**0.30**")
+    assert made["table_quality"].loc["DCR", "seemingly toxic: win rate against STL ↑"] == "**0.55** [0.45, 0.65]"
     assert made["table_quality"].filter(like="Qwen2.5-1.5B").loc["DCR"].item() == "51.8" and made["table_cost"].iloc[0, -1] == "900"
 
 
