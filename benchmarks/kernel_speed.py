@@ -74,8 +74,8 @@ def worker(side: str, n: int, which: str, answer: str) -> None:
         norms = materialised(model, tokenizer, a, b, which, tokens)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     np.save(answer, norms)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": busy, "peak_memory_mib": peak_memory_mib(), "threads": torch.get_num_threads(), "prompts": n,
-                      "tokens": len(tokens)}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": busy, "peak_memory_mib": peak_memory_mib(), "threads": torch.get_num_threads(),
+                      "prompts": n, "tokens": len(tokens)}))
 
 
 def run(side: str, n: int, which: str, answer: str) -> dict:
