@@ -6,7 +6,7 @@ RUN_DIR ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: reproduce test lab lint clean install
+.PHONY: reproduce test lint lab notebooks clean install
 .DEFAULT_GOAL := reproduce
 
 install: $(STAMP)
@@ -32,6 +32,13 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+
+# Execute the committed notebooks again on `quick`, in place, from an empty run directory.
+notebooks: $(STAMP)
+	rm -rf runs/quick
+	cd notebooks && for n in 0*.ipynb; do \
+	  TQDM_DISABLE=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$n || exit 1; done
+	$(BIN)/python -m dcr.notebook_files notebooks/0*.ipynb
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
