@@ -140,6 +140,7 @@ class EvaluationConfig:
     quality_model: str = ""
     trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
     probe_pairs: int = 200  # minimal pairs in the analysis of representations
+    kernel_tokens: int = 10  # first tokens the kernel is read on (k of top-k, or probes of all)
     kernel_prompts: int = 8  # prompts a class for the kernel
     kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all
 

@@ -54,13 +54,13 @@ def _kernel(experiment: Experiment, method: str, step: int, tokens: str, paramet
     prompts = class_prompts(experiment, experiment.config.evaluation.kernel_prompts)
     method, step = _untrained(experiment, method, step)
     key = {"weights": experiment.weights_key(method, step), "prompts": table_hash(prompts), "tokens": tokens,
-           "parameters": parameters, "version": 2}
+           "parameters": parameters, "k": experiment.config.evaluation.kernel_tokens, "version": 2}
 
     def build(folder) -> dict:
         model, tokenizer = experiment.model(method, step)
         texts = prompts["text"].tolist()
         result = entk(model, tokenizer, texts[:-1], texts[-1:], tokens=tokens, parameters=parameters, truncate=True,
-                      seed=experiment.config.seed, layers_path=experiment.config.model.layers_path)
+                      k=experiment.config.evaluation.kernel_tokens, seed=experiment.config.seed, layers_path=experiment.config.model.layers_path)
         norms = np.block([[result.within_a, result.cross], [result.cross.T, result.within_b]])
         np.save(folder / "norms.npy", norms)
         return {"tokens": result.tokens, "prompts": len(texts)}

@@ -100,7 +100,7 @@ def kernel_before_after(table: pd.DataFrame) -> Figure:
                         linestyle=CLASS_LINES[label], color=CLASS_COLOURS[label], label=f"toxic with {CLASS_NAMES[label]}")
         ax.set_xticks(range(len(whens)), [f"{w} stage 1" for w in whens])
         ax.set(ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None), xlim=(-0.3, len(whens) - 0.7), title="Kernel similarity")
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
