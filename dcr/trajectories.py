@@ -60,7 +60,8 @@ def _kernel(experiment: Experiment, method: str, step: int, tokens: str, paramet
         model, tokenizer = experiment.model(method, step)
         texts = prompts["text"].tolist()
         result = entk(model, tokenizer, texts[:-1], texts[-1:], tokens=tokens, parameters=parameters, truncate=True,
-                      k=experiment.config.evaluation.kernel_tokens, seed=experiment.config.seed, layers_path=experiment.config.model.layers_path)
+                      k=experiment.config.evaluation.kernel_tokens, seed=experiment.config.seed,
+                      layers_path=experiment.config.model.layers_path)
         norms = np.block([[result.within_a, result.cross], [result.cross.T, result.within_b]])
         np.save(folder / "norms.npy", norms)
         return {"tokens": result.tokens, "prompts": len(texts)}
