@@ -47,9 +47,14 @@ class Experiment(Training):
 
         def build(folder: Path) -> dict:
             options = self.config.generation
-            if options.endpoint:  # the served model is the user's choice; the method only names the rows
+            if options.endpoint:  # one served model: its answers must not stand for several methods
                 from dcr.endpoint import generate_remote
 
+                others = [m for m in self.methods if m not in RULES and m != method]
+                if others or steering:
+                    raise DCRError(f"generation.endpoint={options.endpoint} serves one model, but the run has "
+                                   f"{', '.join(self.methods)}. Serve an exported model and name that method alone; steered "
+                                   "methods need the local model.")
                 rows = generate_remote(prompts, options.endpoint, method=method, seed=self.config.seed,
                                        max_new_tokens=options.max_new_tokens, temperature=options.temperature,
                                        out=folder / "generations.jsonl")

@@ -147,3 +147,8 @@ def test_own_model_and_own_data(folder, tmp_path):
         align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
     with pytest.raises(DCRError, match="row 0 has no response"):
         align_own(tmp_path / "out2", model=str(folder), overrides=text, **{**files, "toxic": files["seemingly_toxic"]})
+
+
+def test_an_endpoint_answers_for_one_method_only(folder, tmp_path):
+    with pytest.raises(DCRError, match="serves one model, but the run has base, STL, DCR"):
+        experiment(folder, tmp_path, **{"generation.endpoint": "http://127.0.0.1:9/v1"}).generations("base")
