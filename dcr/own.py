@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from safetensors import SafetensorError
 
-from dcr.config import Config, load_config
+from dcr.config import Config
 from dcr.data import loaders
 from dcr.errors import DCRError
 from dcr.store import Store, environment, write_atomic
@@ -36,6 +36,11 @@ def align_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str
         return save_plain(aligned, tokenizer, out, facts=facts)
 
 
+def own_config(model: str, seed: int, overrides: str) -> Config:
+    """The package's defaults for the user's own data (no profile: profiles carry step limits of our runs)."""
+    return Config(profile="own", seed=seed).override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
+
+
 def _train_own(out: Path, toxic: str, seemingly_toxic: str, general: str, model: str, refine_first: bool, seed: int,
                overrides: str):
     """(aligned model, tokenizer, facts for the card)."""
@@ -43,7 +48,7 @@ def _train_own(out: Path, toxic: str, seemingly_toxic: str, general: str, model:
     from dcr.alignment import align
     from dcr.refinement import refine
 
-    config: Config = load_config("quick", seed=seed, overrides={"model.name": model}).override(overrides)
+    config = own_config(model, seed, overrides)
     tables = {label: loaders.read_user_table(path, label=label) for label, path in
               (("toxic", toxic), ("seemingly_toxic", seemingly_toxic), ("general", general))}
     for label in ("toxic", "general"):
@@ -59,10 +64,14 @@ def _train_own(out: Path, toxic: str, seemingly_toxic: str, general: str, model:
                       config=config.refine, seed=seed, work_dir=work / "refine").model
     mix = pd.concat([tables["general"], tables["toxic"]], ignore_index=True)
     result = align(base, tokenizer, mix, config=config.align, seed=seed, work_dir=work / "align")
-    data = [{"role": label, "source": Path(path).name, "rows": len(tables[label]), "licence": "yours"} for label, path in
-            (("toxic", toxic), ("seemingly_toxic", seemingly_toxic), ("general", general))]
+    data = _data({"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}, tables)
     return result.model, tokenizer, {"base": model, "method": "DCR, own data" if refine_first else "STL, own data",
                                      "config": config.to_dict(), "data": data, "truncated": result.truncated}
+
+
+def _data(paths: dict[str, str], tables: dict[str, pd.DataFrame]) -> list[dict]:
+    """The card's rows of the user's tables."""
+    return [{"role": label, "source": Path(paths[label]).name, "rows": len(rows), "licence": "yours"} for label, rows in tables.items()]
 
 
 def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str = "", model: str = "embedded", seed: int = 0,
@@ -79,7 +88,7 @@ def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: st
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
-    config: Config = load_config("quick", seed=seed, overrides={"model.name": model, "refine.max_steps": 0}).override(overrides)
+    config = own_config(model, seed, overrides)
     tables = {label: loaders.read_user_table(path, label=label) for label, path in
               (("toxic", toxic), ("seemingly_toxic", seemingly_toxic), ("general", general)) if path}
     base, tokenizer = models.load(config.model.name, revision=config.model.revision, dtype=config.model.dtype,
@@ -87,7 +96,9 @@ def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: st
     result = refine(base, tokenizer, **tables, config=config.refine, seed=seed, work_dir=out.with_name(out.name + ".work"),
                     layers_path=config.model.layers_path)
     if PartialState().is_main_process:
-        save_plain(result.model, tokenizer, out, facts={"base": model, "method": "contrastive refinement", "config": config.to_dict()})
+        save_plain(result.model, tokenizer, out, facts={
+            "base": model, "method": "contrastive refinement", "config": config.to_dict(), "data": _data(
+                {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}, tables)})
     return out
 
 

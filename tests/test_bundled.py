@@ -129,10 +129,11 @@ def test_no_prompt_is_a_benchmarks(pairs, general):
 
 
 def test_answers_help_and_refusals_refuse(pairs, general):
-    helpful = [*pairs.loc[pairs.label == "seemingly_toxic", "response"], *general["response"]]
-    refused = [r for r in helpful if score_text(r)[0] == "refuse"]
+    helpful = pd.concat([pairs[pairs["label"] == "seemingly_toxic"], general])
+    refused = [r for r, p in zip(helpful["response"], helpful["text"], strict=True) if score_text(r, p)[0] == "refuse"]
     assert not refused, refused[:5]
-    missed = [r for r in pairs.loc[pairs.label == "toxic", "response"] if score_text(r)[0] != "refuse"]
+    toxic = pairs[pairs["label"] == "toxic"]
+    missed = [r for r, p in zip(toxic["response"], toxic["text"], strict=True) if score_text(r, p)[0] != "refuse"]
     assert not missed, missed[:5]
 
 
