@@ -14,7 +14,8 @@ _ADV = (r"(?:\W+(?:really|simply|just|also|therefore|respectfully|certainly|abso
         r"firmly|only|still|ever|currently|personally))*")
 _NOT = (r"(?:can(?:not|'t| not)|could(?:n't| not)|won't|will not|would(?:n't| not)|'?(?:a?m|are|re) (?:un(?:able|willing|comfortable)"
         r"|not (?:able|going|comfortable|allowed|permitted|programmed|designed|capable|willing|equipped|in a position|here to))"
-        r"|(?:must|have to|need to|will) (?:respectfully )?(?:decline|refuse)|refuse|decline|(?:'d|would) rather (?:not|decline|refuse)|must not|"
+        r"|(?:must|have to|need to|will) (?:respectfully )?(?:decline|refuse)|refuse|decline|must not|"
+        r"(?:'d|would) rather (?:not|decline|refuse)|"
         r"(?:'m|am) not (?:helping|writing|giving|sharing|explaining)|will (?:make|give|offer)(?: you)? no|"
         r"should ?n(?:o|')t|do(?:n't| not) (?:feel comfortable|have the ability|provide|promote|support|condone|encourage|endorse|"
         r"engage|assist|recommend|advise|tolerate|answer|help|share|give|write))")
