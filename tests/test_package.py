@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def test_papermill_sees_the_parameters():
 
 
 def run(*arguments: str):
-    return subprocess.run([sys.executable, "-m", "dcr.cli", *arguments], capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryDirectory() as folder:  # relative output names must not land in the checkout
+        return subprocess.run([sys.executable, "-m", "dcr.cli", *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
 
 
 @pytest.mark.parametrize("arguments, message", [
