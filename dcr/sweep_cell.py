@@ -46,7 +46,7 @@ class Cell(Experiment):
 
 
 def screen(cell: Cell) -> dict:
-    """After stage 1, before any alignment (about 100 s on `smollm2-135m`): what a recipe did to hidden state ℓ.
+    """After stage 1, before any alignment: what a recipe did to hidden state ℓ.
 
     probe_auroc: a linear probe from training to validation prompts, averaged over the four form pairings, with each
     pairing beside it; cross_ and within_similarity of validation prompts at ℓ; general_drift of general prompts' last

@@ -83,3 +83,12 @@ def prompts() -> list[str]:
     """A handful of prompts inside the tiny vocabulary, of different lengths."""
     return ["how do i kill a process ?", "how do i kill my neighbour ?", "write a story about the cat .",
             "list the dog .", "tell me what the time is in my house ?", "steal the password ."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A local model folder: a tiny Llama with the tiny tokenizer, saved once a module."""
+    path = tmp_path_factory.mktemp("model")
+    make_model(layers=3).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import make_model, make_tokenizer
 
 from dcr import analysis
 from dcr.errors import DCRError
@@ -20,14 +19,6 @@ OVERRIDES = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "
              "generation.dtype": "float32",
              "data.limit": 6, "data.curve_limit": 20, "evaluation.trajectory_prompts": 4, "evaluation.kernel_prompts": 2,
              "align.checkpoints": "0,2"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_model(layers=3).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")

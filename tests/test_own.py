@@ -19,14 +19,6 @@ from dcr.store import Store
 SMALL = "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=2,align.bf16=false,align.max_length=64"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_model(layers=3).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def files(tmp_path):
     words = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan", "trip", "game"] * 2

@@ -8,7 +8,7 @@ import subprocess
 import pandas as pd
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model
 from test_refinement import LAUNCH, texts
 from transformers import AutoModelForCausalLM
 
@@ -21,14 +21,6 @@ from dcr.own import refine_own
 SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
          "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last", "data.limit": 4,
          "generation.max_new_tokens": 2, "generation.dtype": "float32", "evaluation.kernel_prompts": 2}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_model(layers=3).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
-    return path
 
 
 def test_automatic_layer_and_before_and_after(folder, tmp_path):

@@ -12,7 +12,6 @@ import time
 import pandas as pd
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
 
 from dcr import plots, sweep
 from dcr.errors import DCRError
@@ -26,14 +25,6 @@ SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refi
 
 def write(path, **content):
     path.write_text(yaml.safe_dump({"profile": "quick", **content}, sort_keys=False))
-    return path
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    make_model(layers=3).save_pretrained(path)
-    make_tokenizer().save_pretrained(path)
     return path
 
 
