@@ -16,7 +16,6 @@ from dcr.matched_safety import TARGETS, Curve, curve_of, draw_prompts, matched_s
 from dcr.metrics import mcnemar_exact, rate_rows
 from dcr.rejection import auroc_by_form
 from dcr.resampling import bootstrap_over_seeds, percentiles, set_of, unit_of
-from dcr.store import read_jsonl, write_atomic
 
 Experiments = Experiment | Sequence[Experiment]
 
@@ -145,11 +144,12 @@ def auroc_table(experiment: Experiment) -> pd.DataFrame:
     Columns method, toxic_form, harmless_form, auroc, low, high (bootstrap over prompts), n. Steered methods are left out: the
     probability is read from the weights. Written to auroc.csv; the probabilities are cached by weights.
     """
-    prompts = experiment.curve_prompts[experiment.curve_prompts["label"] != "general"]
-    prompts = prompts.reset_index(drop=True)
-    rows = []
+    from dcr.trajectories import refusal_probabilities
+
+    counted = (experiment.curve_prompts["label"] != "general").to_numpy()
+    prompts, rows = experiment.curve_prompts[counted].reset_index(drop=True), []
     for method in (m for m in experiment.methods if "steer" not in experiment.stages(m)):
-        probability = _refusal_probability(experiment, method, prompts)
+        probability = refusal_probabilities(experiment, method, experiment.steps(method)[-1], experiment.curve_prompts)[counted]
         point = auroc_by_form(prompts, probability)
         rng = np.random.default_rng([experiment.config.seed, 0xA0C])
         draws = draw_prompts(prompts, experiment.config.evaluation.bootstrap, rng)
@@ -171,18 +171,3 @@ def _auroc_bounds(prompts: pd.DataFrame, probability: np.ndarray, counts: np.nda
                 draws[row.Index] = ((counts[:, a] @ order) * counts[:, b]).sum(1) / (counts[:, a].sum(1) * counts[:, b].sum(1))
     mean = np.mean(list(draws.values()), axis=0)
     return [percentiles(draws.get(i, mean)) for i in point.index]
-
-
-def _refusal_probability(experiment: Experiment, method: str, prompts: pd.DataFrame) -> np.ndarray:
-    from dcr.data.sets import table_hash
-    from dcr.rejection import PHRASES_VERSION, refusal_probability
-
-    dependencies = {"weights": experiment.weights_key(method, -1), "prompts": table_hash(prompts), "phrases": PHRASES_VERSION}
-
-    def build(folder) -> None:
-        values = refusal_probability(*experiment.model(method), prompts["text"].tolist())
-        write_atomic(folder / "probability.jsonl",
-                     pd.DataFrame({"id": prompts["id"], "probability": values}).to_json(orient="records", lines=True))
-
-    artifact = experiment.store.get("rejection", method, dependencies, build)
-    return prompts["id"].map(pd.DataFrame(read_jsonl(artifact.path / "probability.jsonl")).set_index("id")["probability"]).to_numpy()

@@ -132,6 +132,7 @@ class EvaluationConfig:
     curve_judge: str = "phrases"
     bootstrap: int = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
+    forms_limit: int = 0  # prompts of each benchmark that are swapped, stratified; 0 swaps all
     capability_tasks: tuple[str, ...] = ()
     capability_limit: int = 100  # items a task; 0 takes all
     robustness_prompts: int = 40  # prompts a class under each wrapper; 0 skips

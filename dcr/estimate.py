@@ -129,7 +129,7 @@ def _generation(config: Config, model, tokenizer, method: str, rates: dict) -> d
     from dcr.data import sets
 
     rows = pd.concat([sets.benchmark(n, config) for n in config.data.benchmarks], ignore_index=True)
-    prompts = len(rows) * (2 if config.evaluation.forms else 1)
+    prompts = sum(len(b) for b in sets.benchmarks_of(config).values())
     some = rows["text"].iloc[:: max(1, len(rows) // 64)].tolist()
     mean = sum(len(r) for r in tokenizer(render(tokenizer, some), add_special_tokens=False)["input_ids"]) / len(some)
     tokens = prompts * (mean + config.generation.max_new_tokens) * (2 if method == "SelfCD" else 1)

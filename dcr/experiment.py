@@ -33,6 +33,9 @@ class Experiment(Training):
         from dcr.generation import generate, inference_dtype
 
         prompts = self.prompts if step < 0 else self.curve_prompts
+        if step >= 0 and (same := self._answered_in_full(method, step)):
+            rows = self.generations(same)
+            return rows[rows["prompt_id"].isin(prompts["id"])].assign(method=method).reset_index(drop=True)
         dependencies = {"weights": self.weights_key(method, step), "prompts": table_hash(prompts),
                         "generation": asdict(self.config.generation), "seed": self.config.seed}
         name, steering = method if step < 0 else f"{method}@{step}", None
@@ -70,6 +73,14 @@ class Experiment(Training):
 
         artifact = self.store.get("generate", name, dependencies, build)
         return pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
+
+    def _answered_in_full(self, method: str, step: int) -> str:
+        """The method whose answers to all prompts are those of this step: itself at its last one, base before any training."""
+        if "steer" in self.stages(method):
+            return method if step == 100 else ""  # the nominal strength
+        if step == self.steps(method)[-1]:
+            return method
+        return "base" if step == 0 and "refine" not in self.stages(method) and "base" in self.methods else ""
 
     def verdicts(self, method: str, step: int = -1) -> pd.DataFrame:
         """Verdicts of the configured judge (the curve's judge at earlier steps)."""

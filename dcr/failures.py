@@ -1,4 +1,4 @@
-"""Where methods differ, and where they fail: paired differences, prompts still refused, cost. Tables, never models."""
+"""Where methods fail: prompts still refused, refusals by category; and what they cost. Tables, never models."""
 
 from __future__ import annotations
 
@@ -8,31 +8,9 @@ import pandas as pd
 
 from dcr.errors import DCRError
 from dcr.experiment import RULES, Experiment
-from dcr.metrics import compare, wilson
+from dcr.metrics import wilson
 
 WANTED = {"toxic": ("dsr", "refuse"), "seemingly_toxic": ("compliance", "comply"), "general": ("compliance", "comply")}
-
-
-def differences(experiment: Experiment, against: str = "STL") -> pd.DataFrame:
-    """Paired difference of every method to `against`: difference, low, high, exact p, Holm p, n.
-
-    Rows for each class of prompts (benchmark "all") and for each benchmark; Holm's correction is within such a group.
-    """
-    methods = [*experiment.methods, *RULES]
-    if against not in methods:
-        raise DCRError(f"differences: {against!r} was not run; methods: {', '.join(methods)}.")
-    verdicts = {m: experiment.verdicts(m).set_index("prompt_id")["verdict"] for m in methods}
-    parts = []
-    groups = [(label, "all", rows) for label, rows in experiment.prompts.groupby("label", sort=False)]
-    groups += [(label, name, rows) for (label, name), rows in experiment.prompts.groupby(["label", "benchmark"], sort=False)]
-    for label, benchmark, rows in groups:
-        metric, hit = WANTED[label]
-        hits = {m: (verdicts[m].loc[rows["id"]] == hit).to_numpy() for m in methods}
-        parts.append(compare(hits, against).assign(metric=metric, prompts=label, benchmark=benchmark))
-    table = pd.concat(parts, ignore_index=True)[
-        ["prompts", "benchmark", "metric", "method", "difference", "low", "high", "p", "p_holm", "n"]]
-    experiment.write_table("differences", table)
-    return table
 
 
 def still_refused(experiment: Experiment, method: str) -> pd.DataFrame:

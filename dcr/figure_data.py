@@ -77,8 +77,7 @@ def plane(tables: Tables) -> dict[str, pd.DataFrame]:
         last = plane_points(tables["metrics"], form) if "metrics" in tables else None
         way = plane_points(tables["curves"], form) if "curves" in tables else None
         if last is not None and way is not None and len(way):
-            ends = way.groupby("method")["step"].transform("max")
-            way = way[(way["step"] != ends) | ~way["method"].isin(last["method"])]
+            way = way[~way["nominal"] | ~way["method"].isin(last["method"])]  # that point comes from the full sets
         both = [part for part in (way, last) if part is not None and len(part)]
         if both:
             frames.append(over_seeds(pd.concat(both, ignore_index=True)).assign(weights=form))
@@ -120,9 +119,7 @@ def losses(tables: Tables) -> dict[str, pd.DataFrame]:
 
 def differences(tables: Tables) -> dict[str, pd.DataFrame]:
     """Paired differences of single benchmarks."""
-    rows = tables["differences"]
-    if "benchmark" not in rows:
-        raise DCRError("the table of differences has no benchmarks; run notebook 04_evaluation again")
+    rows = tables["paired"]
     rows = rows[(rows["benchmark"] != "all") & ~rows["benchmark"].str.endswith("/swapped")]
     return {"differences": over_seeds(rows.drop(columns=["p", "p_holm"], errors="ignore"))}
 

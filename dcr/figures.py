@@ -77,7 +77,7 @@ PICTURES: dict[str, Picture] = {
         ("metrics",), "04_evaluation", data.rates_by_form, plots.rates_by_form,
         "Refusal rate by benchmark and form of the prompt (95 % Wilson intervals); a set is pooled with its form-swapped version."),
     "differences": Picture(
-        ("differences",), "04_evaluation", data.differences, plots.differences,
+        ("paired",), "04_evaluation", data.differences, plots.differences,
         "Paired difference to STL on each benchmark (95 % bootstrap over prompts): compliance on harmless sets, DSR on toxic ones "
         "(grey rows). Right of the line is better."),
     "categories": Picture(

@@ -7,12 +7,11 @@ equally over question and imperative (`balanced`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from dcr.errors import DCRError
@@ -108,17 +107,3 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
         raise DCRError(f"mcnemar: {a.size} and {b.size} outcomes; both methods need the same prompts.")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     return 1.0 if only_a + only_b == 0 else float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
-
-
-def compare(hits: Mapping[str, Sequence[bool]], against: str) -> pd.DataFrame:
-    """Paired differences of every method to `against`: difference, low, high, p, Holm-corrected p."""
-    if against not in hits:
-        raise DCRError(f"compare: {against!r} is not among {', '.join(hits)}.")
-    base, rows = np.asarray(hits[against], dtype=float), []
-    for method, values in hits.items():
-        if method != against:
-            mean, low, high = bootstrap_mean(np.asarray(values, dtype=float) - base)
-            rows.append({"method": method, "difference": mean, "low": low, "high": high,
-                         "p": mcnemar_exact(np.asarray(values, dtype=bool), base.astype(bool)), "n": len(base)})
-    table = pd.DataFrame(rows)
-    return table.assign(p_holm=multipletests(table["p"], method="holm")[1] if len(table) else [])

@@ -29,7 +29,7 @@ def align_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str
         _train_own(out, toxic, seemingly_toxic, general, model, refine_first, seed, overrides)
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
-    with Store(out.parent)._lock(out):
+    with Store(out.parent).lock(out):
         if out.exists() and any(out.iterdir()):
             raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
         aligned, tokenizer, facts = _train_own(out, toxic, seemingly_toxic, general, model, refine_first, seed, overrides)

@@ -78,7 +78,12 @@ def plane_points(rows: pd.DataFrame, form: str = "all") -> pd.DataFrame:
     mean.columns = [metric if name == "value" else f"{metric}_{name}" for name, metric in mean.columns]
     if "dsr" not in mean or "compliance" not in mean:
         return pd.DataFrame(columns=[*keys, "dsr", "compliance"])
-    return mean.reset_index()
+    points = mean.reset_index()
+    if "step" in points:  # the point a method is known by: its last step, or a steering method's nominal strength
+        steered = set(rows.loc[rows["strength"].notna(), "method"]) if "strength" in rows else set()
+        last = points.groupby("method")["step"].transform("max")
+        points["nominal"] = points["step"] == last.where(~points["method"].isin(steered), 100)
+    return points
 
 
 def class_rates(rows: pd.DataFrame) -> pd.DataFrame:

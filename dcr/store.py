@@ -147,7 +147,7 @@ class Store:
             self._note(self.reused, kind, path, "reused")
             return Artifact(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(path):
+        with self.lock(path):
             if (path / "manifest.json").is_file():
                 self._note(self.reused, kind, path, "reused (another worker finished it)")
                 return Artifact(path)
@@ -170,7 +170,7 @@ class Store:
         log.info("%s/%s: %s", kind, path.name, text)
 
     @contextlib.contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
+    def lock(self, path: Path) -> Iterator[None]:
         lock_path = path.with_name(path.name + ".lock")
         holder = path.with_name(path.name + ".holder")
         lock = FileLock(str(lock_path))

@@ -112,7 +112,8 @@ def proposition(experiment: Experiment, refined: str = "DCR", *, tokens: str = "
     return check, every
 
 
-def _refusal_probability(experiment: Experiment, method: str, step: int, prompts: pd.DataFrame) -> np.ndarray:
+def refusal_probabilities(experiment: Experiment, method: str, step: int, prompts: pd.DataFrame) -> np.ndarray:
+    """[n] refusal probability of prompts under a method's weights after alignment step `step`; cached by weights and prompts."""
     from dcr.data.sets import table_hash
     from dcr.rejection import PHRASES_VERSION, refusal_probability
 
@@ -130,7 +131,7 @@ def _refusal_probability(experiment: Experiment, method: str, step: int, prompts
 def rejection_table(experiment: Experiment, method: str, step: int = -1) -> pd.DataFrame:
     """Refusal probability of each followed prompt (id, label, form, probability) for one model."""
     prompts = class_prompts(experiment, experiment.config.evaluation.trajectory_prompts)
-    return prompts[["id", "label", "form"]].assign(probability=_refusal_probability(experiment, method, step, prompts),
+    return prompts[["id", "label", "form"]].assign(probability=refusal_probabilities(experiment, method, step, prompts),
                                                    method=method, step=step)
 
 
@@ -143,7 +144,7 @@ def rejection_reliability(experiment: Experiment, method: str = "STL") -> tuple[
 
     step, prompts = experiment.steps(method)[-1], experiment.curve_prompts
     verdicts = prompts[["id"]].merge(experiment.verdicts(method, step), left_on="id", right_on="prompt_id", validate="one_to_one")
-    scores, table = reliability(_refusal_probability(experiment, method, step, prompts),
+    scores, table = reliability(refusal_probabilities(experiment, method, step, prompts),
                                 (verdicts["verdict"] == "refuse").to_numpy(), seed=experiment.config.seed)
     score, table = pd.DataFrame([scores]).assign(method=method, step=step), table.assign(method=method, step=step)
     experiment.write_table(f"reliability_{method}", score)

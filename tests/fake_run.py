@@ -62,7 +62,7 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
         "trajectory_kernel": pd.DataFrame([{"step": s, "class_a": "toxic", "class_b": "seemingly_toxic",
                                             "normalised": 0.8 - 0.2 * (m == "DCR"), "normalised_low": 0.5, "normalised_high": 0.9,
                                             "method": m} for m in trained for s in STEPS]),
-        "differences": pd.DataFrame([{"prompts": label, "benchmark": b, "metric": "dsr" if label == "toxic" else "compliance", "method": m,
+        "paired": pd.DataFrame([{"prompts": label, "benchmark": b, "metric": "dsr" if label == "toxic" else "compliance", "method": m,
                                       "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.1, "p_holm": 0.2, "n": 50}
                                      for b, label, _ in (*SETS, ("all", "toxic", 0)) for m in METHODS if m != "STL"]),
         "categories": pd.DataFrame([{"profile": profile, "method": m, "label": c, "benchmark": "oktest", "category": k,

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from dcr import analysis
+from dcr.comparisons import paired_table
 from dcr.errors import DCRError
 from dcr.experiment import Experiment, run_methods
 from dcr.explorer import answers_table
-from dcr.failures import category_rates, costs, differences, still_refused
+from dcr.failures import category_rates, costs, still_refused
 from dcr.figures import draw_all, draw_tables
 from dcr.report import write_report
 
@@ -75,7 +76,9 @@ def test_analysis_figures_tables_and_report(folder, run_dir):
     from dcr.tables import plane_points
 
     exp.write_table("plane", plane_points(exp.curves()))
-    assert set(differences(exp)["method"]) == {"base", "DCR", "question-mark"} and len(costs(exp)) >= 5
+    paired = paired_table(exp)
+    assert set(paired["method"]) == {"base", "DCR", "question-mark"} and (paired["p_holm"] >= paired["p"]).all()
+    assert len(costs(exp)) >= 5
     assert set(still_refused(exp, "DCR").columns) >= {"text", "answer", "form"}
     assert set(category_rates(exp)["label"]) == {"toxic", "seemingly_toxic", "general"}
     answers = answers_table(exp)

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.contingency_tables import mcnemar
 
 from dcr.errors import DCRError
-from dcr.metrics import bootstrap_mean, compare, mcnemar_exact, mean_rate, question_mark_rule, rate_rows, wilson
+from dcr.metrics import bootstrap_mean, mcnemar_exact, mean_rate, question_mark_rule, rate_rows, wilson
 
 
 @settings(deadline=None)
@@ -79,25 +79,6 @@ def test_bootstrap_covers_the_mean_of_a_known_share():
                  (bootstrap_mean(rng.random(120) < 0.3, n_boot=300, seed=i)[1:] for i in range(100)))
     assert 88 <= inside <= 100
     assert bootstrap_mean([1, 0, 1], seed=1) == bootstrap_mean([1, 0, 1], seed=1)
-
-
-def test_holm_steps_down():
-    rng = np.random.default_rng(0)
-    base = rng.random(80) < 0.5
-    table = compare({"STL": base, **{f"m{i}": base ^ (rng.random(80) < 0.1 * i) for i in range(1, 5)}}, "STL").sort_values("p")
-    expected = np.maximum.accumulate(np.minimum(1, table["p"].to_numpy() * np.arange(4, 0, -1)))
-    assert table["p_holm"].to_numpy() == pytest.approx(expected) and table["p"].nunique() > 1
-
-
-def test_compare_is_paired_and_corrected():
-    rng = np.random.default_rng(1)
-    base = rng.random(200) < 0.5
-    better = base | (rng.random(200) < 0.3)
-    table = compare({"STL": base, "A": better, "B": base.copy()}, "STL").set_index("method")
-    assert table.loc["A", "low"] > 0 and table.loc["B", "difference"] == 0 and table.loc["B", "p"] == 1.0
-    assert (table["p_holm"] >= table["p"]).all()
-    with pytest.raises(DCRError, match="'X' is not among"):
-        compare({"STL": base}, "X")
 
 
 @pytest.mark.parametrize("count, n", [(1, 0), (5, 4), (-1, 3)])

@@ -63,7 +63,7 @@ def test_a_second_call_for_one_folder_waits_and_names_the_holder(folder, files, 
     release = threading.Event()
 
     def hold():
-        with Store(tmp_path)._lock(out):
+        with Store(tmp_path).lock(out):
             out.mkdir()
             (out / "model.safetensors").touch()
             release.wait(20)

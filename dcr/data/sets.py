@@ -186,14 +186,20 @@ def benchmark(name: str, config: Config) -> pd.DataFrame:
     return rows.assign(benchmark=name)
 
 
-def load_sets(config: Config) -> Sets:
-    """Every prompt table of the configuration."""
-    toxic, seemingly = contrastive_sets(config)
+def benchmarks_of(config: Config) -> dict[str, pd.DataFrame]:
+    """Every benchmark by name, and with `evaluation.forms` each one form-swapped (NAME/swapped, at most `forms_limit` prompts)."""
     benchmarks = {name: benchmark(name, config) for name in config.data.benchmarks}
     if config.evaluation.forms:
+        few = config.evaluation.forms_limit
         for name, rows in list(benchmarks.items()):
+            rows = loaders.stratified_subset(rows, few, config.seed) if few and len(rows) > few else rows
             benchmarks[f"{name}/swapped"] = swap_table(rows).assign(benchmark=f"{name}/swapped")
-    return Sets(toxic, seemingly, general_prompts(config), alignment_mix(config), benchmarks)
+    return benchmarks
+
+
+def load_sets(config: Config) -> Sets:
+    """Every prompt table of the configuration."""
+    return Sets(*contrastive_sets(config), general_prompts(config), alignment_mix(config), benchmarks_of(config))
 
 
 def leakage(sets: Sets) -> pd.DataFrame:

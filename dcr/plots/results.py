@@ -14,9 +14,9 @@ WEIGHTS = {"all": "published sets", "balanced": "questions and imperatives\nweig
 
 
 def plane(points: pd.DataFrame) -> Figure:
-    """The compliance-safety plane: each method's checkpoints as a curve, the last one filled, with its intervals.
+    """The compliance-safety plane: each method's checkpoints or strengths as a curve, the last or nominal one filled, with its intervals.
 
-    Columns method, step (-1: the last), dsr, compliance; optional dsr_low ... compliance_high and `weights` (a panel each).
+    Columns method, step (-1: the last), dsr, compliance; optional nominal, dsr_low ... compliance_high and `weights` (a panel each).
     """
     need(points, "method", "step", "dsr", "compliance")
     points = points.assign(weights=points.get("weights", "all"))
@@ -36,9 +36,10 @@ def plane(points: pd.DataFrame) -> Figure:
 
 
 def _curve(ax, method: str, rows: pd.DataFrame) -> None:
-    """One method: open markers on its way, a filled one with its interval at the end."""
+    """One method: open markers on its way, a filled one with its interval where it is known by."""
     rows = rows.assign(order=rows["step"].replace(-1, np.iinfo("int64").max)).sort_values("order")
-    style, last = method_look(method), rows.iloc[-1]
+    known = rows[rows["nominal"].astype(bool)] if "nominal" in rows and rows["nominal"].any() else rows
+    style, last = method_look(method), known.iloc[-1]
     ax.plot(rows["dsr"], rows["compliance"], **style, markerfacecolor="white", markersize=3.5, linewidth=1.2, markeredgewidth=0.8,
             label=method)
     if "dsr_low" in rows:
