@@ -117,7 +117,7 @@ def refine_command(out: Path, toxic: Annotated[str, typer.Option(help="CSV or JS
                    general: Annotated[str, typer.Option(help="CSV or JSONL with text, for general_share or retention.")] = "",
                    model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
                    seed: Seed = 0, overrides: Overrides = "") -> None:
-    """Stage 1 alone on your own prompts; many processes: `torchrun --nproc_per_node 2 -m dcr.cli refine ...`."""
+    """Stage 1 alone on your own prompts; many processes: `accelerate launch --multi_gpu --num_processes 2 -m dcr.cli refine ...`."""
     from dcr.own import refine_own
 
     folder = refine_own(out, model=model, toxic=toxic, seemingly_toxic=seemingly_toxic, general=general, seed=seed, overrides=overrides)

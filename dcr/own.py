@@ -76,7 +76,7 @@ def _data(paths: dict[str, str], tables: dict[str, pd.DataFrame]) -> list[dict]:
 
 def refine_own(out: str | Path, *, toxic: str, seemingly_toxic: str, general: str = "", model: str = "embedded", seed: int = 0,
                overrides: str = "") -> Path:
-    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (torchrun).
+    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (accelerate launch).
 
     Work is kept in `<out>.work`, so an interrupted call goes on. Raises DCRError for a folder that holds something.
     """

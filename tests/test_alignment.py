@@ -131,7 +131,7 @@ from test_alignment import *
 from dcr.config import AlignConfig
 result = run(replace(FAST, batch_size=8, max_steps=4, accumulation=int(sys.argv[2])), work_dir=sys.argv[1])
 if int(os.environ.get("RANK", 0)) == 0:
-    torch.save(weights(result.model), sys.argv[1] + "/final.pt")
+    torch.save((weights(result.model), int(os.environ.get("WORLD_SIZE", 1))), sys.argv[1] + "/final.pt")
 """
 
 
@@ -139,13 +139,15 @@ if int(os.environ.get("RANK", 0)) == 0:
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO.format(tests=os.path.dirname(__file__)))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    # `--cpu --num_processes 2` would start one process (accelerate leaves more to MPI); without a GPU, --multi_gpu is gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     for accumulation in ("1", "2"):
         one, two = tmp_path / f"one{accumulation}", tmp_path / f"two{accumulation}"
         subprocess.run([sys.executable, str(script), str(one), accumulation], check=True, timeout=200)
         subprocess.run([*launch, str(script), str(two), accumulation], check=True, timeout=250)
-        first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, two))
+        (first, alone), (second, together) = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, two))
+        assert (alone, together) == (1, 2)
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
         logs = [[json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()] for f in (one, two)]

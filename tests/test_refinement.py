@@ -308,8 +308,9 @@ for number, change in enumerate(PARALLEL_CONFIGS):
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save([taken, result.history, result.evaluations, int(os.environ.get("WORLD_SIZE", 1))], folder / "out.pt")
 """
-# accelerate's own launcher starts one process for `--cpu --num_processes 2` (it leaves more to MPI), torch's starts both.
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+# `--cpu --num_processes 2` would start one process (accelerate leaves more to MPI); without a GPU, --multi_gpu is gloo.
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 WIDE = replace(FAST, batch_size=32, max_steps=3, eval_steps=1, patience=5)
 PARALLEL_CONFIGS = [{"general_share": 0.25}, {"loss": "supcon", "general_share": 0.25, "retention": 0.5}, {"lora_rank": 0}]
 

@@ -49,7 +49,7 @@ def separability_by_layer(probe: pd.DataFrame, surface: pd.DataFrame) -> Figure:
                 ax.axhline(base["auroc"], color="black", linestyle=style, linewidth=1.1, label=base["baseline"])
             ax.axhline(0.5, color="#bbbbbb", linewidth=0.8)
             ax.set(title=name, xlabel="layer (blocks run)", ylim=(0, 1.03))
-        axes[0, 0].set_ylabel("AUROC, toxic against seemingly toxic")
+        axes[0, 0].set_ylabel("AUROC, toxic against\nseemingly toxic")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -70,7 +70,7 @@ def transfer(table: pd.DataFrame) -> Figure:
                 ax.fill_between(rows["layer"], rows["low"], rows["high"], color=line[0].get_color(), alpha=0.15)
             ax.axhline(0.5, color="#bbbbbb", linewidth=0.8)
             ax.set(title=f"probe trained on {name}", xlabel="layer (blocks run)", ylim=(0, 1.03))
-        axes[0, 0].set_ylabel("AUROC, toxic against seemingly toxic")
+        axes[0, 0].set_ylabel("AUROC, toxic against\nseemingly toxic")
         handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     return figure

@@ -12,7 +12,7 @@ from dcr.style import METHOD_COLOURS, METHOD_LINES, look
 def loss_curves(table: pd.DataFrame) -> Figure:
     """Training loss over steps of each method, both stages."""
     need(table, "step", "loss", "method", "stage")
-    stages = list(dict.fromkeys(table["stage"]))
+    stages = sorted(set(table["stage"]), reverse=True)  # refine before align
     titles = {"refine": "Stage 1: contrastive loss", "align": "Stage 2: loss (nats a labelled token)"}
     with look():
         figure, axes = new_axes(4 * len(stages), 3.2, 1, len(stages))
