@@ -83,6 +83,15 @@ def test_the_sheet_is_blind_balanced_and_scored(run, tmp_path):
     table = calibration.score_sheet(tmp_path / "key.csv", [tmp_path / "one.csv", tmp_path / "two.csv"], prompts, answers, ["phrases"])
     found = table.set_index(["against", "judge"])["kappa"]
     assert found["reader 1", "phrases"] == 1.0 and ("reader 1", "reader 2") in found.index and ("reader 2", "phrases") in found.index
+    kept = calibration.reading_rows(tmp_path / "key.csv", [tmp_path / "one.csv", tmp_path / "two.csv"], prompts, answers)
+    assert list(kept) == ["item", "method", "prompt_id", "reader1", "reader2", "verdict"] and (kept["verdict"] == kept["reader1"]).all()
+
+
+def test_the_committed_reading_is_scored_by_round():
+    table = calibration.own_reading(bootstrap=20)
+    judged = table[table["read_by"] == "judge"]
+    assert (table["n"] + table["n_partial"] >= 200).all() and len(judged) == 2 * table["round"].nunique()
+    assert judged["kappa"].between(0.5, 1).all() and (table["low"] <= table["kappa"]).all() and (table["kappa"] <= table["high"]).all()
 
 
 @pytest.mark.parametrize("change, message", [

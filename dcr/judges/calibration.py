@@ -199,3 +199,30 @@ def _labels(path: Path, items: pd.Series) -> np.ndarray:
     if off:
         raise DCRError(f"{path}: {off[0]} is missing, repeated or not on the sheet ({len(off)} such). One label an item.")
     return rows.set_index("item")["label"].reindex(items).to_numpy(dtype=object)
+
+
+def reading_rows(key: str | Path, readers: Sequence[str | Path], prompts: pd.DataFrame, generations: dict[str, pd.DataFrame],
+                 name: str = "phrases") -> pd.DataFrame:
+    """What is kept of a blind reading, ids and labels alone: item, method, prompt_id, reader1, reader2, ..., verdict."""
+    index = pd.read_csv(key)
+    found = pd.concat([judge(prompts, rows, name).assign(method=m) for m, rows in generations.items()])
+    kept = index.assign(**{f"reader{i + 1}": _labels(Path(path), index["item"]) for i, path in enumerate(readers)})
+    return kept.merge(found[["method", "prompt_id", "verdict"]], on=["method", "prompt_id"], validate="one_to_one")
+
+
+def own_reading(path: str | Path = "", *, bootstrap: int = 500, seed: int = 0) -> pd.DataFrame:
+    """Agreement of the default judge with two blind readers of the kit's own answers, a round a judge version.
+
+    Reads the committed ids and labels (data/bundled/reading.csv: round, judge_version, item, method, prompt_id, reader1, reader2,
+    verdict as given then). Rows "reader2" hold the readers' agreement, the ceiling. A version's rules were mended after its
+    round, so only the last round's numbers are of answers that the rules had not seen.
+    """
+    from dcr.data.loaders import BUNDLED
+
+    rows = []
+    for (number, version), part in pd.read_csv(path or BUNDLED / "reading.csv").groupby(["round", "judge_version"]):
+        said = {c: part[c].to_numpy(dtype=object) for c in ("reader1", "reader2", "verdict")}
+        rows += [{"round": number, "judge_version": version, "against": a, "read_by": "judge" if b == "verdict" else b,
+                  **_agreement(said[a], said[b], bootstrap, seed)}
+                 for a, b in (("reader1", "reader2"), ("reader1", "verdict"), ("reader2", "verdict"))]
+    return pd.DataFrame(rows)
