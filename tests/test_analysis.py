@@ -89,7 +89,7 @@ def test_reliability_uses_answers_to_the_same_prompts(exp, monkeypatch):
     """With verdicts made from the probability itself AUROC is 1; a model that refuses nothing is said so."""
     prompts = exp.curve_prompts
     probability = np.linspace(0.05, 0.95, len(prompts))
-    monkeypatch.setattr("dcr.trajectories._refusal_probability", lambda *_: probability)
+    monkeypatch.setattr("dcr.trajectories.refusal_probabilities", lambda *_: probability)
 
     def verdicts(method, step):
         kinds = np.where(probability > 0.5, "refuse", "comply")
