@@ -63,8 +63,8 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                                             "normalised": 0.8 - 0.2 * (m == "DCR"), "normalised_low": 0.5, "normalised_high": 0.9,
                                             "method": m} for m in trained for s in STEPS]),
         "paired": pd.DataFrame([{"prompts": label, "benchmark": b, "metric": "dsr" if label == "toxic" else "compliance", "method": m,
-                                      "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.1, "p_holm": 0.2, "n": 50}
-                                     for b, label, _ in (*SETS, ("all", "toxic", 0)) for m in METHODS if m != "STL"]),
+                                "difference": 0.1, "low": 0.0, "high": 0.2, "p": 0.1, "p_holm": 0.2, "n": 50}
+                               for b, label, _ in (*SETS, ("all", "toxic", 0)) for m in METHODS if m != "STL"]),
         "categories": pd.DataFrame([{"profile": profile, "method": m, "label": c, "benchmark": "oktest", "category": k,
                                      "value": 0.5, "low": 0.4, "high": 0.6, "n": 10} for m in METHODS
                                     for c in classes for k in ("privacy", "weapons & tools")]),

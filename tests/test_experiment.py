@@ -38,6 +38,12 @@ def test_the_whole_line_runs_then_reuses_then_recomputes_what_changed(folder, ru
     assert set(rows["method"]) == {"base", "STL", "DCR", "question-mark"} and rows["value"].between(0, 1).all()
     curves = first.curves()
     assert sorted(curves["step"].unique()) == [0, 2, 3]
+    answered = {p.name.rpartition("-")[0] for p in (run_dir / "generate").iterdir() if p.is_dir()}
+    assert answered == {"base", "STL", "STL@2", "DCR", "DCR@0", "DCR@2"}  # last steps and the untrained STL are not answered twice
+    full, part = first.generations("STL").set_index("prompt_id")["response"], first.generations("STL", 3)
+    assert set(part["prompt_id"]) == set(first.curve_prompts["id"]) and (part["response"] == part["prompt_id"].map(full)).all()
+    model, _ = first.model("DCR")
+    assert all(p.requires_grad for p in model.parameters()) and not model.training  # merged, and as trainable as a loaded one
 
     again = experiment(folder, run_dir)
     list(run_methods(again))

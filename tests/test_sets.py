@@ -47,3 +47,12 @@ def test_the_mix_follows_form_mix():
     plain, mixed = (sets.alignment_mix(load_config("quick", overrides={"align.form_mix": s})) for s in (0.0, 1.0))
     assert (plain["id"] + "~").tolist() == mixed["id"].tolist()
     assert not plain["text"].eq(mixed["text"]).any() and isinstance(mixed, pd.DataFrame)
+
+
+def test_forms_limit_swaps_a_part_of_each_set():
+    whole = load_config("quick", overrides="evaluation.forms=true")
+    part = whole.override("evaluation.forms_limit=4")
+    every, some = sets.benchmarks_of(whole), sets.benchmarks_of(part)
+    for name in whole.data.benchmarks:
+        assert some[name].equals(every[name]) and len(every[f"{name}/swapped"]) == len(every[name])
+        assert len(some[f"{name}/swapped"]) == 4 and set(some[f"{name}/swapped"]["id"]) <= set(every[f"{name}/swapped"]["id"])

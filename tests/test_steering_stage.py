@@ -47,6 +47,9 @@ def test_curves_sweep_the_strength(experiment):
     assert rows.loc[rows["method"] == "STL", "strength"].isna().all()
     points = plane_points(rows)
     assert set(points["method"]) == set(ALL) - {"base", "question-mark"}
+    known = points[points["nominal"]].set_index("method")["step"]
+    assert known.index.is_unique and (known["SCANS"], known["Surgical"], known["SelfCD"]) == (100, 100, 100)
+    assert known["STL"] == points.loc[points["method"] == "STL", "step"].max()
     off = points[(points["step"] == 0) & (points["method"] == "SCANS")].iloc[0]
     last = points[(points["method"] == "STL")].sort_values("step").iloc[-1]
     assert (off["dsr"], off["compliance"]) == (last["dsr"], last["compliance"])  # strength 0 is the steered model itself
