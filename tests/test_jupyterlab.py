@@ -1,4 +1,7 @@
-"""Real JupyterLab in headless Chromium: notebook 01 on quick runs without error output, and a moved widget changes the picture."""
+"""Real JupyterLab in headless Chromium: notebook 01 on quick runs without error output, and a moved widget changes the picture.
+
+Also after reopening: saved, the page loaded anew, and the widget moved again.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +76,15 @@ const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height =
 c.getContext('2d').drawImage(i, 0, 0); done(c.toDataURL());"""
 
 
+def moved(browser) -> None:
+    """Moves the layer slider by keyboard, as a reader would, and waits for another picture."""
+    before = wait(lambda: browser.execute_async_script(PICTURE), 60, "the explorer's picture")
+    handle = browser.find_element("css selector", ".widget-slider .noUi-handle")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
+    handle.send_keys("\ue012")  # arrow left
+    wait(lambda: (after := browser.execute_async_script(PICTURE)) and after != before, 30, "the picture to change")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_notebook_01_runs_in_jupyterlab_and_its_explorer_answers(tmp_path):
@@ -98,10 +110,11 @@ def test_notebook_01_runs_in_jupyterlab_and_its_explorer_answers(tmp_path):
         ran = wait(lambda: (cells := browser.execute_script(CELLS)) and (
             all(c["count"] for c in cells) or any(c["errors"] for c in cells)) and cells, 400, "all cells to run")
         assert [c["errors"] for c in ran if c["errors"]] == []
-        before = wait(lambda: browser.execute_async_script(PICTURE), 30, "the explorer's picture")
-        # The layer slider, moved by keyboard as a reader would.
-        handle = browser.find_element("css selector", ".widget-slider .noUi-handle")
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
-        handle.send_keys("\ue012")  # arrow left
-        wait(lambda: (after := browser.execute_async_script(PICTURE)) and after != before, 30, "the picture to change")
+        moved(browser)
+        browser.execute_async_script("window.jupyterapp.commands.execute('docmanager:save').then(arguments[0])")
+        browser.refresh()
+        wait(lambda: browser.execute_script("return !!window.jupyterapp") and len(browser.execute_script(CELLS) or ()) == count, 90,
+             "the notebook to open again")
+        wait(lambda: browser.execute_script(idle), 60, "the kernel that still runs")
+        moved(browser)
     shutil.rmtree(tmp_path / "run", ignore_errors=True)

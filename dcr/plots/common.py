@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dcr.errors import DCRError
 
@@ -73,6 +74,14 @@ def log_steps(ax, last: float) -> None:
     ticks = ticks if len(ticks) < 8 else [t for t in ticks if str(t)[0] in "01"]
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.set_xticks([], minor=True)
+
+
+def few_log_ticks(axis, low: float, high: float) -> None:
+    """A logarithmic axis over less than a decade: a few plain numbers, where the default would print them over each other."""
+    if low > 0 and high / low < 10:
+        ticks = [t for t in MaxNLocator(3, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= t <= high]
+        axis.set_ticks(ticks or [low, high], [f"{t:.6g}" for t in ticks or [low, high]])
+        axis.set_ticks([], minor=True)
 
 
 def half_widths(rows: pd.DataFrame | Mapping, value: str = "value", low: str = "low", high: str = "high") -> np.ndarray:

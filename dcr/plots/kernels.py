@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dcr.plots.common import need, new_axes
+from dcr.plots.common import few_log_ticks, need, new_axes
 from dcr.style import CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look
 
 PAIR_MARKERS = "o^sDvP"
@@ -61,6 +61,7 @@ def proposition(pairs: pd.DataFrame, checks: pd.DataFrame) -> Figure:
             ax.plot(ends, [check.constant * e for e in ends], color="black", linewidth=1, linestyle="--", label="bound, smallest constant")
             ax.set(xscale="log", yscale="log", xlabel=f"|h'ᵀh| at layer {rows['layer'].iloc[0]}",
                    title=f"{check.model}\nSpearman {check.spearman:.2f} [{check.low:.2f}, {check.high:.2f}]")
+            few_log_ticks(ax.xaxis, *ends)
         axes[0, 0].set_ylabel("‖K(x', x)‖")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
