@@ -83,7 +83,7 @@ def reproduce_command(profile: Profile = "embedded", seed: Seed = 0, run_dir: Ru
 
     report = reproduce(profile, seed=seed, run_dir=run_dir, overrides=overrides,
                        only=tuple(n.strip() for n in only.split(",") if n.strip()))
-    typer.echo(f"Report: {report}")
+    typer.echo(f"{'Report' if report.suffix else 'Notebooks'}: {report}")
 
 
 @app.command("align")

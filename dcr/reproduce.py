@@ -30,8 +30,8 @@ def notebooks_dir() -> Path:
 def reproduce(profile: str, *, seed: int = 0, run_dir: str = "", overrides: str = "", only: tuple[str, ...] = ()) -> Path:
     """Execute the notebooks into `<run>/notebooks/` and write `<run>/report.html`; returns the report's path.
 
-    A notebook that ran already with the same source, package and parameters is kept. Raises DCRError naming the
-    notebook and the cell's error.
+    A notebook that ran already with the same source, package and parameters is kept. With `only`, and no figures yet, there is
+    nothing to report: the path is then the folder of executed notebooks. Raises DCRError naming the notebook and the cell's error.
     """
     import papermill
 
@@ -61,6 +61,9 @@ def reproduce(profile: str, *, seed: int = 0, run_dir: str = "", overrides: str 
         shutil.move(partial, target)
         write_atomic(done, mark)
         print(f"[{number}/{len(chosen)}] {name}: done in {time.time() - started:.0f} s", flush=True)
+    if only and not (root / "figures" / "index.json").exists():
+        print("no report yet: 05_figures draws what it shows", flush=True)
+        return out
     from dcr.report import write_report
 
     return write_report(root)

@@ -81,3 +81,17 @@ def test_reproduce_says_which_notebook_failed(tmp_path, monkeypatch):
         reproduce("quick", run_dir=str(tmp_path / "run"), only=("05",))
     with pytest.raises(DCRError, match="profile 'nope' is unknown"):
         reproduce("nope")
+
+
+def test_a_part_without_figures_ends_without_a_report(tmp_path, monkeypatch):
+    """One notebook alone, before 05 has drawn anything, is no error."""
+    from dcr import reproduce as module
+
+    short = tmp_path / "notebooks"
+    short.mkdir()
+    content = json.loads((ROOT / "notebooks" / "01_representations.ipynb").read_text(encoding="utf-8"))
+    content["cells"] = [c for c in content["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    (short / "01_representations.ipynb").write_text(json.dumps(content))
+    monkeypatch.setattr(module, "notebooks_dir", lambda: short)
+    assert reproduce("quick", run_dir=str(tmp_path / "run"), only=("01",)) == tmp_path / "run" / "notebooks"
+    assert not (tmp_path / "run" / "report.html").exists()
