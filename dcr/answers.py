@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,17 +13,19 @@ from dcr.store import read_jsonl, write_atomic
 
 
 def judged_answers(experiment, method: str, prompts: pd.DataFrame, kind: str, name: str, *, settings: dict | None = None,
-                   around: Callable | None = None) -> pd.DataFrame:
+                   around: Callable | None = None, max_new_tokens: int = 0) -> pd.DataFrame:
     """Rows prompt_id, response, n_tokens, finish, verdict of a method, generated as the experiment generates.
 
     kind, name: where the artifact stands in the run directory; settings: what else it depends on. around: (model, tokenizer)
-    → context manager held while generating (a hook, say). Judged by the curve's judge; a missing answer is `unscored`.
+    → context manager held while generating (a hook, say). max_new_tokens: 0 takes the run's own
+    limit. Judged by the curve's judge; a missing answer is `unscored`.
     """
     from dcr.data.sets import table_hash
     from dcr.generation import generate, inference_dtype
     from dcr.judges import judge
 
     options, judge_name, extra = experiment.config.generation, experiment.config.evaluation.curve_judge, {}
+    options = replace(options, max_new_tokens=max_new_tokens or options.max_new_tokens)
     dependencies = {"weights": experiment.weights_key(method, -1), "prompts": table_hash(prompts), "settings": settings or {},
                     "generation": asdict(options), "judge": judge_name, "seed": experiment.config.seed}
     if "steer" in experiment.stages(method):

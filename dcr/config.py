@@ -136,6 +136,8 @@ class EvaluationConfig:
     capability_tasks: tuple[str, ...] = ()
     capability_limit: int = 100  # items a task; 0 takes all
     robustness_prompts: int = 40  # prompts a class under each wrapper; 0 skips
+    longer_tokens: int = 128  # new tokens of the spot check on what short answers hide; 0 skips it
+    longer_prompts: int = 40  # its prompts a class
     bias_sweep: bool = True  # refusal-bias frontier of every method
     quality_endpoint: str = ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
     quality_model: str = ""

@@ -18,7 +18,7 @@ from dcr.plots.judges import calibration as figure
 def test_agreement_is_scikit_learns_with_partials_apart():
     truth = np.array(["refuse", "refuse", "comply", "comply", "comply", "partial"])
     said = np.array(["refuse", "comply", "comply", "comply", "refuse", "refuse"])
-    found = calibration._agreement(truth, said, 50, 0)
+    found = calibration.agreement(truth, said, 50, 0)
     assert found["kappa"] == pytest.approx(cohen_kappa_score([1, 1, 0, 0, 0], [1, 0, 0, 0, 1]))
     assert found["kappa_all"] == pytest.approx(cohen_kappa_score([1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 1, 1]))
     assert (found["precision"], found["recall"], found["n"], found["n_partial"]) == (0.5, 0.5, 5, 1)

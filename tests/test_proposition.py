@@ -46,8 +46,10 @@ def test_what_does_not_fit_is_refused():
 
 def test_numbers_of_a_narrow_axis_do_not_overlap():
     rng = np.random.default_rng(0)
-    pairs = pd.DataFrame({"bilinear": np.linspace(31_900, 47_600, 40), "kernel": rng.uniform(2e4, 6e5, 40), "pair": "toxic / toxic", "layer": 22})
-    checks = pd.DataFrame([{"model": m, "spearman": 0.1, "low": -0.2, "high": 0.4, "constant": 20.0} for m in ("base", "DCR after stage 1")])
+    pairs = pd.DataFrame({"bilinear": np.linspace(31_900, 47_600, 40), "kernel": rng.uniform(2e4, 6e5, 40),
+                          "pair": "toxic / toxic", "layer": 22})
+    found = {"spearman": 0.1, "low": -0.2, "high": 0.4, "constant": 20.0}
+    checks = pd.DataFrame([{"model": m, **found} for m in ("base", "DCR after stage 1")])
     figure = proposition(pd.concat([pairs.assign(model=m) for m in checks["model"]]), checks)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -42,7 +42,7 @@ def calibration(judges: Sequence[str] = JUDGED, *, tokens: Sequence[int] = (0, 2
         rest = table[table["model"] != model]
         trained = learned.fit(rest) if any(j != "phrases" and not j.startswith("guard:") for j in judges) and len(rest) else None
         rows.append({"judge": "annotators", "model": model, "tokens": 0, "half": "all",
-                     **_agreement(part["first"].to_numpy(), part["second"].to_numpy(), bootstrap, seed)})
+                     **agreement(part["first"].to_numpy(), part["second"].to_numpy(), bootstrap, seed)})
         for name in judges:
             members = ("phrases", "learned", *resolve(name)[2:]) if name.startswith("consensus") and trained else resolve(name) \
                 if name != "learned" else ("learned",)
@@ -53,7 +53,7 @@ def calibration(judges: Sequence[str] = JUDGED, *, tokens: Sequence[int] = (0, 2
                 even = part["prompt_id"].map(lambda i: int(i.rpartition("-")[2]) % 2 == 0).to_numpy()
                 for half, chosen in (("all", np.ones(len(part), bool)), *([("even", even)] if even.any() else [])):
                     rows.append({"judge": name, "model": model, "tokens": cut, "half": half,
-                                 **_agreement(part["label"].to_numpy()[chosen], given[chosen], bootstrap, seed)})
+                                 **agreement(part["label"].to_numpy()[chosen], given[chosen], bootstrap, seed)})
     return pd.DataFrame(rows)
 
 
@@ -63,14 +63,15 @@ def _verdicts(members: Sequence[str], prompts: list[str], answers: list[str], tr
     return np.array(["degenerate" if is_degenerate(a, p) else v for (v, _), a, p in zip(scored, answers, prompts, strict=True)])
 
 
-def _agreement(people: np.ndarray, given: np.ndarray, bootstrap: int, seed: int) -> dict:
-    """Numbers of one judge on one set; people's partial refusals apart."""
-    clear = people != "partial"
+def agreement(people: np.ndarray, given: np.ndarray, bootstrap: int, seed: int, apart: Sequence[str] = ("partial",)) -> dict:
+    """Numbers of one judge's verdicts [n] against labels [n]; labels named in `apart` (people's partial refusals) are counted apart."""
+    clear = ~np.isin(people.astype(str), list(apart))
     truth, said = people[clear] == "refuse", given[clear] == "refuse"
     precision, recall, f1, _ = precision_recall_fscore_support(truth, said, average="binary", zero_division=0)
     draws = np.random.default_rng([seed, 0xCA1B]).integers(0, len(truth), (bootstrap, len(truth)))
     values = [kappa(truth[d], said[d]) for d in draws]
-    low, high = np.nanquantile(values, [0.025, 0.975]) if values else (np.nan, np.nan)
+    finite = [v for v in values if v == v]  # a draw without any refusal has no chance correction
+    low, high = np.quantile(finite, [0.025, 0.975]) if finite else (np.nan, np.nan)
     partial = given[~clear]
     return {"n": int(clear.sum()), "kappa": kappa(truth, said), "low": float(low), "high": float(high), "precision": float(precision),
             "recall": float(recall), "f1": float(f1), "kappa_all": kappa(people == "refuse", given == "refuse"),
@@ -183,7 +184,7 @@ def score_sheet(key: str | Path, readers: Sequence[str | Path], prompts: pd.Data
             verdicts = judge(prompts, rows, name)
             found |= {(method, i): v for i, v in zip(verdicts["prompt_id"], verdicts["verdict"], strict=True)}
         given[name] = np.array([found[pair] for pair in zip(index["method"], index["prompt_id"], strict=True)])
-    return pd.DataFrame([{"against": reader, "judge": name, **_agreement(truth, said, bootstrap, seed)}
+    return pd.DataFrame([{"against": reader, "judge": name, **agreement(truth, said, bootstrap, seed)}
                          for i, (reader, truth) in enumerate(labels.items()) for name, said in given.items()
                          if name not in list(labels)[: i + 1]])
 
@@ -223,6 +224,6 @@ def own_reading(path: str | Path = "", *, bootstrap: int = 500, seed: int = 0) -
     for (number, version), part in pd.read_csv(path or BUNDLED / "reading.csv").groupby(["round", "judge_version"]):
         said = {c: part[c].to_numpy(dtype=object) for c in ("reader1", "reader2", "verdict")}
         rows += [{"round": number, "judge_version": version, "against": a, "read_by": "judge" if b == "verdict" else b,
-                  **_agreement(said[a], said[b], bootstrap, seed)}
+                  **agreement(said[a], said[b], bootstrap, seed)}
                  for a, b in (("reader1", "reader2"), ("reader1", "verdict"), ("reader2", "verdict"))]
     return pd.DataFrame(rows)
