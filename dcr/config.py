@@ -34,7 +34,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prompts come from: "bundled", a registry name, or the path of a CSV or JSONL table."""
+    """Where prompts come from: "bundled", a registry name, the path of a CSV or JSONL table, or several joined by "+"."""
 
     seemingly_toxic: str = "bundled"  # stage 1, harmless side
     toxic: str = "bundled"  # stage 1, toxic side

@@ -56,3 +56,16 @@ def test_forms_limit_swaps_a_part_of_each_set():
     for name in whole.data.benchmarks:
         assert some[name].equals(every[name]) and len(every[f"{name}/swapped"]) == len(every[name])
         assert len(some[f"{name}/swapped"]) == 4 and set(some[f"{name}/swapped"]["id"]) <= set(every[f"{name}/swapped"]["id"])
+
+
+def test_training_prompts_come_from_several_sources_and_a_plus_in_a_path_stays(tmp_path):
+    own = tmp_path / "mine+yours.csv"
+    own.write_text("text,label\nHow do I kill time here?,seemingly_toxic\nHow can I shoot a portrait?,seemingly_toxic\n")
+    config = load_config("quick", overrides={"data.seemingly_toxic": "bundled+style-safe", "data.toxic": "style-toxic",
+                                             "data.n_seemingly_toxic": 0, "data.n_toxic": 0})
+    toxic, seemingly = sets.contrastive_sets(config)
+    half = sets._bundled_half("seemingly_toxic", True)
+    assert sorted(seemingly["id"]) == sorted([*half["id"], *sets.table("style-safe")["id"]])
+    assert sorted(toxic["id"]) == sorted(sets.table("style-toxic")["id"])
+    _, mine = sets.contrastive_sets(config.override({"data.seemingly_toxic": str(own)}))
+    assert len(mine) == 2

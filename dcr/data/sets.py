@@ -9,6 +9,7 @@ import hashlib
 import logging
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -58,11 +59,16 @@ def table(name: str, *, label: str = "", audited: bool = False) -> pd.DataFrame:
         return rows[(rows["split"] == split) & (rows["label"] == wanted)].reset_index(drop=True)
     if name in PARTS:
         return _part(*PARTS[name])
-    if "+" in name:  # several tables as one, e.g. safety-only+xstest-unsafe
-        return pd.concat([table(n.strip(), label=label, audited=audited) for n in name.split("+")], ignore_index=True)
+    if len(parts := sources_of(name)) > 1:
+        return pd.concat([table(n, label=label, audited=audited) for n in parts], ignore_index=True)
     if name.endswith((".csv", ".jsonl", ".json")):
         return loaders.read_user_table(name, label=label or None)
     return loaders.load(name, audited=audited) if name == "safety-only" else loaders.load(name)
+
+
+def sources_of(name: str) -> list[str]:
+    """The sources of a setting: "safety-only+xstest-unsafe" names two tables read as one; a file's path stays whole."""
+    return [name] if Path(name).is_file() else [n.strip() for n in name.split("+")]
 
 
 @cache
@@ -119,7 +125,7 @@ def contrastive_sets(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     sides = []
     for label, name, n in (("toxic", data.toxic, data.n_toxic), ("seemingly_toxic", data.seemingly_toxic,
                                                                  data.n_seemingly_toxic)):
-        rows = _bundled_half(label, True) if name == "bundled" else table(name, label=label, audited=data.audited)
+        rows = _training_table(name, label, True, data.audited)
         sides.append(mixed_forms(_at_most(rows[rows["label"] == label], n, seed), data.form_mix, seed))
     return sides[0], sides[1]
 
@@ -134,6 +140,12 @@ def mixed_forms(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
     return pd.concat([rows[~chosen], swap_table(rows[chosen])]).sort_index().reset_index(drop=True)
 
 
+def _training_table(name: str, label: str, first: bool, audited: bool) -> pd.DataFrame:
+    """Training prompts of one class from one source or several ("safety-only+bundled"); `first`: stage 1's half of the bundled."""
+    return pd.concat([_bundled_half(label, first) if n == "bundled" else table(n, label=label, audited=audited)
+                      for n in sources_of(name)], ignore_index=True)
+
+
 def _bundled_half(label: str, first: bool) -> pd.DataFrame:
     rows = _bundled("pairs")
     return rows[(rows["split"] == "train") & (rows["label"] == label) & (rows["topic"].map(in_first_half) == first)]
@@ -143,8 +155,7 @@ def alignment_mix(config: Config) -> pd.DataFrame:
     """Rows of stage 2 with a `role`: general, safe (toxic prompt, refusal) or augment (seemingly toxic, answered)."""
     data, align, seed = config.data, config.align, config.seed
     toxic, seemingly = contrastive_sets(config)
-    safe = _bundled_half("toxic", False) if data.align_toxic == "bundled" else table(
-        data.align_toxic, label="toxic", audited=data.audited)
+    safe = _training_table(data.align_toxic, "toxic", False, data.audited)
     safe = safe[~safe["text"].isin(toxic["text"])]
     parts = [(_take(_general(config), align.n_general, seed, "align.n_general"), "general", align.n_general),
              (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe)]
