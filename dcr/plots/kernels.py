@@ -72,7 +72,7 @@ def reliability(scores: pd.DataFrame, table: pd.DataFrame) -> Figure:
     need(table, "probability", "refused", "low", "high", "method")
     need(scores, "method", "auroc", "low", "high")
     with look():
-        figure, axes = new_axes(4.6, 4.2)
+        figure, axes = new_axes(4.6, 4.6)
         ax = axes[0, 0]
         ax.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="perfectly calibrated")
         for score in scores.itertuples():
@@ -83,5 +83,5 @@ def reliability(scores: pd.DataFrame, table: pd.DataFrame) -> Figure:
                         label=f"{score.method}: AUROC {score.auroc:.2f} [{score.low:.2f}, {score.high:.2f}]")
         ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="refusal probability (mean of bin)",
                ylabel="share of generated answers that refuse", title="Refusal probability against generated answers")
-        ax.legend(loc="upper left")
+        figure.legend(loc="outside lower center")  # the curve may run through any corner
     return figure
