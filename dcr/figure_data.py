@@ -70,6 +70,11 @@ def as_is(*names: str):
     return lambda tables: {name: over_seeds(tables[name]) for name in names}
 
 
+def each_seed(*names: str):
+    """Frames: the tables themselves, seeds apart, for pictures with a dot a seed."""
+    return lambda tables: {name: tables[name] for name in names}
+
+
 def plane(tables: Tables) -> dict[str, pd.DataFrame]:
     """Points of every checkpoint (curves), the last one from the full sets (metrics), published and form-balanced."""
     frames = []

@@ -32,6 +32,7 @@ class Picture:
     bands: bool = True  # False: nothing in it varies over seeds that a band could show
 
 
+EACH_SEED = ("proposition", "ablation_levers", "ablation_outcomes")  # a dot a pair of prompts or a seed: nothing is averaged
 PICTURES: dict[str, Picture] = {
     "overview": Picture((), "", lambda _: {}, plots.overview, "The two stages of contrastive refinement (paper figure 2).", False),
     "question_shares": Picture(
@@ -87,7 +88,8 @@ PICTURES: dict[str, Picture] = {
         ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.calibration,
         "Judges against human labels on published completions: Cohen's κ with its 95 % interval, by the model that answered."),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
-    **{name: Picture(needs, notebook, data.as_is(*needs), draw, caption, bands) for name, needs, notebook, draw, caption, bands in (
+    **{name: Picture(needs, notebook, (data.each_seed if name in EACH_SEED else data.as_is)(*needs), draw, caption, bands)
+       for name, needs, notebook, draw, caption, bands in (
         ("probe_cells", ("separability_cells_base",), "01_representations", plots.probe_cells,
          "Probe AUROC by the forms of the toxic and the harmless prompts (one chosen layer).", False),
         ("proposition", ("proposition_pairs", "proposition"), "01_representations", plots.proposition,

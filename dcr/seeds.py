@@ -7,7 +7,7 @@ import pandas as pd
 
 from dcr.errors import DCRError
 
-INDEX = ("step", "layer", "in_distribution")  # numbers and flags that name a row; every other number is measured
+INDEX = ("step", "layer", "in_distribution", "bias", "target")  # numbers and flags that name a row; every other number is measured
 COUNTS = ("n", "seeds")
 
 

@@ -78,6 +78,15 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                                        "change_high": 0.2, "n": 100}
                                       for m in trained
                                       for t, k in (("piqa", "acc"), ("arc_easy", "acc"), ("held-out answers", "perplexity"))]),
+        "ablations": pd.DataFrame([{"profile": profile, "cell": c, "method": "DCR", "seed": seed, "cross_similarity": 0.2 + 0.1 * i,
+                                    "status": "failed" if c == "loss=nt" else "done", "probe_auroc": 0.6 + 0.02 * i,
+                                    "general_drift": 0.1, "dsr": 0.5 + 0.1 * i, "compliance": 0.8 - 0.1 * i,
+                                    "refusal_auroc": 0.7 + 0.05 * seed}
+                                   for i, c in enumerate(("layer=0.5", "layer=0.75", "loss=nt"))]),
+        "bias_sweep": pd.DataFrame([{"profile": profile, "method": m, "bias": b, "dsr": 0.5 + 0.1 * b, "compliance": 0.6 - 0.1 * b}
+                                    for m in trained for b in (-2.0, 0.0, 2.0)]),
+        "matched_safety": pd.DataFrame([{"method": m, "quantity": "compliance", "target": t, "compliance": 1.2 - t, "low": 0.2,
+                                         "high": 0.6, "reason": ""} for m in trained for t in (0.8, 0.85)]),
         "quality": pd.DataFrame([{"method": "DCR", "prompts": "seemingly_toxic", "measure": "win rate against STL",
                                   "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),
     }

@@ -155,6 +155,20 @@ def test_several_seeds_give_bands_and_one_seed_says_so(tmp_path):
     assert "Mean of 3 seeds" in read_index(many / "figures")["figures"]["plane"]["caption"]
 
 
+def test_rows_that_a_number_names_stay_apart_over_seeds(tmp_path):
+    """The bias of a sweep and the target of matched safety name a row; ablations keep a dot a seed."""
+    from dcr.figure_data import load_tables
+
+    found = load_tables(fake_run.write_run(tmp_path / "many", seeds=2))
+    frames = {name: PICTURES[name].frames(found) for name in ("bias_frontier", "matched_safety", "ablation_levers")}
+    sweep = frames["bias_frontier"]["bias_sweep"]
+    assert sorted(sweep["bias"].unique()) == [-2.0, 0.0, 2.0] and (sweep["seeds"] == 2).all()
+    matched = frames["matched_safety"]["matched_safety"]
+    assert matched.groupby("target")["compliance"].mean().round(2).to_dict() == {0.8: 0.4, 0.85: 0.35}
+    assert sorted(frames["ablation_levers"]["ablations"]["seed"].unique()) == [0, 1]
+    assert len(PICTURES["ablation_levers"].draw(*frames["ablation_levers"].values()).axes[0].collections[0].get_offsets()) == 6
+
+
 def test_over_seeds_averages_and_widens():
     rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5],
                          "high": [0.5, 0.6, 0.7], "n": 10})
