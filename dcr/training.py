@@ -22,8 +22,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
 
 from dcr.errors import DCRError
 from dcr.sampling import FixedBatches
@@ -74,6 +75,8 @@ class StageTrainer(Trainer):
                            f"checkpoint in {self.args.output_dir} is kept; lower the learning rate or use float32.")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the library calls this in every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".{WEIGHTS}.tmp"
@@ -87,7 +90,7 @@ class StageTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
             raise DCRError(f"{self.args.output_dir}: the resume point of step {self.state.global_step} could not be saved "
                            f"({error}). Free space and call again; training goes on from "
-                           f"{Path(whole_checkpoint(Path(self.args.output_dir)) or 'the start').name}.") from error
+                           f"{(whole_checkpoints(Path(self.args.output_dir)) or [Path('the start')])[-1].name}.") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
@@ -153,17 +156,19 @@ def training_arguments(folder: Path, *, steps: int, lr: float, warmup: float, sc
         accelerator_config={"split_batches": True, "use_seedable_sampler": True}, dataloader_pin_memory=False)
 
 
-def whole_checkpoint(folder: Path) -> str | None:
-    """The last resume point that was written to its end; one cut off while saving is set aside."""
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    while last and not (Path(last) / "trainer_state.json").exists():  # killed while saving: go one further back
-        aside = Path(last).with_name("broken-" + Path(last).name)
-        shutil.rmtree(aside, ignore_errors=True)
-        Path(last).rename(aside)
-        last = get_last_checkpoint(str(folder))
-    return last
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The resume points that were written to their end, in the order of their steps."""
+    return [p for p in map(Path, sort_checkpoints(str(folder))) if (p / TRAINER_STATE_NAME).exists()]
 
 
 def run(trainer: StageTrainer) -> None:
-    """Train, from the last checkpoint in the folder if there is one."""
-    trainer.train(resume_from_checkpoint=whole_checkpoint(Path(trainer.args.output_dir)))
+    """Train, from the last whole checkpoint in the folder if there is one; those cut off while saving are set aside."""
+    folder = Path(trainer.args.output_dir)
+    whole = whole_checkpoints(folder)
+    trainer.accelerator.wait_for_everyone()  # all have read before one moves
+    if trainer.args.should_save:
+        for cut in {Path(p) for p in sort_checkpoints(str(folder))} - set(whole):
+            shutil.rmtree(cut.with_name(f"broken-{cut.name}"), ignore_errors=True)
+            cut.rename(cut.with_name(f"broken-{cut.name}"))
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)

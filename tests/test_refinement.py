@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dcr.adapters import train_blocks
@@ -334,6 +334,22 @@ def test_two_processes_of_16_equal_one_of_32(tmp_path):
         for name, value in one[0].items():  # before any step: equal weights, so equal gradients, not just directions
             other = two[0].get(name, two[0].get(f"module.{name}"))
             assert torch.allclose(value, other, rtol=1e-3, atol=1e-6 + 1e-4 * value.abs().max().item()), name
+
+
+def test_only_the_first_process_writes_a_resume_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "should_save", False)  # as the library's property is in every other process
+    run(make_model(), replace(FAST, max_steps=2, save_steps=1), work_dir=tmp_path)
+    assert list(tmp_path.glob("checkpoint-2/rng_state*")) and not list(tmp_path.glob("checkpoint-*/*.safetensors*"))
+
+
+def test_a_resume_point_cut_off_while_saving_is_set_aside(tmp_path):
+    config = replace(FAST, max_steps=2, save_steps=1)
+    whole = run(make_model(), config, work_dir=tmp_path)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    again = run(make_model(), config, work_dir=tmp_path)
+    assert (tmp_path / "broken-checkpoint-2").is_dir() and (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+    first, second = weights(whole.model), weights(again.model)
+    assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 def test_families_can_be_refined():
