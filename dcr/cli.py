@@ -140,11 +140,12 @@ def sweep_command(grid: Annotated[str, typer.Argument(help="A YAML file, or a gr
 
 @app.command("figures")
 def figures_command(run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
-                    out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path("figures")) -> None:
+                    out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path("figures"),
+                    keep: Annotated[bool, typer.Option(help="Keep figures there that this run has no tables for.")] = False) -> None:
     """Draw every figure and table of a run from its tables alone, each beside the data that drew it."""
     from dcr.figures import draw_run
 
-    drawn, missing = draw_run(run, out)
+    drawn, missing = draw_run(run, out, keep=keep)
     for message in missing.values():
         typer.echo(message)
     typer.echo(f"{out}: {len(drawn)} figures drawn, {len(missing)} not")

@@ -120,14 +120,17 @@ PICTURES: dict[str, Picture] = {
 }
 
 
-def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
+def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = (), *,
+             keep: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
     """Figures of the run at `folder` into `out`: `<name>.png`, `<name>.svg`, and beside them the data that drew them.
 
-    folder: a run directory, its tables/, or one with seed-*/. only: names of figures; default all. index.json and README.md
-    list each figure with caption and data. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
+    folder: a run directory, its tables/, or one with seed-*/. only: names of figures; default all. keep: figures in `out`
+    that this run has no tables for stay, under the commit of the run that drew them. index.json and README.md list each
+    figure with caption, data and commit. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
     """
     out, drawn, missing, index = Path(out), {}, {}, {}
-    found = data.load_tables(folder)
+    before = read_index(out)["figures"] if keep and (out / "index.json").exists() else {}
+    found, commit = data.load_tables(folder), _manifest(folder).get("environment", {}).get("git_commit", "")
     for name, picture in PICTURES.items():
         if only and name not in only:
             continue
@@ -146,9 +149,12 @@ def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = ()) ->
             continue
         save(drawn[name], out / name)
         seeds = max((found[t]["seed"].nunique() for t in picture.needs), default=0)
-        index[name] = {"caption": caption(name, seeds), "data": list(files), "notebook": picture.notebook, "seeds": int(seeds)}
-    write_atomic(out / "index.json", json.dumps({"figures": index, "missing": missing}, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(out / "README.md", _readme(index, missing))
+        index[name] = {"caption": caption(name, seeds), "data": list(files), "notebook": picture.notebook, "seeds": int(seeds),
+                       "commit": commit}
+    index = {name: index.get(name) or before[name] for name in PICTURES if name in index or name in before}
+    untold = {name: message for name, message in missing.items() if name not in index}
+    write_atomic(out / "index.json", json.dumps({"figures": index, "missing": untold}, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "README.md", _readme(index, untold))
     return drawn, missing
 
 
@@ -191,7 +197,8 @@ def _readme(index: Mapping, missing: Mapping) -> str:
              "beside the data that drew it, and a test redraws them from that data.", ""]
     for name, entry in index.items():
         files = ", ".join(f"[{f}]({f})" for f in entry["data"])
-        lines += [f"## {name}", "", f"![{name}]({name}.png)", "", entry["caption"] + (f" Data: {files}." if files else ""), ""]
+        run = f" Run at commit {entry['commit'][:7]}." if entry.get("commit") else ""
+        lines += [f"## {name}", "", f"![{name}]({name}.png)", "", entry["caption"] + (f" Data: {files}." if files else "") + run, ""]
     lines += ["## Not drawn", "", *(f"- {message}" for message in missing.values()), ""] if missing else []
     return "\n".join(lines)
 
@@ -232,8 +239,9 @@ def title(name: str, seeds: int = 1) -> str:
             "table_cost": "Cost of each method: wall time and peak memory of the process"}[name]
 
 
-def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tuple[dict[str, Figure], dict[str, str]]:
-    """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data, and the tables.
+def draw_run(run: str | Path, out: str | Path, only: Collection[str] = (), *,
+             keep: bool = False) -> tuple[dict[str, Figure], dict[str, str]]:
+    """Everything of a run (one seed, or a folder of seed-*/) into `out`: figures with their data (see `draw_all`), and the tables.
 
     A folder of figures is drawn once more from the data in it, after a change of drawing code.
     """
@@ -245,7 +253,7 @@ def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tu
     if not data.seed_folders(run):
         raise DCRError(f"{run}: no such folder; give a run directory (one that holds tables/ or seed-*/tables/).")
     found = data.load_tables(run)
-    drawn, missing = draw_all(run, out, only)
+    drawn, missing = draw_all(run, out, only, keep=keep)
     if "metrics" in found:
         draw_tables(found["metrics"], out, found, model_name(run))
     return drawn, missing
@@ -253,8 +261,12 @@ def draw_run(run: str | Path, out: str | Path, only: Collection[str] = ()) -> tu
 
 def model_name(run: str | Path) -> str:
     """The base model of a run, from its manifest."""
-    for path in (Path(run) / "manifest.json", *sorted(Path(run).glob("seed-*/manifest.json"))):
-        if path.exists():
-            name = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]["name"]
-            return "SmolLM2-135M-Instruct" if name == "embedded" else Path(name).name if Path(name).is_dir() else name
-    return "SmolLM2-135M-Instruct"
+    name = _manifest(run).get("config", {}).get("model", {}).get("name", "embedded")
+    return "SmolLM2-135M-Instruct" if name == "embedded" else Path(name).name if Path(name).is_dir() else name
+
+
+def _manifest(run: str | Path) -> dict:
+    """The manifest of a run (given itself, its tables/, or a folder of seed-*/); empty where there is none."""
+    run = Path(run).parent if Path(run).name == "tables" else Path(run)
+    path = next((p for p in (run / "manifest.json", *sorted(run.glob("seed-*/manifest.json"))) if p.exists()), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}

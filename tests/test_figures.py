@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -125,6 +126,21 @@ def test_a_missing_stage_is_said_and_the_rest_drawn(tmp_path):
     drawn, missing = draw_all(run / "tables", run / "figures", only=("plane", "shortcut", "cost", "refusal_rates"))
     assert {"plane", "shortcut", "cost"} == set(missing) and {"refusal_rates"} == set(drawn)
     assert "run notebook 04_evaluation" in missing["plane"] and any("run notebook" in t for t in texts(plots.note(missing["plane"])))
+
+
+def test_figures_of_an_earlier_run_stay_when_asked_to_and_say_so(tmp_path):
+    first, second = fake_run.write_run(tmp_path / "first"), fake_run.write_run(tmp_path / "second")
+    for run, commit in ((first, "1111111aaaa"), (second, "2222222bbbb")):
+        manifest = json.loads((run / "manifest.json").read_text()) | {"environment": {"git_commit": commit}}
+        (run / "manifest.json").write_text(json.dumps(manifest))
+    (second / "tables" / "question_shares.csv").unlink()
+    chosen = ("question_shares", "refusal_rates")
+    for keep, left in ((True, {"question_shares": "1111111aaaa", "refusal_rates": "2222222bbbb"}), (False, {"refusal_rates": "2222222bbbb"})):
+        draw_all(first, tmp_path / "out", only=chosen)
+        draw_all(second, tmp_path / "out", only=chosen, keep=keep)
+        assert {n: e["commit"] for n, e in read_index(tmp_path / "out")["figures"].items()} == left
+        assert ("Run at commit 1111111." in (tmp_path / "out" / "README.md").read_text()) == keep
+        assert ("question_shares" in json.loads((tmp_path / "out" / "index.json").read_text())["missing"]) != keep
 
 
 def test_an_empty_run_says_what_to_run_and_a_wrong_path_is_refused(tmp_path):
