@@ -135,7 +135,8 @@ def test_figures_of_an_earlier_run_stay_when_asked_to_and_say_so(tmp_path):
         (run / "manifest.json").write_text(json.dumps(manifest))
     (second / "tables" / "question_shares.csv").unlink()
     chosen = ("question_shares", "refusal_rates")
-    for keep, left in ((True, {"question_shares": "1111111aaaa", "refusal_rates": "2222222bbbb"}), (False, {"refusal_rates": "2222222bbbb"})):
+    newer = {"refusal_rates": "2222222bbbb"}
+    for keep, left in ((True, {"question_shares": "1111111aaaa", **newer}), (False, newer)):
         draw_all(first, tmp_path / "out", only=chosen)
         draw_all(second, tmp_path / "out", only=chosen, keep=keep)
         assert {n: e["commit"] for n, e in read_index(tmp_path / "out")["figures"].items()} == left

@@ -122,7 +122,8 @@ CUES = {f"{group}:{name}": re.compile(pattern, re.I) for group, cues in GROUPS.i
 EXCEPTIONS = tuple(re.compile(p, re.I) for p in (
     r"\bi (?:cannot|can't|could not|couldn't) (?:wait|stress|emphasi[sz]e|thank|believe|help (?:but|it|feel\w*)"
     r"|recommend .{0,20} enough|say enough|agree more|imagine)",
-    r"(?:\bi am|\bi'm|^) ?(?:very |so |really |deeply )*sorry (?:to hear|for (?:your|the|any(?! (?:confusion|misunderstanding), but))|that you|about)",
+    r"(?:\bi am|\bi'm|^) ?(?:very |so |really |deeply )*sorry (?:to hear|for (?:your|the|any(?! (?:confusion|misunderstanding), but))"
+    r"|that you|about)",
     r"\"[^\"]{3,200}\"",
 ))
 # What the prompt asks for, as far as it changes what a judgement in the answer means.
