@@ -27,7 +27,7 @@ def costs(experiment: Experiment) -> pd.DataFrame:
     rows = []
     for path in sorted(experiment.store.root.glob("*/*/manifest.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["kind"] in ("refine", "align", "generate") and content["name"] in experiment.methods:
+        if content["kind"] in ("refine", "align", "steer", "generate") and content["name"] in experiment.methods:
             rows.append({k: content[k] for k in ("name", "kind", "seconds", "peak_memory_mib")})
     table = pd.DataFrame(rows)
     if table.empty:

@@ -114,6 +114,9 @@ def test_plotted_numbers_are_the_tables():
     rates = figure_data.refusal_rates({"curves": fake_run.tables()["curves"]})["refusal_rates"]
     first = plots.refusal_rates(rates).axes[0].lines[0]
     np.testing.assert_allclose(first.get_ydata(orig=False), [0.0, 0.175, 0.7])
+    curves = fake_run.tables()["curves"]
+    steered = pd.concat([curves, curves.query("method == 'STL'").assign(method="SCANS", strength=0.5, step=50)])
+    assert "SCANS" not in set(figure_data.refusal_rates({"curves": steered})["refusal_rates"]["method"])  # strengths are no steps
 
 
 def test_a_missing_stage_is_said_and_the_rest_drawn(tmp_path):

@@ -10,6 +10,7 @@ from dcr.config import load_config, methods_file
 from dcr.data import loaders, sets
 from dcr.errors import DCRError
 from dcr.experiment import Experiment, run_methods
+from dcr.failures import costs
 from dcr.steering import stage
 from dcr.tables import plane_points
 
@@ -53,6 +54,11 @@ def test_curves_sweep_the_strength(experiment):
     off = points[(points["step"] == 0) & (points["method"] == "SCANS")].iloc[0]
     last = points[(points["method"] == "STL")].sort_values("step").iloc[-1]
     assert (off["dsr"], off["compliance"]) == (last["dsr"], last["compliance"])  # strength 0 is the steered model itself
+
+
+def test_fitting_a_steering_method_has_its_cost(experiment):
+    cost = costs(experiment)
+    assert set(cost.loc[cost["kind"] == "steer", "name"]) >= {"SCANS", "Surgical"}
 
 
 def test_the_threshold_is_chosen_once_on_held_out_prompts_and_stated(experiment):
