@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dcr.plots.common import need, new_axes
+from dcr.plots.common import need, new_axes, one_legend
 from dcr.style import METHOD_COLOURS, METHOD_LINES, look
 
 
@@ -21,5 +21,5 @@ def loss_curves(table: pd.DataFrame) -> Figure:
                 ax.plot(rows["step"], rows["loss"], color=METHOD_COLOURS.get(method, "#333333"),
                         linestyle=METHOD_LINES.get(method, "-"), label=method)
             ax.set(xlabel="optimiser step", ylabel="loss", title=titles.get(stage, stage))
-            ax.legend()
+        one_legend(figure, axes[0][::-1])  # all methods align, some refine
     return figure
