@@ -94,7 +94,7 @@ def plane(tables: Tables) -> dict[str, pd.DataFrame]:
 def refusal_rates(tables: Tables) -> dict[str, pd.DataFrame]:
     """Refusal rate of each class over alignment steps; methods that steer have strengths instead of steps and stay away."""
     curves = tables["curves"]
-    return {"refusal_rates": over_seeds(class_rates(curves[curves["strength"].isna()] if "strength" in curves else curves))}
+    return {"refusal_rates": over_seeds(class_rates(curves[curves["strength"].isna()]))}
 
 
 def rates_by_form(tables: Tables) -> dict[str, pd.DataFrame]:

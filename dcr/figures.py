@@ -125,12 +125,16 @@ def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = (), *,
     """Figures of the run at `folder` into `out`: `<name>.png`, `<name>.svg`, and beside them the data that drew them.
 
     folder: a run directory, its tables/, or one with seed-*/. only: names of figures; default all. keep: figures in `out`
-    that this run has no tables for stay, under the commit of the run that drew them. index.json and README.md list each
-    figure with caption, data and commit. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
+    that this run has no tables for stay, under the commit of their own run. index.json and README.md list each figure
+    with caption, data, profile and commit. Returns ({name: figure}, {name: what to run}). Raises DCRError when profiles mix.
     """
     out, drawn, missing, index = Path(out), {}, {}, {}
     before = read_index(out)["figures"] if keep and (out / "index.json").exists() else {}
-    found, commit = data.load_tables(folder), _manifest(folder).get("environment", {}).get("git_commit", "")
+    found, manifest = data.load_tables(folder), _manifest(folder)
+    run = {"profile": manifest.get("config", {}).get("profile", ""), "commit": manifest.get("environment", {}).get("git_commit", "")}
+    if others := {e["profile"] for e in before.values() if e.get("profile")} - {run["profile"]}:
+        raise DCRError(f"{out} holds figures of profile {sorted(others)[0]}, {folder} is of {run['profile'] or 'an unknown one'}: keeping "
+                       "them would mix profiles. Draw into another folder, or without keep.")
     for name, picture in PICTURES.items():
         if only and name not in only:
             continue
@@ -149,8 +153,7 @@ def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = (), *,
             continue
         save(drawn[name], out / name)
         seeds = max((found[t]["seed"].nunique() for t in picture.needs), default=0)
-        index[name] = {"caption": caption(name, seeds), "data": list(files), "notebook": picture.notebook, "seeds": int(seeds),
-                       "commit": commit}
+        index[name] = {"caption": caption(name, seeds), "data": list(files), "notebook": picture.notebook, "seeds": int(seeds), **run}
     index = {name: index.get(name) or before[name] for name in PICTURES if name in index or name in before}
     untold = {name: message for name, message in missing.items() if name not in index}
     write_atomic(out / "index.json", json.dumps({"figures": index, "missing": untold}, indent=1, ensure_ascii=False) + "\n")
@@ -197,7 +200,7 @@ def _readme(index: Mapping, missing: Mapping) -> str:
              "beside the data that drew it, and a test redraws them from that data.", ""]
     for name, entry in index.items():
         files = ", ".join(f"[{f}]({f})" for f in entry["data"])
-        run = f" Run at commit {entry['commit'][:7]}." if entry.get("commit") else ""
+        run = f" Run at commit {entry['commit'][:7]}." if entry.get("commit") else " The commit of its run is not recorded."
         lines += [f"## {name}", "", f"![{name}]({name}.png)", "", entry["caption"] + (f" Data: {files}." if files else "") + run, ""]
     lines += ["## Not drawn", "", *(f"- {message}" for message in missing.values()), ""] if missing else []
     return "\n".join(lines)

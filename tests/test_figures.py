@@ -145,6 +145,10 @@ def test_figures_of_an_earlier_run_stay_when_asked_to_and_say_so(tmp_path):
         assert {n: e["commit"] for n, e in read_index(tmp_path / "out")["figures"].items()} == left
         assert ("Run at commit 1111111." in (tmp_path / "out" / "README.md").read_text()) == keep
         assert ("question_shares" in json.loads((tmp_path / "out" / "index.json").read_text())["missing"]) != keep
+    manifest["config"]["profile"] = "other"
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DCRError, match="is of other: keeping them would mix profiles"):
+        draw_all(second, tmp_path / "out", only=chosen, keep=True)
 
 
 def test_an_empty_run_says_what_to_run_and_a_wrong_path_is_refused(tmp_path):
