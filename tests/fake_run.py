@@ -47,7 +47,7 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                            for p in pairings for layer in (1, 10, 20)])
     return {
         "metrics": metric_rows(profile, seed),
-        "curves": pd.concat([metric_rows(profile, seed, s, trained, s / 8) for s in STEPS], ignore_index=True),
+        "curves": pd.concat([metric_rows(profile, seed, s, trained, s / 8) for s in STEPS], ignore_index=True).assign(strength=np.nan),
         "question_shares": pd.DataFrame([{"set": s, "label": label, "question_share": q, "n": 50} for s, label, q in SETS]),
         "separability_probe_base": layers,
         "separability_surface_base": pd.DataFrame([{"baseline": "length", "auroc": 0.55, "pairing": p} for p in pairings]),
