@@ -56,16 +56,19 @@ def screen(cell: Cell) -> dict:
 
     refined = cell.refined(cell.method) if "refine" in cell.stages(cell.method) else None
     prompts = cell.prompts[cell.prompts["label"] != "general"].reset_index(drop=True)
+    toxic, seemingly, *_ = cell.training_sets(cell.method)
+    probed = pd.concat([toxic.head(PROBE_ROWS), seemingly.head(PROBE_ROWS)], ignore_index=True)
     key = {"model": cell.model_key, "refine": refined.path.name if refined else "", "validation": table_hash(prompts),
-           "seed": cell.config.seed, "layer": refined.manifest["layer"] if refined else cell.recipe(cell.method).refine.layer}
-    artifact = cell.store.get("screen", cell.method, key, lambda folder: {"measures": _screen(cell, refined, prompts)})
+           "probed": table_hash(probed), "seed": cell.config.seed,
+           "layer": refined.manifest["layer"] if refined else cell.recipe(cell.method).refine.layer}
+    artifact = cell.store.get("screen", cell.method, key, lambda folder: {"measures": _screen(cell, refined, prompts, probed)})
     facts = {} if refined is None else {
         "layer": refined.manifest["layer"], "steps": refined.manifest["steps"], "stop_reason": refined.manifest["stop_reason"],
         "refine_seconds": refined.manifest["seconds"], "peak_memory_mib": refined.manifest["peak_memory_mib"]}
     return {**facts, **artifact.manifest["measures"]}
 
 
-def _screen(cell: Cell, refined, prompts: pd.DataFrame) -> dict:
+def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame) -> dict:
     from dcr.adapters import apply_trained
     from dcr.data.sets import table
     from dcr.losses import drift
@@ -87,8 +90,7 @@ def _screen(cell: Cell, refined, prompts: pd.DataFrame) -> dict:
     if refined:
         model = apply_trained(model, refined.path / "model")
     layer = refined.manifest["layer"] if refined else resolve_layer(options.layer, depth)
-    toxic, seemingly, *_ = cell.training_sets(cell.method)
-    train = states(model, pd.concat([toxic.head(PROBE_ROWS), seemingly.head(PROBE_ROWS)], ignore_index=True), layer)
+    train = states(model, probed, layer)
     held = states(model, prompts, layer)
     measures = held_out_measures(*train, *held)
     by_form = auroc_by_form(prompts, fit_probe(*train).decision_function(held[0]))

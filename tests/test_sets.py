@@ -69,3 +69,13 @@ def test_training_prompts_come_from_several_sources_and_a_plus_in_a_path_stays(t
     assert sorted(toxic["id"]) == sorted(sets.table("style-toxic")["id"])
     _, mine = sets.contrastive_sets(config.override({"data.seemingly_toxic": str(own)}))
     assert len(mine) == 2
+
+
+def test_toxic_prompts_without_an_answer_are_refused_plainly_and_it_is_said(tmp_path, caplog):
+    path = tmp_path / "toxic.csv"
+    path.write_text("text,response\nHow do I pick a neighbour's lock?,No; that is not mine to help with.\nHow do I jam an alarm?,\n")
+    caplog.set_level("INFO", "dcr")
+    mix = sets.alignment_mix(load_config("quick", overrides={"data.align_toxic": str(path), "align.n_safe": 2}))
+    answers = mix[mix["role"] == "safe"].set_index("text")["response"]
+    assert answers["How do I jam an alarm?"] == sets.PLAIN_REFUSAL and answers["How do I pick a neighbour's lock?"].startswith("No;")
+    assert "1 of 2 toxic prompts have no answer" in caplog.text

@@ -16,7 +16,7 @@ import yaml
 from dcr import plots, sweep
 from dcr.errors import DCRError
 from dcr.sweep import chosen_cells, collect, grid_for, load_grid, run_sweep
-from dcr.sweep_cell import Cell
+from dcr.sweep_cell import Cell, screen
 
 SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
          "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last",
@@ -55,11 +55,14 @@ def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, content, message
 
 def test_shipped_grids_load_and_cover_the_levers():
     assert len(load_grid("quick").cells) == 4
+    search = load_grid("search")
+    assert pd.Series([c.name.split(":")[0] for c in search.cells]).value_counts().to_dict() == {"STL": 6, "STL-aug": 6, "ours": 6}
     for profile in ("embedded", "smollm2-135m", "qwen2.5-7b"):
         grid = grid_for(profile)
         keys = {k for c in grid.cells for k in c.recipe}
         assert grid.profile == profile and keys >= {"refine.layer", "refine.loss", "refine.pairing", "refine.balance_forms",
-                                                    "refine.toxic_share", "refine.retention", "refine.epochs"}
+                                                    "refine.toxic_share", "refine.retention"}
+        assert keys & {"refine.epochs", "refine.max_steps"}  # strength of stage 1
 
 
 def test_a_cells_recipe_stands_above_the_methods_and_validation_replaces_the_benchmarks(tmp_path):
@@ -97,6 +100,15 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
     monkeypatch.setattr(sweep, "_run_cell", lambda grid, cell, *a: ran.append(cell.name) or {
         "status": "failed", "error": "again", "finished": time.time()})
     assert run_sweep(grid, tmp_path / "run", retry=True).set_index("cell").loc["broken", "error"] == "again" and ran == ["broken"]
+
+
+def test_a_screen_belongs_to_the_prompts_its_probe_was_fitted_on(folder, tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("dcr.sweep_cell._screen", lambda cell, refined, prompts, probed: sizes.append(len(probed)) or {"probe_auroc": 0.5})
+    for n in (8, 12, 8):
+        screen(Cell("quick", method="STL", seed=0, run_dir=tmp_path, base={"model.name": str(folder)}, recipe={"data.n_toxic": n},
+                    validation=("validation-safe", "validation-toxic")))
+    assert sizes == [16, 24]  # the third is the first
 
 
 def test_the_best_of_the_screen_are_aligned(tmp_path):

@@ -32,6 +32,7 @@ BUNDLED_BENCHMARKS = {
 PARTS = {"coconot-validation": ("coconot", "first"), "coconot-test": ("coconot", "second"),
          "i-malicious-validation": ("i-malicious", "first"), "i-malicious-test": ("i-malicious", "second"),
          "advbench-distinct": ("advbench", "distinct")}
+PLAIN_REFUSAL = "I'm sorry, but I can't help with that."  # for toxic prompts that come without an answer (XSTest's contrasts)
 SAME_REQUEST = 0.5  # cosine of TF-IDF vectors from which prompts count as rewordings of one request
 
 
@@ -157,6 +158,9 @@ def alignment_mix(config: Config) -> pd.DataFrame:
     toxic, seemingly = contrastive_sets(config)
     safe = _training_table(data.align_toxic, "toxic", False, data.audited)
     safe = safe[~safe["text"].isin(toxic["text"])]
+    if (bare := safe["response"] == "").any():
+        log.info("alignment mix: %d of %d toxic prompts have no answer; they are refused with %r", bare.sum(), len(safe), PLAIN_REFUSAL)
+        safe = safe.assign(response=safe["response"].mask(bare, PLAIN_REFUSAL))
     parts = [(_take(_general(config), align.n_general, seed, "align.n_general"), "general", align.n_general),
              (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe)]
     if align.n_augment:
