@@ -63,6 +63,7 @@ def run_command(profile: Profile = "quick", seed: Seed = 0, run_dir: RunDir = ""
                 curves: Annotated[bool, typer.Option(help="Also judge every recorded alignment step.")] = True) -> None:
     """Run every stage of every method and write the metric tables; what exists is reused."""
     from dcr.experiment import Experiment, run_methods
+    from dcr.outcomes import outcomes_table
 
     experiment = Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides,
                             methods=tuple(m.strip() for m in methods.split(",") if m.strip()))
@@ -71,6 +72,7 @@ def run_command(profile: Profile = "quick", seed: Seed = 0, run_dir: RunDir = ""
     experiment.metrics()
     if curves:
         experiment.curves()
+        outcomes_table(experiment)
     experiment.manifest()
     typer.echo(f"{experiment.store.root}: {experiment.store.summary()}")
 
@@ -136,6 +138,17 @@ def sweep_command(grid: Annotated[str, typer.Argument(help="A YAML file, or a gr
     shown = [c for c in ("cell", "seed", "status", "probe_auroc", "cross_similarity", "general_drift", "dsr", "compliance",
                          "refusal_auroc", "error") if c in table]
     typer.echo(table[shown].to_string(index=False, float_format="%.3f", na_rep=""))
+
+
+@app.command("compare")
+def compare_command(run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
+                    against: Annotated[str, typer.Option(help="Comma list of methods that all are compared with.")] = "STL",
+                    out: Annotated[str, typer.Option(help="Folder for the two tables; empty prints them only.")] = "") -> None:
+    """Compliance at matched safety over all seeds, and paired differences, from the runs' outcome tables alone."""
+    from dcr.outcomes import compare
+
+    for name, table in compare(run, against=tuple(a.strip() for a in against.split(",") if a.strip()), out=out).items():
+        typer.echo(f"{name}\n{table.to_string(index=False, float_format='%.3f', na_rep='')}\n")
 
 
 @app.command("figures")

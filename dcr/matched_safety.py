@@ -142,6 +142,53 @@ def matched_safety(curves: Sequence[Curve], targets: Sequence[float] = TARGETS, 
     the target), n (prompts), seeds. Prompts are drawn within (set, form) and alike for every checkpoint, seed and method;
     seeds are drawn too. The interval is over the resamples that reach the target.
     """
+    points, replicates = _replicates(curves, targets, n_boot, seed)
+    rows = []
+    for method, mine in points.items():
+        n = int(sum(len(c.prompts) for c in curves if c.method == method) / len(mine))
+        for target in (*targets, None):
+            value = _reading(list(mine.values()), target)
+            drawn = replicates[method][target]
+            low, high = percentiles(drawn) if np.isfinite(value) else (float("nan"), float("nan"))
+            rows.append({"method": method, **_named(target), "value": value, "low": low, "high": high, "reason": _missed(mine, target),
+                         "reached": float(np.isfinite(drawn).mean()), "n": n, "seeds": len(mine)})
+    return pd.DataFrame(rows)
+
+
+def matched_differences(curves: Sequence[Curve], against: str = "STL", targets: Sequence[float] = TARGETS, *, n_boot: int = 1000,
+                        seed: int = 0) -> pd.DataFrame:
+    """Every method's reading minus that of `against`, paired: both are read on the same draws of prompts and of seeds.
+
+    Columns: method, against, quantity, target, difference, low, high, reason (which of the two does not reach the target),
+    reached (share of resamples in which both do), seeds. Raises DCRError when `against` has no curve.
+    """
+    points, replicates = _replicates(curves, targets, n_boot, seed)
+    if against not in points:
+        raise DCRError(f"matched differences: {against!r} has no curve; methods: {', '.join(points)}.")
+    rows = []
+    for method in (m for m in points if m != against):
+        for target in (*targets, None):
+            value = _reading(list(points[method].values()), target) - _reading(list(points[against].values()), target)
+            drawn = replicates[method][target] - replicates[against][target]
+            low, high = percentiles(drawn) if np.isfinite(value) else (float("nan"), float("nan"))
+            missed = [f"{m}: {r}" for m in (method, against) if (r := _missed(points[m], target))]
+            rows.append({"method": method, "against": against, **_named(target), "difference": value, "low": low, "high": high,
+                         "reason": "; ".join(missed), "reached": float(np.isfinite(drawn).mean()), "seeds": len(points[method])})
+    return pd.DataFrame(rows)
+
+
+def _named(target: float | None) -> dict:
+    return {"quantity": "area" if target is None else "compliance", "target": float("nan") if target is None else target}
+
+
+def _missed(points: Mapping[int, tuple[np.ndarray, np.ndarray]], target: float | None) -> str:
+    """Why the reading at a target has no value: which seed's curve does not reach it; empty where all do."""
+    found = {} if target is None else {s: r for s, p in points.items() if (r := compliance_at(*p, target)[1])}
+    return next(iter(found.values())) if found and len(points) == 1 else "; ".join(f"seed {s}: {r}" for s, r in found.items())
+
+
+def _replicates(curves: Sequence[Curve], targets: Sequence[float], n_boot: int, seed: int):
+    """({method: {seed: (dsr, compliance)}}, {method: {target: readings [n_boot]}}); draws are shared by all methods."""
     if not curves:
         raise DCRError("matched safety: no curves given.")
     for target in targets:
@@ -149,27 +196,19 @@ def matched_safety(curves: Sequence[Curve], targets: Sequence[float] = TARGETS, 
             raise DCRError(f"matched safety: target {target} is no DSR; give a number in (0, 1].")
     rng = np.random.default_rng([seed, 0xA7C4])
     counts = draw_prompts(pd.concat([c.prompts for c in curves]), n_boot, rng)
-    rows = []
+    chosen: dict[int, np.ndarray] = {}  # number of seeds → which are drawn: alike for all methods that ran as many
+    points, replicates = {}, {}
     for method in dict.fromkeys(c.method for c in curves):
-        mine = [c for c in curves if c.method == method]
-        point = [(balanced_rates(c, "toxic"), balanced_rates(c, "seemingly_toxic")) for c in mine]
+        mine = sorted((c for c in curves if c.method == method), key=lambda c: c.seed)
+        points[method] = {c.seed: (balanced_rates(c, "toxic"), balanced_rates(c, "seemingly_toxic")) for c in mine}
         draws = []
         for c in mine:
             drawn = counts[c.prompts["id"].map(unit_of)].to_numpy()
             draws.append((balanced_rates(c, "toxic", drawn), balanced_rates(c, "seemingly_toxic", drawn)))
-        chosen = draw_seeds(len(mine), n_boot, rng)
-        for target in (*targets, None):
-            value = _reading(point, target)
-            reasons = [] if target is None else [(c.seed, compliance_at(*p, target)[1]) for c, p in zip(mine, point, strict=True)]
-            missed = [(s, r) for s, r in reasons if r]
-            replicates = np.array([_reading([(draws[s][0][b], draws[s][1][b]) for s in chosen[b]], target) for b in range(n_boot)])
-            low, high = percentiles(replicates) if np.isfinite(value) else (float("nan"), float("nan"))
-            reason = "" if not missed else missed[0][1] if len(mine) == 1 else "; ".join(f"seed {s}: {r}" for s, r in missed)
-            rows.append({"method": method, "quantity": "area" if target is None else "compliance",
-                         "target": float("nan") if target is None else target, "value": value, "low": low, "high": high,
-                         "reason": reason, "reached": float(np.isfinite(replicates).mean()),
-                         "n": int(sum(len(c.prompts) for c in mine) / len(mine)), "seeds": len(mine)})
-    return pd.DataFrame(rows)
+        picked = chosen.setdefault(len(mine), draw_seeds(len(mine), n_boot, rng))
+        replicates[method] = {t: np.array([_reading([(draws[s][0][b], draws[s][1][b]) for s in picked[b]], t) for b in range(n_boot)])
+                              for t in (*targets, None)}
+    return points, replicates
 
 
 def curve_points(curves: Sequence[Curve]) -> pd.DataFrame:
