@@ -32,7 +32,8 @@ class Picture:
     bands: bool = True  # False: nothing in it varies over seeds that a band could show
 
 
-EACH_SEED = ("proposition", "ablation_levers", "ablation_outcomes")  # a dot a pair of prompts or a seed: nothing is averaged
+# A dot a pair of prompts or a seed: nothing is averaged.
+EACH_SEED = ("proposition", "ablation_levers", "ablation_outcomes", "search_levers", "search_outcomes")
 PICTURES: dict[str, Picture] = {
     "overview": Picture((), "", lambda _: {}, plots.overview, "The two stages of contrastive refinement (paper figure 2).", False),
     "question_shares": Picture(
@@ -116,7 +117,11 @@ PICTURES: dict[str, Picture] = {
         ("ablation_levers", ("ablations",), "06_ablations", plots.ablation_levers,
          "Ablations: a row a recipe, one dot a seed; failed recipes are marked.", False),
         ("ablation_outcomes", ("ablations",), "06_ablations", plots.ablation_outcomes,
-         "Ablations after a short alignment: compliance against DSR, and whether the cheap screen foretold it.", False))},
+         "Ablations after a short alignment: compliance against DSR, and whether the cheap screen foretold it.", False),
+        ("search_levers", ("sweep_search",), "06_ablations", plots.ablation_levers,
+         "The search on validation prompts, as many recipes for STL, STL-aug and ours: a row a recipe, one dot a seed.", False),
+        ("search_outcomes", ("sweep_search",), "06_ablations", plots.ablation_outcomes,
+         "The search: compliance against DSR on validation prompts, forms averaged, and whether the screen foretold it.", False))},
 }
 
 

@@ -132,6 +132,10 @@ def run_sweep(grid: Grid, run_dir: str | Path, *, retry: bool = False) -> pd.Dat
     _work_through(grid, chosen_cells(grid, root), "align", root, retry)
     table = collect(grid, root)
     write_atomic(root / "tables" / f"sweep_{grid.name}.csv", table.to_csv(index=False))
+    if not (root / "manifest.json").exists():  # a run of its own; in an experiment's folder that experiment's stays
+        from dcr.experiment import Experiment
+
+        Experiment(grid.profile, seed=grid.cells[0].seed, run_dir=root, overrides=grid.base).manifest()
     log.info("sweep %s: %d cells, %d failed", grid.name, len(table), (table["status"] == "failed").sum())
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dcr.plots.common import need, new_axes
 from dcr.style import look
@@ -33,7 +34,7 @@ def ablation_levers(table: pd.DataFrame) -> Figure:
     table = table.assign(y=table["cell"].map({c: i for i, c in enumerate(cells)}), lever=_levers(table))
     colours = dict(zip(dict.fromkeys(table["lever"]), COLOURS * len(table), strict=False))
     with look():
-        figure, axes = new_axes(1.6 + 1.75 * len(shown), 1.2 + 0.3 * len(cells), 1, len(shown), sharey=True)
+        figure, axes = new_axes(0.6 + 0.085 * max(map(len, cells)) + 1.6 * len(shown), 1.2 + 0.3 * len(cells), 1, len(shown), sharey=True)
         for ax, measure in zip(axes[0], shown, strict=True):
             title, limits, nothing = MEASURES[measure]
             if measure in table:
@@ -42,6 +43,7 @@ def ablation_levers(table: pd.DataFrame) -> Figure:
                 ax.axvline(nothing, color="#888888", linewidth=0.9, linestyle="--")
             if limits:
                 ax.set_xlim(*limits)
+            ax.xaxis.set_major_locator(MaxNLocator(3))
             ax.set_title(title, fontsize=9)
         for y in table.loc[table["status"] == "failed", "y"].unique():
             axes[0, 0].text(0.03, y, "failed", transform=axes[0, 0].get_yaxis_transform(), color="#D55E00", va="center", fontsize=8)
@@ -58,11 +60,12 @@ def ablation_outcomes(table: pd.DataFrame) -> Figure:
               ("probe_auroc", "refusal_auroc", "probe AUROC at ℓ (screen)", "refusal AUROC (aligned)", "Does the screen tell?"))
     markers = "osD^vPX*<>hp"
     with look():
-        figure, axes = new_axes(9, 4.2, 1, 2)
+        names = done["cell"].unique().tolist()
+        figure, axes = new_axes(8.6 + 0.08 * max(map(len, names), default=0), max(4.2, 0.6 + 0.24 * len(names)), 1, 2)
         for ax, (x, y, across, up, title) in zip(axes[0], panels, strict=True):
             for number, (cell, rows) in enumerate(done.groupby("cell", sort=False)):
                 ax.scatter(rows[x], rows[y], marker=markers[number % len(markers)], s=48, label=cell,
                            color=COLOURS[number % len(COLOURS)], alpha=0.85)
             ax.set(xlabel=across, ylabel=up, title=title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
