@@ -56,7 +56,7 @@ def test_a_wrong_grid_is_refused_before_anything_runs(tmp_path, content, message
 def test_shipped_grids_load_and_cover_the_levers():
     assert len(load_grid("quick").cells) == 4
     search = load_grid("search")
-    assert pd.Series([c.name.split(":")[0] for c in search.cells]).value_counts().to_dict() == {"STL": 6, "STL-aug": 6, "ours": 6}
+    assert pd.Series([c.name.split(":")[0] for c in search.cells]).value_counts().to_dict() == {"STL": 9, "STL-aug": 9, "ours": 9}
     for profile in ("embedded", "smollm2-135m", "qwen2.5-7b"):
         grid = grid_for(profile)
         keys = {k for c in grid.cells for k in c.recipe}
