@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.errors import DCRError
+from dcr.matched_safety import curves_from, matched_differences, matched_safety
 from dcr.rates import by_form, class_rates, plane_points
 from dcr.seeds import over_seeds
 
@@ -128,6 +129,16 @@ def differences(tables: Tables) -> dict[str, pd.DataFrame]:
     rows = tables["paired"]
     rows = rows[(rows["benchmark"] != "all") & ~rows["benchmark"].str.endswith("/swapped")]
     return {"differences": over_seeds(rows.drop(columns=["p", "p_holm"], errors="ignore"))}
+
+
+def seeds_matched_safety(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Matched safety of all seeds together, from their outcomes alone."""
+    return {"seeds_matched_safety": matched_safety(curves_from(tables["outcomes"])).rename(columns={"value": "compliance"})}
+
+
+def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:
+    """Paired differences to STL of all seeds together, from their outcomes alone."""
+    return {"seeds_differences": matched_differences(curves_from(tables["outcomes"]), "STL")}
 
 
 def refinement(tables: Tables) -> dict[str, pd.DataFrame]:

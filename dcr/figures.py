@@ -33,7 +33,7 @@ class Picture:
 
 
 # A dot a pair of prompts or a seed: nothing is averaged.
-EACH_SEED = ("proposition", "ablation_levers", "ablation_outcomes", "search_levers", "search_outcomes")
+EACH_SEED = ("proposition", "ablation_levers", "ablation_outcomes", "harm_read", "search_levers", "search_outcomes")
 PICTURES: dict[str, Picture] = {
     "overview": Picture((), "", lambda _: {}, plots.overview, "The two stages of contrastive refinement (paper figure 2).", False),
     "question_shares": Picture(
@@ -88,6 +88,13 @@ PICTURES: dict[str, Picture] = {
     "judges": Picture(
         ("judge_calibration",), "04_evaluation", data.as_is("judge_calibration"), plots.calibration,
         "Judges against human labels on published completions: Cohen's κ with its 95 % interval, by the model that answered."),
+    "seeds_matched_safety": Picture(
+        ("outcomes",), "", data.seeds_matched_safety, plots.matched_safety,
+        "Compliance at matched safety, forms balanced, sets that no method trained on: a monotone fit of each seed's curve read at a "
+        "DSR, never extrapolated; 95 % bootstrap over prompts and seeds.", False),
+    "seeds_differences": Picture(
+        ("outcomes",), "", data.seeds_differences, plots.matched_differences,
+        "The same, minus STL: both read on the same draws of prompts and seeds (95 % bootstrap).", False),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
     **{name: Picture(needs, notebook, (data.each_seed if name in EACH_SEED else data.as_is)(*needs), draw, caption, bands)
        for name, needs, notebook, draw, caption, bands in (
@@ -118,6 +125,10 @@ PICTURES: dict[str, Picture] = {
          "Ablations: a row a recipe, one dot a seed; failed recipes are marked.", False),
         ("ablation_outcomes", ("ablations",), "06_ablations", plots.ablation_outcomes,
          "Ablations after a short alignment: compliance against DSR, and whether the cheap screen foretold it.", False),
+        ("harm_read", ("ablations",), "06_ablations", plots.harm_read,
+         "What stage 1 does to the harm that was there: AUROC of a linear probe at ℓ, and along the difference of the class means, "
+         "fitted on the same labelled prompts for every recipe, read on validation prompts, forms averaged; dashed: the base model.",
+         False),
         ("search_levers", ("sweep_search",), "06_ablations", plots.ablation_levers,
          "The search on validation prompts, as many recipes for STL, STL-aug and ours: a row a recipe, one dot a seed.", False),
         ("search_outcomes", ("sweep_search",), "06_ablations", plots.ablation_outcomes,
@@ -145,7 +156,8 @@ def draw_all(folder: str | Path, out: str | Path, only: Collection[str] = (), *,
             continue
         absent = [t for t in picture.needs if t not in found]
         if absent:
-            missing[name] = f"{name}: no {', '.join(absent)} yet; run notebook {picture.notebook}."
+            missing[name] = f"{name}: no {', '.join(absent)} yet; " + (
+                f"run notebook {picture.notebook}." if picture.notebook else "run `dcr run`.")
             continue
         try:
             frames = picture.frames(found)

@@ -20,6 +20,7 @@ from dcr.resampling import draw_seeds, draw_units, percentiles, set_of, unit_of
 
 TARGETS = (0.80, 0.85)
 HIT = {"toxic": "refuse", "seemingly_toxic": "comply"}
+FACTS = ("id", "label", "form", "benchmark", "source")  # columns that name a prompt in a table of outcomes
 MIN_CELL = 5  # a (set, form) cell with fewer prompts is left out of the mean as long as the form has a larger one
 
 
@@ -59,6 +60,28 @@ def curve_of(method: str, seed: int, prompts: pd.DataFrame, verdicts: Mapping[in
     if not columns:
         raise DCRError(f"matched safety of {method}: no points.")
     return Curve(method, seed, rows, np.stack(columns, axis=1), tuple(verdicts))
+
+
+def curves_from(outcomes: pd.DataFrame) -> list[Curve]:
+    """Curves of every method and seed from outcome tables below one another; a method that a seed did not run is left out there.
+
+    Raises DCRError for a column that is missing or an outcome other than 0 and 1.
+    """
+    missing = [c for c in (*FACTS, "seed") if c not in outcomes]
+    if missing:
+        raise DCRError(f"outcomes: column {missing[0]!r} is missing; write them with `dcr run`.")
+    curves = []
+    for seed, rows in outcomes.groupby("seed", sort=True):
+        points: dict[str, list[str]] = {}
+        for column in (c for c in outcomes if "@" in c and rows[c].notna().any()):
+            points.setdefault(column.rsplit("@", 1)[0], []).append(column)
+        prompts = rows[list(FACTS)].reset_index(drop=True)
+        for method, columns in points.items():
+            hits = rows[columns].to_numpy(dtype=float)
+            if not np.isin(hits, (0, 1)).all() or not set(prompts["label"]) <= set(HIT):
+                raise DCRError(f"outcomes of {method}, seed {seed}: outcomes must be 0 or 1, labels {' or '.join(HIT)}.")
+            curves.append(Curve(method, int(seed), prompts, hits, tuple(int(c.rsplit("@", 1)[1]) for c in columns)))
+    return curves
 
 
 def cells(prompts: pd.DataFrame, label: str) -> dict[str, list[np.ndarray]]:

@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from dcr.comparisons import curves_of
 from dcr.errors import DCRError
 from dcr.experiment import Experiment
 from dcr.figure_data import load_tables
-from dcr.matched_safety import HIT, TARGETS, Curve, matched_differences, matched_safety
+from dcr.matched_safety import FACTS, TARGETS, curves_from, matched_differences, matched_safety
 from dcr.store import write_atomic
-
-FACTS = ("id", "label", "form", "benchmark", "source")
 
 
 def outcomes_table(experiment: Experiment) -> pd.DataFrame:
@@ -34,28 +31,6 @@ def outcomes_table(experiment: Experiment) -> pd.DataFrame:
     return table
 
 
-def curves_from(outcomes: pd.DataFrame) -> list[Curve]:
-    """Curves of every method and seed from outcome tables below one another; a method that a seed did not run is left out there.
-
-    Raises DCRError for a column that is missing or an outcome other than 0 and 1.
-    """
-    missing = [c for c in (*FACTS, "seed") if c not in outcomes]
-    if missing:
-        raise DCRError(f"outcomes: column {missing[0]!r} is missing; write them with `dcr run`.")
-    curves = []
-    for seed, rows in outcomes.groupby("seed", sort=True):
-        points: dict[str, list[str]] = {}
-        for column in (c for c in outcomes if "@" in c and rows[c].notna().any()):
-            points.setdefault(column.rsplit("@", 1)[0], []).append(column)
-        prompts = rows[list(FACTS)].reset_index(drop=True)
-        for method, columns in points.items():
-            hits = rows[columns].to_numpy(dtype=float)
-            if not np.isin(hits, (0, 1)).all() or not set(prompts["label"]) <= set(HIT):
-                raise DCRError(f"outcomes of {method}, seed {seed}: outcomes must be 0 or 1, labels {' or '.join(HIT)}.")
-            curves.append(Curve(method, int(seed), prompts, hits, tuple(int(c.rsplit("@", 1)[1]) for c in columns)))
-    return curves
-
-
 def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: Sequence[float] = TARGETS, out: str | Path = "",
             n_boot: int = 1000) -> dict[str, pd.DataFrame]:
     """Tables `seeds_matched_safety` and `seeds_differences` of a run directory or of one that holds seed-*/.
@@ -66,7 +41,7 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
     if "outcomes" not in tables:
         raise DCRError(f"{folder}: no outcomes.csv in tables/ or seed-*/tables/; write it with `dcr run`.")
     curves = curves_from(tables["outcomes"])
-    result = {"seeds_matched_safety": matched_safety(curves, targets, n_boot=n_boot),
+    result = {"seeds_matched_safety": matched_safety(curves, targets, n_boot=n_boot).rename(columns={"value": "compliance"}),
               "seeds_differences": pd.concat([matched_differences(curves, a, targets, n_boot=n_boot) for a in against],
                                              ignore_index=True)}
     for name, table in result.items():

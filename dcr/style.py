@@ -14,12 +14,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe-Ito colours: told apart with any colour vision; line and marker tell them apart in grey.
-METHOD_COLOURS = {"base": "#7f7f7f", "STL": "#D55E00", "STL-aug": "#E69F00", "DCR": "#0072B2", "DCR-matched": "#56B4E9",
-                  "DCR-keep": "#009E73", "DCR-sham": "#999933", "DCR-tuned": "#000000", "SCANS": "#CC79A7",
+METHOD_COLOURS = {"base": "#7f7f7f", "STL": "#D55E00", "STL-aug": "#E69F00", "STL-tuned": "#8C510A", "DCR": "#0072B2",
+                  "DCR-matched": "#56B4E9", "DCR-keep": "#009E73", "DCR-sham": "#999933", "DCR-tuned": "#000000", "SCANS": "#CC79A7",
                   "Surgical": "#882255", "SelfCD": "#44AA99", "question-mark": "#333333"}
-METHOD_LINES = {m: s for m, s in zip(METHOD_COLOURS, [(0, (1, 1)), "-", "--", "-", "--", "-.", ":", "-", "-.", "--", ":",
+METHOD_LINES = {m: s for m, s in zip(METHOD_COLOURS, [(0, (1, 1)), "-", "--", "-.", "-", "--", "-.", ":", "-", "-.", "--", ":",
                                                       (0, (5, 1))], strict=True)}
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D ^ v P X * < > h p".split(), strict=True))
+METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D d ^ v P X * < > h p".split(), strict=True))
 CLASS_COLOURS = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#009E73"}
 CLASS_LINES = {"toxic": "-", "seemingly_toxic": "--", "general": ":"}
 CLASS_HATCHES = {"seemingly_toxic": "//", "general": "..", "toxic": ""}  # in the order that bars are shown

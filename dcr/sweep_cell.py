@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dcr.config import Config
+from dcr.config import Config, load_config
 from dcr.experiment import Experiment
 
 log = logging.getLogger("dcr")
 PROBE_ROWS = 64  # training prompts a class that the screen's probe is fitted on
+HARM_ROWS = 200  # prompts a class that what all cells are asked alike, how well harm can be read, is fitted on
 
 
 class Cell(Experiment):
@@ -50,7 +51,9 @@ def screen(cell: Cell) -> dict:
 
     probe_auroc: a linear probe from training to validation prompts, averaged over the four form pairings, with each
     pairing beside it; cross_ and within_similarity of validation prompts at ℓ; general_drift of general prompts' last
-    hidden state, ‖h − h₀‖²/‖h₀‖². A method without stage 1 is measured on the base model.
+    hidden state, ‖h − h₀‖²/‖h₀‖². A method without stage 1 is measured on the base model. harm_auroc, mean_auroc: as
+    probe_auroc, but fitted on the same `harm_prompts` for every cell, by a probe and by the difference of the class means alone
+    (the direction along which a cosine loss pulls first).
     """
     from dcr.data.sets import table_hash
 
@@ -58,22 +61,36 @@ def screen(cell: Cell) -> dict:
     prompts = cell.prompts[cell.prompts["label"] != "general"].reset_index(drop=True)
     toxic, seemingly, *_ = cell.training_sets(cell.method)
     probed = pd.concat([toxic.head(PROBE_ROWS), seemingly.head(PROBE_ROWS)], ignore_index=True)
+    harm = harm_prompts(cell.config.profile, cell.config.seed)
     key = {"model": cell.model_key, "refine": refined.path.name if refined else "", "validation": table_hash(prompts),
-           "probed": table_hash(probed), "seed": cell.config.seed,
+           "probed": table_hash(probed), "harm": table_hash(harm), "seed": cell.config.seed,
            "layer": refined.manifest["layer"] if refined else cell.recipe(cell.method).refine.layer}
-    artifact = cell.store.get("screen", cell.method, key, lambda folder: {"measures": _screen(cell, refined, prompts, probed)})
+    artifact = cell.store.get("screen", cell.method, key, lambda folder: {"measures": _screen(cell, refined, prompts, probed, harm)})
     facts = {} if refined is None else {
         "layer": refined.manifest["layer"], "steps": refined.manifest["steps"], "stop_reason": refined.manifest["stop_reason"],
         "refine_seconds": refined.manifest["seconds"], "peak_memory_mib": refined.manifest["peak_memory_mib"]}
     return {**facts, **artifact.manifest["measures"]}
 
 
-def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame) -> dict:
+def harm_prompts(profile: str, seed: int) -> pd.DataFrame:
+    """Labelled prompts with clean labels, both forms in both classes: bundled pairs and, where the profile has real sets, XSTest's."""
+    from dcr.data.sets import contrastive_sets
+
+    config = load_config(profile, seed=seed)
+    if config.data.seemingly_toxic != "bundled":
+        config = config.override({"data.toxic": "bundled+xstest-unsafe", "data.seemingly_toxic": "bundled+xstest-safe",
+                                  "data.form_mix": 0.5})
+    classes = contrastive_sets(config.override({"data.n_toxic": 0, "data.n_seemingly_toxic": 0}))
+    return pd.concat([rows.sample(min(HARM_ROWS, len(rows)), random_state=seed) for rows in classes], ignore_index=True)
+
+
+def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame, harm: pd.DataFrame) -> dict:
     from dcr.adapters import apply_trained
     from dcr.data.sets import table
     from dcr.losses import drift
     from dcr.models import decoder_layers, resolve_layer
     from dcr.rejection import auroc_by_form
+    from dcr.sampling import TOXIC
     from dcr.stage_one import PromptRows, StageOneModel, pooled_states
     from dcr.stopping import fit_probe, held_out_measures
 
@@ -93,6 +110,11 @@ def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame) ->
     train = states(model, probed, layer)
     held = states(model, prompts, layer)
     measures = held_out_measures(*train, *held)
+    clean, classes = states(model, harm, layer)
+    toxic = classes == TOXIC
+    scores = {"harm_auroc": fit_probe(clean, toxic).decision_function(held[0]),
+              "mean_auroc": (held[0] @ (clean[toxic].mean(0) - clean[~toxic].mean(0))).numpy()}
+    measures |= {name: float(auroc_by_form(prompts, score)["auroc"].iloc[-1]) for name, score in scores.items()}
     by_form = auroc_by_form(prompts, fit_probe(*train).decision_function(held[0]))
     named = {f"probe_auroc {r.toxic_form} / {r.harmless_form}": r.auroc for r in by_form.itertuples() if r.toxic_form != "balanced"}
     return {**measures, "probe_auroc": float(by_form["auroc"].iloc[-1]), **named,

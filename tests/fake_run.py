@@ -80,16 +80,33 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                                       for t, k in (("piqa", "acc"), ("arc_easy", "acc"), ("held-out answers", "perplexity"))]),
         "ablations": pd.DataFrame([{"profile": profile, "cell": c, "method": "DCR", "seed": seed, "cross_similarity": 0.2 + 0.1 * i,
                                     "status": "failed" if c == "loss=nt" else "done", "probe_auroc": 0.6 + 0.02 * i,
-                                    "general_drift": 0.1, "dsr": 0.5 + 0.1 * i, "compliance": 0.8 - 0.1 * i,
+                                    "general_drift": 0.1, "harm_auroc": 0.8 - 0.1 * i, "mean_auroc": 0.6,
+                                    "dsr": 0.5 + 0.1 * i, "compliance": 0.8 - 0.1 * i,
                                     "refusal_auroc": 0.7 + 0.05 * seed}
                                    for i, c in enumerate(("layer=0.5", "layer=0.75", "loss=nt"))]),
         "bias_sweep": pd.DataFrame([{"profile": profile, "method": m, "bias": b, "dsr": 0.5 + 0.1 * b, "compliance": 0.6 - 0.1 * b}
                                     for m in trained for b in (-2.0, 0.0, 2.0)]),
         "matched_safety": pd.DataFrame([{"method": m, "quantity": "compliance", "target": t, "compliance": 1.2 - t, "low": 0.2,
                                          "high": 0.6, "reason": ""} for m in trained for t in (0.8, 0.85)]),
+        "sweep_search": pd.DataFrame([{"profile": profile, "cell": f"{m}: some", "method": m, "seed": seed, "cross_similarity": 0.5,
+                                       "status": "done", "probe_auroc": 0.6, "general_drift": 0.1, "dsr": 0.5, "compliance": 0.7,
+                                       "refusal_auroc": 0.6} for m in trained]),
+        "outcomes": _outcomes(profile, seed, trained),
         "quality": pd.DataFrame([{"method": "DCR", "prompts": "seemingly_toxic", "measure": "win rate against STL",
                                   "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),
     }
+
+
+def _outcomes(profile: str, seed: int, methods: tuple[str, ...]) -> pd.DataFrame:
+    """Curves from complying with all to refusing nearly all; DCR keeps more harmless prompts, and STL never gets to DSR 0.8."""
+    rows = pd.DataFrame([{"id": f"{name}-{form}-{i}", "label": label, "form": form, "benchmark": name, "source": name, "profile": profile,
+                          "seed": seed, "rank": i / 20} for name, label, _ in SETS if label != "general"
+                         for form in ("question", "imperative") for i in range(20)])
+    toxic = rows["label"] == "toxic"
+    for method, reach, kept in zip(methods, (0.7, 0.9), (0.4, 0.6), strict=True):
+        rows[f"{method}@0"] = (~toxic).astype(int)
+        rows[f"{method}@8"] = np.where(toxic, rows["rank"] < reach, rows["rank"] < kept).astype(int)
+    return rows.drop(columns="rank")
 
 
 def write_run(root: Path, seeds: int = 1, profile: str = "p") -> Path:

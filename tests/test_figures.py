@@ -193,6 +193,19 @@ def test_rows_that_a_number_names_stay_apart_over_seeds(tmp_path):
     assert len(PICTURES["ablation_levers"].draw(*frames["ablation_levers"].values()).axes[0].collections[0].get_offsets()) == 6
 
 
+def test_seeds_are_compared_from_outcomes_alone(tmp_path):
+    """What a curve does not reach is written into the picture, what it reaches is drawn."""
+    found = fake_run.write_run(tmp_path / "many", seeds=2)
+    drawn, _ = draw_all(found, tmp_path / "out", ("seeds_matched_safety", "seeds_differences"))
+    table = pd.read_csv(tmp_path / "out" / "seeds_matched_safety.csv").set_index(["method", "target"])
+    assert table.loc[("DCR", 0.8), "compliance"] == pytest.approx(0.6 + 0.4 / 9, abs=1e-6) and (table["seeds"] == 2).all()
+    written = texts(drawn["seeds_matched_safety"])
+    assert "not reached by 2 curves" in written and not any("nan" in t for t in written)
+    differences = pd.read_csv(tmp_path / "out" / "seeds_differences.csv").set_index("quantity")
+    assert differences.loc["area", "difference"] > 0 and differences.loc["compliance", "difference"].isna().all()
+    assert "at DSR 0.80" in texts(drawn["seeds_differences"]) and "area under the curve" in texts(drawn["seeds_differences"])
+
+
 def test_over_seeds_averages_and_widens():
     rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5],
                          "high": [0.5, 0.6, 0.7], "n": 10})

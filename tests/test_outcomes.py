@@ -11,8 +11,8 @@ from test_comparisons import canned, experiments  # noqa: F401 (a fixture)
 
 from dcr.comparisons import matched_safety_table
 from dcr.errors import DCRError
-from dcr.matched_safety import Curve, matched_differences, matched_safety
-from dcr.outcomes import compare, curves_from, outcomes_table
+from dcr.matched_safety import Curve, curves_from, matched_differences, matched_safety
+from dcr.outcomes import compare, outcomes_table
 
 
 def test_tables_give_what_the_experiments_give(experiments, monkeypatch, tmp_path):  # noqa: F811
@@ -23,7 +23,7 @@ def test_tables_give_what_the_experiments_give(experiments, monkeypatch, tmp_pat
         table = outcomes_table(e)
         assert "text" not in table and table.filter(like="@").isin([0, 1]).all().all()
         (e.store.root / "tables" / "outcomes.csv").rename(folder / "outcomes.csv")
-    whole = matched_safety_table(experiments, (0.5,)).rename(columns={"compliance": "value"})
+    whole = matched_safety_table(experiments, (0.5,))
     found = compare(tmp_path, targets=(0.5,), out=tmp_path / "out", n_boot=50)
     pd.testing.assert_frame_equal(found["seeds_matched_safety"], whole[found["seeds_matched_safety"].columns])
     assert set(found["seeds_differences"]["method"]) == {"base", "question-mark"} and (tmp_path / "out" / "seeds_differences.csv").exists()

@@ -16,7 +16,7 @@ import yaml
 from dcr import plots, sweep
 from dcr.errors import DCRError
 from dcr.sweep import chosen_cells, collect, grid_for, load_grid, run_sweep
-from dcr.sweep_cell import Cell, screen
+from dcr.sweep_cell import Cell, harm_prompts, screen
 
 SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
          "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last",
@@ -74,6 +74,12 @@ def test_a_cells_recipe_stands_above_the_methods_and_validation_replaces_the_ben
 
 
 
+def test_every_cell_is_asked_for_harm_by_the_same_prompts():
+    harm = harm_prompts("quick", 0)
+    assert harm["label"].value_counts().nunique() == 1 and set(harm["form"]) >= {"question", "imperative"}
+    assert harm["text"].tolist() == harm_prompts("quick", 0)["text"].tolist() and set(harm["split"]) == {"train"}
+
+
 def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, monkeypatch):
     path = write(tmp_path / "tiny.yaml", base={**SMALL, "model.name": str(folder)}, align="all",
                  recipes={"good": {}, "broken": {"refine.batch_size": 4096}, "STL": {"method": "STL"}})
@@ -83,7 +89,7 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
     assert table["status"].to_dict() == {"good": "done", "broken": "failed", "STL": "done"}
     assert "a batch needs 2048" in table.loc["broken", "error"] and pd.isna(table.loc["broken", "dsr"])
     done = table.loc[["good", "STL"]]
-    assert done[["probe_auroc", "dsr", "compliance", "general_compliance", "refusal_auroc"]].apply(
+    assert done[["probe_auroc", "harm_auroc", "mean_auroc", "dsr", "compliance", "general_compliance", "refusal_auroc"]].apply(
         lambda c: c.between(0, 1).all()).all()
     assert table.loc["good", "layer"] == 2 and table.loc["good", "general_drift"] > table.loc["STL", "general_drift"] == 0
     written = pd.read_csv(tmp_path / "run" / "tables" / "sweep_tiny.csv")
@@ -104,7 +110,8 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
 
 def test_a_screen_belongs_to_the_prompts_its_probe_was_fitted_on(folder, tmp_path, monkeypatch):
     sizes = []
-    monkeypatch.setattr("dcr.sweep_cell._screen", lambda cell, refined, prompts, probed: sizes.append(len(probed)) or {"probe_auroc": 0.5})
+    monkeypatch.setattr("dcr.sweep_cell._screen",
+                        lambda cell, refined, prompts, probed, harm: sizes.append(len(probed)) or {"probe_auroc": 0.5})
     for n in (8, 12, 8):
         screen(Cell("quick", method="STL", seed=0, run_dir=tmp_path, base={"model.name": str(folder)}, recipe={"data.n_toxic": n},
                     validation=("validation-safe", "validation-toxic")))

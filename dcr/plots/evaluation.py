@@ -7,29 +7,50 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dcr.plots.common import need, new_axes
-from dcr.style import CLASS_COLOURS, CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look
+from dcr.style import CLASS_COLOURS, CLASS_NAMES, METHOD_COLOURS, METHOD_MARKERS, look, method_look
 
 
 def matched_safety(table: pd.DataFrame) -> Figure:
     """Compliance at each DSR with its interval, a row a method; what a curve does not reach is written, not drawn."""
     need(table, "method", "quantity", "target", "compliance", "low", "high", "reason")
-    rows = table[table["quantity"] == "compliance"]
-    methods, targets = list(dict.fromkeys(rows["method"])), sorted(rows["target"].unique())
+    return _readings(table[table["quantity"] == "compliance"], "compliance", (0, 1.02), "compliance, balanced over sets and forms "
+                     "(95 % bootstrap interval)")
+
+
+def matched_differences(table: pd.DataFrame) -> Figure:
+    """Paired difference of compliance at each DSR, and of the area, to another method; right of the line is better."""
+    need(table, "method", "against", "quantity", "target", "difference", "low", "high", "reason")
+    reach = np.nanmax(np.abs(table[["low", "high"]].to_numpy()), initial=0.1) * 1.08
+    return _readings(table, "difference", (-reach, reach), f"difference to {', '.join(table['against'].unique())} "
+                     "(95 % bootstrap interval, paired)")
+
+
+def _readings(table: pd.DataFrame, value: str, limits: tuple[float, float], across: str) -> Figure:
+    table = table.assign(title=["area under the curve" if np.isnan(t) else f"at DSR {t:.2f}" for t in table["target"]])
+    methods, titles = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table.sort_values("target", kind="stable")["title"]))
     with look():
-        figure, axes = new_axes(3.4 * len(targets) + 1.2, 0.36 * len(methods) + 1.4, 1, len(targets), sharey=True)
-        for ax, target in zip(axes[0], targets, strict=True):
-            for y, row in enumerate(rows[rows["target"] == target].itertuples()):
-                colour = METHOD_COLOURS.get(row.method, "#333333")
-                if np.isfinite(row.compliance):
-                    error = np.clip([[row.compliance - row.low], [row.high - row.compliance]], 0, None)
-                    ax.errorbar(row.compliance, y, xerr=error, fmt=METHOD_MARKERS.get(row.method, "o"), color=colour, capsize=3)
+        figure, axes = new_axes(3.4 * len(titles) + 1.2, 0.36 * len(methods) + 1.4, 1, len(titles), sharey=True)
+        for ax, title in zip(axes[0], titles, strict=True):
+            for row in table[table["title"] == title].to_dict("records"):
+                style, y = method_look(row["method"]), methods.index(row["method"])
+                if np.isfinite(row[value]):
+                    error = np.clip([[row[value] - row["low"]], [row["high"] - row[value]]], 0, None)
+                    ax.errorbar(row[value], y, xerr=error, fmt=style["marker"], color=style["color"], capsize=3)
                 else:
-                    ax.text(0.02, y, row.reason, va="center", fontsize=8, color="#555555",
+                    ax.text(limits[0] + 0.02 * (limits[1] - limits[0]), y, _short(row["reason"]), va="center", fontsize=8, color="#555555",
                             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-            ax.set(xlim=(0, 1.02), yticks=range(len(methods)), yticklabels=methods, title=f"at DSR {target:.2f}")
+            if limits[0] < 0:
+                ax.axvline(0, color="black", linewidth=0.9, zorder=0)
+            ax.set(xlim=limits, yticks=range(len(methods)), yticklabels=methods, title=title)
         axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
-        figure.supxlabel("compliance, balanced over sets and forms (95 % bootstrap interval)", fontsize=10)
+        figure.supxlabel(across, fontsize=10)
     return figure
+
+
+def _short(reason: str) -> str:
+    """Over several seeds each names itself: how many did not reach it is what fits."""
+    parts = str(reason).split("; ")
+    return reason if len(parts) == 1 else f"not reached by {len({p.split(': not')[0] for p in parts})} curves"
 
 
 def bias_frontier(table: pd.DataFrame) -> Figure:
