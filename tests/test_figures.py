@@ -206,6 +206,16 @@ def test_seeds_are_compared_from_outcomes_alone(tmp_path):
     assert "at DSR 0.80" in texts(drawn["seeds_differences"]) and "area under the curve" in texts(drawn["seeds_differences"])
 
 
+def test_harm_after_stage_one_is_read_against_the_base_model():
+    """STL has no stage 1: its row is the base model and its values are the dashed lines; cells without the measure stay away."""
+    table = pd.DataFrame({"cell": ["STL", "STL: audited", "layer=0.5", "failed"], "method": ["STL", "STL", "DCR", "DCR"],
+                          "harm_auroc": [0.8, 0.8, 0.7, np.nan], "mean_auroc": [0.65, 0.65, 0.6, np.nan]})
+    axes = plots.harm_read(table).axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["base model", "layer=0.5"]
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.8, 0.65]
+    assert [tuple(c.get_offsets()[1]) for c in axes.collections] == [(0.7, 1), (0.6, 1)]
+
+
 def test_over_seeds_averages_and_widens():
     rows = pd.DataFrame({"method": "STL", "seed": [0, 1, 2], "value": [0.4, 0.5, 0.6], "low": [0.3, 0.4, 0.5],
                          "high": [0.5, 0.6, 0.7], "n": 10})

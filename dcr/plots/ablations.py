@@ -77,17 +77,17 @@ def harm_read(table: pd.DataFrame) -> Figure:
     Columns cell, method, harm_auroc, mean_auroc (the same labelled prompts for every cell); the row of STL is the base model.
     """
     need(table, "cell", "method", "harm_auroc", "mean_auroc")
-    rows = table.dropna(subset=["harm_auroc"]).drop_duplicates("cell")
+    named = ["base model" if m.startswith("STL") else c for m, c in zip(table["method"], table["cell"], strict=True)]
+    rows = table.assign(cell=named).dropna(subset=["harm_auroc"]).drop_duplicates("cell")
     with look():
         figure, axes = new_axes(3.6 + 0.085 * max(map(len, rows["cell"]), default=0), 1.5 + 0.3 * len(rows))
         ax = axes[0, 0]
         for name, label, colour, marker in (("harm_auroc", "linear probe", "#0072B2", "o"),
                                             ("mean_auroc", "difference of class means", "#D55E00", "D")):
             ax.scatter(rows[name], range(len(rows)), color=colour, marker=marker, label=label, zorder=3)
-            for value in rows.loc[rows["method"].str.startswith("STL"), name].head(1):
+            for value in rows.loc[rows["cell"] == "base model", name]:
                 ax.axvline(value, color=colour, linewidth=0.9, linestyle="--")
-        ax.set_yticks(range(len(rows)), ["base model" if m.startswith("STL") else c for m, c in zip(rows["method"], rows["cell"],
-                                                                                                    strict=True)])
+        ax.set_yticks(range(len(rows)), rows["cell"])
         ax.set(xlim=(0.45, 1), ylim=(len(rows) - 0.5, -0.5), xlabel="AUROC on validation prompts, forms averaged")
         figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     return figure
