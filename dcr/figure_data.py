@@ -137,8 +137,10 @@ def seeds_matched_safety(tables: Tables) -> dict[str, pd.DataFrame]:
 
 
 def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:
-    """Paired differences to STL of all seeds together, from their outcomes alone."""
-    return {"seeds_differences": matched_differences(curves_from(tables["outcomes"]), "STL")}
+    """Paired differences of all seeds together, from their outcomes alone: to STL-tuned where it ran, else to STL."""
+    curves = curves_from(tables["outcomes"])
+    against = "STL-tuned" if any(c.method == "STL-tuned" for c in curves) else "STL"
+    return {"seeds_differences": matched_differences(curves, against)}
 
 
 def refinement(tables: Tables) -> dict[str, pd.DataFrame]:

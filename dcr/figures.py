@@ -94,7 +94,8 @@ PICTURES: dict[str, Picture] = {
         "DSR, never extrapolated; 95 % bootstrap over prompts and seeds.", False),
     "seeds_differences": Picture(
         ("outcomes",), "", data.seeds_differences, plots.matched_differences,
-        "The same, minus STL: both read on the same draws of prompts and seeds (95 % bootstrap).", False),
+        "The same, minus STL (tuned as long as ours, where that ran): both read on the same draws of prompts and seeds (95 % "
+        "bootstrap).", False),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
     **{name: Picture(needs, notebook, (data.each_seed if name in EACH_SEED else data.as_is)(*needs), draw, caption, bands)
        for name, needs, notebook, draw, caption, bands in (

@@ -89,17 +89,19 @@ def test_every_figure_redraws_from_the_data_beside_it():
         redraw(run / "figures", "plain")
 
 
-def test_committed_figures_come_from_the_data_beside_them():
+@pytest.mark.parametrize("folder", ["", "seeds"])
+def test_committed_figures_come_from_the_data_beside_them(folder):
     """The repository's pictures, redrawn: the same words and the same numbers (to a thousandth of a point)."""
-    index = read_index(COMMITTED)["figures"]
-    assert {"overview", "question_shares", "shortcut", "plane", "rates_by_form"} <= set(index)
+    place = COMMITTED / folder
+    index = read_index(place)["figures"]
+    assert {"overview", "plane", "rates_by_form"} | ({"seeds_matched_safety"} if folder else {"question_shares", "shortcut"}) <= set(index)
     for name in index:
-        old, new = (COMMITTED / f"{name}.svg").read_text(encoding="utf-8"), style.picture(redraw(COMMITTED, name), "svg").decode()
+        old, new = (place / f"{name}.svg").read_text(encoding="utf-8"), style.picture(redraw(place, name), "svg").decode()
         number = re.compile(r"(?<![\w#])-?\d+\.?\d*(?:e-?\d+)?(?!\w)")
-        assert number.sub("0", _plain(old)) == number.sub("0", _plain(new)), f"{name} was edited, or its drawing changed: redraw figures/"
+        assert number.sub("0", _plain(old)) == number.sub("0", _plain(new)), f"{name} was edited, or its drawing changed: redraw {place}"
         a, b = (np.array(number.findall(_plain(text)), dtype=float) for text in (old, new))
         np.testing.assert_allclose(a, b, atol=2e-3, err_msg=name)
-        assert (COMMITTED / f"{name}.png").exists()
+        assert (place / f"{name}.png").exists()
 
 
 def _plain(svg: str) -> str:
@@ -204,6 +206,16 @@ def test_seeds_are_compared_from_outcomes_alone(tmp_path):
     differences = pd.read_csv(tmp_path / "out" / "seeds_differences.csv").set_index("quantity")
     assert differences.loc["area", "difference"] > 0 and differences.loc["compliance", "difference"].isna().all()
     assert "at DSR 0.80" in texts(drawn["seeds_differences"]) and "area under the curve" in texts(drawn["seeds_differences"])
+
+
+def test_the_seeds_compare_as_committed():
+    """`dcr compare` on the outcome tables in the repository gives the picture's numbers."""
+    from dcr.outcomes import compare
+
+    found = compare(COMMITTED / "seeds" / "runs", n_boot=20)["seeds_matched_safety"]
+    drawn = pd.read_csv(COMMITTED / "seeds" / "seeds_matched_safety.csv")
+    pd.testing.assert_series_equal(found["compliance"], drawn["compliance"])
+    assert found["seeds"].min() > 1 and not any("text" in pd.read_csv(p, nrows=1) for p in (COMMITTED / "seeds" / "runs").rglob("*.csv"))
 
 
 def test_harm_after_stage_one_is_read_against_the_base_model():

@@ -94,6 +94,9 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
     assert table.loc["good", "layer"] == 2 and table.loc["good", "general_drift"] > table.loc["STL", "general_drift"] == 0
     written = pd.read_csv(tmp_path / "run" / "tables" / "sweep_tiny.csv")
     assert written["cell"].tolist() == ["good", "broken", "STL"]
+    manifest = tmp_path / "run" / "manifest.json"
+    assert json.loads(manifest.read_text())["config"]["profile"] == grid.profile  # figures name the run that drew them
+    manifest.write_text('{"config": {"profile": "mine"}}')
     levers, outcomes = (plots.REDRAW[n](written) for n in ("ablation_levers", "ablation_outcomes"))
     assert len(levers.axes) == 6 and [t.get_text() for t in levers.axes[0].texts] == ["failed"]
     dots = outcomes.axes[0].collections
@@ -103,6 +106,7 @@ def test_a_grid_runs_keeps_failures_and_does_nothing_twice(folder, tmp_path, mon
     monkeypatch.setattr(sweep, "_run_cell", lambda grid, cell, *a: ran.append(cell.name) or {"status": "failed", "error": "again"})
     again = run_sweep(grid, tmp_path / "run").set_index("cell")
     assert not ran and again["probe_auroc"].equals(table["probe_auroc"])
+    assert json.loads(manifest.read_text())["config"]["profile"] == "mine"  # an experiment's own manifest stays
     monkeypatch.setattr(sweep, "_run_cell", lambda grid, cell, *a: ran.append(cell.name) or {
         "status": "failed", "error": "again", "finished": time.time()})
     assert run_sweep(grid, tmp_path / "run", retry=True).set_index("cell").loc["broken", "error"] == "again" and ran == ["broken"]
