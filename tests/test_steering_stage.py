@@ -18,7 +18,8 @@ OVERRIDES = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "
              "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "generation.max_new_tokens": 3,
              "generation.dtype": "float32", "data.limit": 6, "data.curve_limit": 20, "align.checkpoints": "0,2",
              "steering.anchors": 8, "steering.strengths": [0.0, 2.0]}
-ALL = ("base", "STL", "STL-aug", "DCR", "DCR-matched", "DCR-keep", "DCR-sham", "SCANS", "Surgical", "SelfCD", "question-mark")
+ALL = ("base", "STL", "STL-aug", "STL-tuned", "DCR", "DCR-matched", "DCR-keep", "DCR-sham", "DCR-tuned", "SCANS", "Surgical",
+       "SelfCD", "question-mark")
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_augmented_rows_are_the_refined_prompts_answered(experiment, monkeypatch
 
 
 def test_the_audit_drops_what_is_not_harmful_in_our_recipes_only(experiment, monkeypatch, tmp_path):
-    assert {m for m in ALL if experiment.recipe(m).data.audited} == {"DCR-matched", "DCR-keep"}
+    assert {m for m in ALL if experiment.recipe(m).data.audited} == {"STL-tuned", "DCR-matched", "DCR-keep", "DCR-tuned"}
     rows = [{"text": f"prompt {i}", "response": "no", "id": f"safety-only-{i:04d}"} for i in range(4)]
     monkeypatch.setattr(loaders, "path_of", lambda name, download=True: tmp_path / "x.json")
     monkeypatch.setitem(loaders.PARSERS, "alpaca", lambda path, entry: iter([dict(r) for r in rows]))
