@@ -30,13 +30,14 @@ STORY = (
     ("Compliance and safety",
      "A model that refuses everything is safe, one that refuses nothing complies: both axes belong in one picture, and each method is a "
      "curve in it.",
-     ("plane", "matched_safety", "bias_frontier", "differences", "categories", "ability", "robustness", "cost")),
+     ("plane", "matched_safety", "seeds_matched_safety", "seeds_differences", "bias_frontier", "differences", "categories", "ability",
+      "robustness", "cost")),
     ("Is it harm, or the form of the sentence?",
      "In the published sets harmless prompts are nearly all questions and toxic ones nearly all imperatives. The rule “refuse unless it "
      "ends in a question mark” stands beside every method, and every rate is read by form.",
-     ("question_shares", "shortcut", "rates_by_form", "transfer", "probe_cells")),
+     ("question_shares", "shortcut", "rates_by_form", "transfer", "probe_cells", "harm_read")),
     ("How far the numbers can be trusted", "Judges against human labels, and one setting changed at a time.",
-     ("judges", "ablation_levers", "ablation_outcomes")),
+     ("judges", "ablation_levers", "ablation_outcomes", "search_levers", "search_outcomes")),
 )
 
 

@@ -91,7 +91,7 @@ def test_analysis_figures_tables_and_report(folder, run_dir):
     assert answers.query("label == 'toxic'")["answer"].eq("").all() and set(answers["method"]) == {"base", "STL", "DCR", "question-mark"}
     drawn, missing = draw_all(run_dir / "tables", run_dir / "figures")
     assert "losses" in missing and {"plane", "differences", "categories"} <= set(drawn)
-    assert all("run notebook" in message for message in missing.values())
+    assert all("run notebook" in message or "run `dcr run`" in message for message in missing.values())
     draw_tables(metrics, run_dir / "tables")
     exp.manifest()
     assert "question-mark" in write_report(run_dir).read_text()
