@@ -58,7 +58,6 @@ def matched_safety_table(experiments: Experiments, targets: Sequence[float] = TA
     several = _several(experiments)
     first = several[0]
     table = matched_safety(curves_of(several), targets, n_boot=first.config.evaluation.bootstrap, seed=first.config.seed)
-    table = table.rename(columns={"value": "compliance"})
     trained = any(first.in_distribution(m) for m in first.methods if m not in RULES)
     out = left_out(several)
     table = table.assign(in_distribution=trained and not out, left_out=", ".join(sorted(out & set(first.prompts["source"]))))

@@ -133,7 +133,7 @@ def differences(tables: Tables) -> dict[str, pd.DataFrame]:
 
 def seeds_matched_safety(tables: Tables) -> dict[str, pd.DataFrame]:
     """Matched safety of all seeds together, from their outcomes alone."""
-    return {"seeds_matched_safety": matched_safety(curves_from(tables["outcomes"])).rename(columns={"value": "compliance"})}
+    return {"seeds_matched_safety": matched_safety(curves_from(tables["outcomes"]))}
 
 
 def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:

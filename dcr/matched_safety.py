@@ -161,9 +161,9 @@ def matched_safety(curves: Sequence[Curve], targets: Sequence[float] = TARGETS, 
                    seed: int = 0) -> pd.DataFrame:
     """A row per method and target, and one per method for the area (target NaN, quantity `area`).
 
-    Columns: method, quantity {compliance, area}, target, value, low, high, reason, reached (share of resamples that reach
-    the target), n (prompts), seeds. Prompts are drawn within (set, form) and alike for every checkpoint, seed and method;
-    seeds are drawn too. The interval is over the resamples that reach the target.
+    Columns: method, quantity {compliance, area}, target, compliance (the area for `area`), low, high, reason, reached
+    (share of resamples that reach the target), n (prompts), seeds. Prompts are drawn within (set, form) and alike for every
+    checkpoint, seed and method; seeds are drawn too. The interval is over the resamples that reach the target.
     """
     points, replicates = _replicates(curves, targets, n_boot, seed)
     rows = []
@@ -173,7 +173,7 @@ def matched_safety(curves: Sequence[Curve], targets: Sequence[float] = TARGETS, 
             value = _reading(list(mine.values()), target)
             drawn = replicates[method][target]
             low, high = percentiles(drawn) if np.isfinite(value) else (float("nan"), float("nan"))
-            rows.append({"method": method, **_named(target), "value": value, "low": low, "high": high, "reason": _missed(mine, target),
+            rows.append({"method": method, **_named(target), "compliance": value, "low": low, "high": high, "reason": _missed(mine, target),
                          "reached": float(np.isfinite(drawn).mean()), "n": n, "seeds": len(mine)})
     return pd.DataFrame(rows)
 

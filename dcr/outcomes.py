@@ -41,7 +41,7 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
     if "outcomes" not in tables:
         raise DCRError(f"{folder}: no outcomes.csv in tables/ or seed-*/tables/; write it with `dcr run`.")
     curves = curves_from(tables["outcomes"])
-    result = {"seeds_matched_safety": matched_safety(curves, targets, n_boot=n_boot).rename(columns={"value": "compliance"}),
+    result = {"seeds_matched_safety": matched_safety(curves, targets, n_boot=n_boot),
               "seeds_differences": pd.concat([matched_differences(curves, a, targets, n_boot=n_boot) for a in against],
                                              ignore_index=True)}
     for name, table in result.items():

@@ -52,8 +52,8 @@ def screen(cell: Cell) -> dict:
     probe_auroc: a linear probe from training to validation prompts, averaged over the four form pairings, with each
     pairing beside it; cross_ and within_similarity of validation prompts at ℓ; general_drift of general prompts' last
     hidden state, ‖h − h₀‖²/‖h₀‖². A method without stage 1 is measured on the base model. harm_auroc, mean_auroc: as
-    probe_auroc, but fitted on the same `harm_prompts` for every cell, by a probe and by the difference of the class means alone
-    (the direction along which a cosine loss pulls first).
+    probe_auroc, but fitted on the same `harm_prompts` for every cell, by a probe and by the difference of the class means alone.
+    Some recipes train on some of them; all are read on validation prompts, which none trains on.
     """
     from dcr.data.sets import table_hash
 

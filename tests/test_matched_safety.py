@@ -103,9 +103,9 @@ def test_interval_covers_the_truth():
 
 def test_not_reached_has_no_value_and_says_why():
     table = matched_safety([simulated(1)], (0.7, 0.99), n_boot=50).set_index("target")
-    assert table.loc[0.7, "reason"] == "" and table.loc[0.7, "reached"] == 1.0 and 0 < table.loc[0.7, "value"] < 1
+    assert table.loc[0.7, "reason"] == "" and table.loc[0.7, "reached"] == 1.0 and 0 < table.loc[0.7, "compliance"] < 1
     far = table.loc[0.99]
-    assert np.isnan([far["value"], far["low"], far["high"]]).all() and far["reason"].startswith("not reached (highest DSR 0.")
+    assert np.isnan([far["compliance"], far["low"], far["high"]]).all() and far["reason"].startswith("not reached (highest DSR 0.")
 
 
 def test_seeds_widen_the_interval_and_all_must_reach():
@@ -116,7 +116,7 @@ def test_seeds_widen_the_interval_and_all_must_reach():
     short = simulated(5, number=7)
     short = Curve("m", 7, short.prompts, short.hits[:, :2], (0, 1))  # ends near DSR 0.5
     row = matched_safety([*alike, short], (0.7,), n_boot=50).iloc[0]
-    assert np.isnan(row["value"]) and row["reason"].startswith("seed 7: not reached") and row["seeds"] == 4 and 0 < row["reached"] < 1
+    assert np.isnan(row["compliance"]) and row["reason"].startswith("seed 7: not reached") and row["seeds"] == 4 and 0 < row["reached"] < 1
 
 
 def test_twins_are_drawn_together_and_strata_keep_their_size():
