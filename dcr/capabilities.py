@@ -193,17 +193,19 @@ def _perplexity(both: pd.DataFrame, n_boot: int) -> dict[str, float]:
             "change": math.exp((mine - base).sum() / tokens.sum()), "change_low": change_low, "change_high": change_high}
 
 
-def capability_table(experiment) -> pd.DataFrame:
-    """General ability of every method that has weights of its own, beside the base model; written to capabilities.csv.
+def capability_table(experiment, against: str = "base") -> pd.DataFrame:
+    """General ability of every method that has weights of its own, and its change from `against`, item by item.
 
-    A method that steers at inference has the weights of the model it steers and is left out (said in the log).
+    Written to capabilities.csv (`against` the base model) or capabilities_<against>.csv. A method that steers at
+    inference has the weights of the model it steers and is left out (said in the log).
     """
     mine = [m for m in experiment.methods if "steer" not in experiment.stages(m)]
     if left := [m for m in experiment.methods if m not in mine]:
         log.info("general ability: %s left out, they steer another method's weights", ", ".join(left))
     items = {m: measure(experiment, m) for m in dict.fromkeys(("base", *mine))}
-    table = ability_rows(items, n_boot=experiment.config.evaluation.bootstrap)
-    experiment.write_table("capabilities", table.assign(profile=experiment.config.profile, seed=experiment.config.seed))
+    table = ability_rows(items, against, n_boot=experiment.config.evaluation.bootstrap)
+    name = "capabilities" if against == "base" else f"capabilities_{against}"
+    experiment.write_table(name, table.assign(profile=experiment.config.profile, seed=experiment.config.seed))
     return table
 
 

@@ -60,9 +60,12 @@ def model_command() -> None:
 @app.command("run")
 def run_command(profile: Profile = "quick", seed: Seed = 0, run_dir: RunDir = "", overrides: Overrides = "",
                 methods: Annotated[str, typer.Option(help="Comma list; default: the profile's.")] = "",
-                curves: Annotated[bool, typer.Option(help="Also judge every recorded alignment step.")] = True) -> None:
+                curves: Annotated[bool, typer.Option(help="Also judge every recorded alignment step, and score prompts.")] = True,
+                ability: Annotated[bool, typer.Option(help="Also measure general ability.")] = False) -> None:
     """Run every stage of every method and write the metric tables; what exists is reused."""
+    from dcr.capabilities import capability_table
     from dcr.experiment import Experiment, run_methods
+    from dcr.harm_scores import scores_table
     from dcr.outcomes import outcomes_table
 
     experiment = Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides,
@@ -73,6 +76,10 @@ def run_command(profile: Profile = "quick", seed: Seed = 0, run_dir: RunDir = ""
     if curves:
         experiment.curves()
         outcomes_table(experiment)
+        scores_table(experiment)
+    for against in ("base", "STL") if ability else ():
+        if against == "base" or against in experiment.methods:
+            capability_table(experiment, against)
     experiment.manifest()
     typer.echo(f"{experiment.store.root}: {experiment.store.summary()}")
 

@@ -14,7 +14,7 @@ from dcr.experiment import RULES, Experiment
 from dcr.failures import WANTED
 from dcr.matched_safety import TARGETS, Curve, curve_of, draw_prompts, matched_safety
 from dcr.metrics import mcnemar_exact, rate_rows
-from dcr.rejection import auroc_by_form
+from dcr.rejection import auroc_by_form, auroc_draws
 from dcr.resampling import bootstrap_over_seeds, percentiles, set_of, unit_of
 
 Experiments = Experiment | Sequence[Experiment]
@@ -152,21 +152,9 @@ def auroc_table(experiment: Experiment) -> pd.DataFrame:
         point = auroc_by_form(prompts, probability)
         rng = np.random.default_rng([experiment.config.seed, 0xA0C])
         draws = draw_prompts(prompts, experiment.config.evaluation.bootstrap, rng)
-        bounds = _auroc_bounds(prompts, probability, draws[prompts["id"].map(unit_of)].to_numpy(), point)
+        drawn = auroc_draws(prompts, probability, draws[prompts["id"].map(unit_of)].to_numpy(), point)
+        bounds = [percentiles(row) for row in drawn]
         rows.append(point.assign(method=method, low=[b[0] for b in bounds], high=[b[1] for b in bounds]))
     table = pd.concat(rows, ignore_index=True)[["method", "toxic_form", "harmless_form", "auroc", "low", "high", "n"]]
     experiment.write_table("auroc", table)
     return table
-
-
-def _auroc_bounds(prompts: pd.DataFrame, probability: np.ndarray, counts: np.ndarray, point: pd.DataFrame) -> list[tuple[float, float]]:
-    """Percentile intervals of every row of `point`; AUROC of a draw = share of drawn (toxic, harmless) pairs in order."""
-    toxic, forms, draws = (prompts["label"] == "toxic").to_numpy(), prompts["form"].to_numpy(), {}
-    for row in point.itertuples():
-        a, b = np.flatnonzero(toxic & (forms == row.toxic_form)), np.flatnonzero(~toxic & (forms == row.harmless_form))
-        if row.toxic_form != "balanced":
-            order = 0.5 * (1 + np.sign(probability[a][:, None] - probability[b][None]))
-            with np.errstate(invalid="ignore", divide="ignore"):
-                draws[row.Index] = ((counts[:, a] @ order) * counts[:, b]).sum(1) / (counts[:, a].sum(1) * counts[:, b].sum(1))
-    mean = np.mean(list(draws.values()), axis=0)
-    return [percentiles(draws.get(i, mean)) for i in point.index]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.errors import DCRError
-from dcr.matched_safety import curves_from, matched_differences, matched_safety
+from dcr.harm_scores import score_auroc, score_curves
+from dcr.matched_safety import TARGETS, curves_from, matched_differences, matched_safety
 from dcr.rates import by_form, class_rates, plane_points
 from dcr.seeds import over_seeds
 
@@ -141,6 +142,13 @@ def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:
     curves = curves_from(tables["outcomes"])
     against = "STL-tuned" if any(c.method == "STL-tuned" for c in curves) else "STL"
     return {"seeds_differences": matched_differences(curves, against)}
+
+
+def seeds_scores(tables: Tables) -> dict[str, pd.DataFrame]:
+    """AUROC of every score over all seeds, and the compliance of a threshold on it."""
+    scores = tables["scores"]
+    first = next(c.removeprefix("refusal@") for c in scores if c.startswith("refusal@"))
+    return {"auroc": score_auroc(scores, first)[0], "safety": matched_safety(score_curves(scores), TARGETS[:1])}
 
 
 def refinement(tables: Tables) -> dict[str, pd.DataFrame]:

@@ -96,6 +96,11 @@ PICTURES: dict[str, Picture] = {
         ("outcomes",), "", data.seeds_differences, plots.matched_differences,
         "The same, minus STL (tuned as long as ours, where that ran): both read on the same draws of prompts and seeds (95 % "
         "bootstrap).", False),
+    "seeds_scores": Picture(
+        ("scores",), "", data.seeds_scores, plots.harm_scores,
+        "Scores without a threshold, forms balanced, sets that no method trained on: refusal probability after alignment (filled), and "
+        "what is read at ℓ before it, in the base model and after each stage 1 (open; fitted on labelled prompts of other sets). Right: "
+        "compliance if a threshold on the score refused (95 % bootstrap over prompts and seeds).", False),
     "cost": Picture(("cost",), "04_evaluation", data.as_is("cost"), plots.cost, "Wall time of each stage by method.", False),
     **{name: Picture(needs, notebook, (data.each_seed if name in EACH_SEED else data.as_is)(*needs), draw, caption, bands)
        for name, needs, notebook, draw, caption, bands in (

@@ -14,6 +14,7 @@ from dcr.comparisons import curves_of
 from dcr.errors import DCRError
 from dcr.experiment import Experiment
 from dcr.figure_data import load_tables
+from dcr.harm_scores import score_auroc, score_curves
 from dcr.matched_safety import FACTS, TARGETS, curves_from, matched_differences, matched_safety
 from dcr.store import write_atomic
 
@@ -35,6 +36,7 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
             n_boot: int = 1000) -> dict[str, pd.DataFrame]:
     """Tables `seeds_matched_safety` and `seeds_differences` of a run directory or of one that holds seed-*/.
 
+    With scores.csv there also `seeds_auroc`, `seeds_auroc_differences` and `seeds_score_safety` (see `dcr.harm_scores`).
     `against`: every method is compared with each. With `out` the tables are written there. Raises DCRError without outcomes.
     """
     tables = load_tables(folder)
@@ -44,6 +46,10 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
     result = {"seeds_matched_safety": matched_safety(curves, targets, n_boot=n_boot),
               "seeds_differences": pd.concat([matched_differences(curves, a, targets, n_boot=n_boot) for a in against],
                                              ignore_index=True)}
+    if "scores" in tables:
+        auroc = [score_auroc(tables["scores"], a, n_boot=n_boot) for a in against]
+        result |= {"seeds_auroc": auroc[0][0], "seeds_auroc_differences": pd.concat([d for _, d in auroc], ignore_index=True),
+                   "seeds_score_safety": matched_safety(score_curves(tables["scores"]), targets, n_boot=n_boot)}
     for name, table in result.items():
         if out:
             write_atomic(Path(out) / f"{name}.csv", table.to_csv(index=False))

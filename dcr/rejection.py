@@ -111,6 +111,20 @@ def auroc_by_form(prompts: pd.DataFrame, probability: np.ndarray) -> pd.DataFram
     return pd.DataFrame([*rows, mean])
 
 
+def auroc_draws(prompts: pd.DataFrame, probability: np.ndarray, counts: np.ndarray, point: pd.DataFrame) -> np.ndarray:
+    """[rows of `point`, n_boot] AUROC of resampled prompts; `point` is `auroc_by_form`'s table, counts [n_boot, prompts].
+
+    The AUROC of a draw is the share of drawn (toxic, harmless) pairs in order; NaN where a class was drawn empty.
+    """
+    toxic, forms, draws = (prompts["label"] == "toxic").to_numpy(), prompts["form"].to_numpy(), []
+    for row in point[point["toxic_form"] != "balanced"].itertuples():
+        a, b = np.flatnonzero(toxic & (forms == row.toxic_form)), np.flatnonzero(~toxic & (forms == row.harmless_form))
+        order = 0.5 * (1 + np.sign(probability[a][:, None] - probability[b][None]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            draws.append(((counts[:, a] @ order) * counts[:, b]).sum(1) / (counts[:, a].sum(1) * counts[:, b].sum(1)))
+    return np.stack([*draws, np.mean(draws, axis=0)])
+
+
 def reliability(probability: np.ndarray, refused: np.ndarray, *, bins: int = 5, seed: int = 0,
                 n_boot: int = 500) -> tuple[dict[str, float], pd.DataFrame]:
     """How well refusal probability tells which prompts the model then refuses, on the same prompts.

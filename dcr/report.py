@@ -35,7 +35,7 @@ STORY = (
     ("Is it harm, or the form of the sentence?",
      "In the published sets harmless prompts are nearly all questions and toxic ones nearly all imperatives. The rule “refuse unless it "
      "ends in a question mark” stands beside every method, and every rate is read by form.",
-     ("question_shares", "shortcut", "rates_by_form", "transfer", "probe_cells", "harm_read")),
+     ("question_shares", "shortcut", "rates_by_form", "transfer", "probe_cells", "harm_read", "seeds_scores")),
     ("How far the numbers can be trusted", "Judges against human labels, and one setting changed at a time.",
      ("judges", "ablation_levers", "ablation_outcomes", "search_levers", "search_outcomes")),
 )

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from dcr.config import Config, load_config
+from dcr.config import Config
 from dcr.experiment import Experiment
+from dcr.harm_scores import harm_prompts, probe_scores
 
 log = logging.getLogger("dcr")
 PROBE_ROWS = 64  # training prompts a class that the screen's probe is fitted on
-HARM_ROWS = 200  # prompts a class that what all cells are asked alike, how well harm can be read, is fitted on
 
 
 class Cell(Experiment):
@@ -72,25 +72,12 @@ def screen(cell: Cell) -> dict:
     return {**facts, **artifact.manifest["measures"]}
 
 
-def harm_prompts(profile: str, seed: int) -> pd.DataFrame:
-    """Labelled prompts with clean labels, both forms in both classes: bundled pairs and, where the profile has real sets, XSTest's."""
-    from dcr.data.sets import contrastive_sets
-
-    config = load_config(profile, seed=seed)
-    if config.data.seemingly_toxic != "bundled":
-        config = config.override({"data.toxic": "bundled+xstest-unsafe", "data.seemingly_toxic": "bundled+xstest-safe",
-                                  "data.form_mix": 0.5})
-    classes = contrastive_sets(config.override({"data.n_toxic": 0, "data.n_seemingly_toxic": 0}))
-    return pd.concat([rows.sample(min(HARM_ROWS, len(rows)), random_state=seed) for rows in classes], ignore_index=True)
-
-
 def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame, harm: pd.DataFrame) -> dict:
     from dcr.adapters import apply_trained
     from dcr.data.sets import table
     from dcr.losses import drift
     from dcr.models import decoder_layers, resolve_layer
     from dcr.rejection import auroc_by_form
-    from dcr.sampling import TOXIC
     from dcr.stage_one import PromptRows, StageOneModel, pooled_states
     from dcr.stopping import fit_probe, held_out_measures
 
@@ -110,11 +97,9 @@ def _screen(cell: Cell, refined, prompts: pd.DataFrame, probed: pd.DataFrame, ha
     train = states(model, probed, layer)
     held = states(model, prompts, layer)
     measures = held_out_measures(*train, *held)
-    clean, classes = states(model, harm, layer)
-    toxic = classes == TOXIC
-    scores = {"harm_auroc": fit_probe(clean, toxic).decision_function(held[0]),
-              "mean_auroc": (held[0] @ (clean[toxic].mean(0) - clean[~toxic].mean(0))).numpy()}
-    measures |= {name: float(auroc_by_form(prompts, score)["auroc"].iloc[-1]) for name, score in scores.items()}
+    scores = probe_scores(model, tokenizer, prompts, harm, layer, pooling=options.pooling, max_length=options.max_length, layers_path=path)
+    measures |= {name: float(auroc_by_form(prompts, scores[reader])["auroc"].iloc[-1])
+                 for name, reader in (("harm_auroc", "probe"), ("mean_auroc", "means"))}
     by_form = auroc_by_form(prompts, fit_probe(*train).decision_function(held[0]))
     named = {f"probe_auroc {r.toxic_form} / {r.harmless_form}": r.auroc for r in by_form.itertuples() if r.toxic_form != "balanced"}
     return {**measures, "probe_auroc": float(by_form["auroc"].iloc[-1]), **named,

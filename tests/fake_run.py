@@ -92,6 +92,7 @@ def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
                                        "status": "done", "probe_auroc": 0.6, "general_drift": 0.1, "dsr": 0.5, "compliance": 0.7,
                                        "refusal_auroc": 0.6} for m in trained]),
         "outcomes": _outcomes(profile, seed, trained),
+        "scores": _scores(profile, seed, trained),
         "quality": pd.DataFrame([{"method": "DCR", "prompts": "seemingly_toxic", "measure": "win rate against STL",
                                   "value": 0.55, "low": 0.45, "high": 0.65, "n": 100}]),
     }
@@ -107,6 +108,14 @@ def _outcomes(profile: str, seed: int, methods: tuple[str, ...]) -> pd.DataFrame
         rows[f"{method}@0"] = (~toxic).astype(int)
         rows[f"{method}@8"] = np.where(toxic, rows["rank"] < reach, rows["rank"] < kept).astype(int)
     return rows.drop(columns="rank")
+
+
+def _scores(profile: str, seed: int, methods: tuple[str, ...]) -> pd.DataFrame:
+    """Scores that tell harm by chance (STL), mostly (DCR) and always (a probe on the base model)."""
+    rows, rng = _outcomes(profile, seed, methods).iloc[:, :7], np.random.default_rng(seed)
+    toxic = (rows["label"] == "toxic").to_numpy()
+    return rows.assign(**{"refusal@STL": rng.random(len(rows)), "refusal@DCR": rng.random(len(rows)) + 0.5 * toxic,
+                          "probe@base": toxic + 0.9 * rng.random(len(rows)), "means@base": rng.random(len(rows)) + 0.2 * toxic})
 
 
 def write_run(root: Path, seeds: int = 1, profile: str = "p") -> Path:

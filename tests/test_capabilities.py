@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from test_comparisons import experiments  # noqa: F401 (a fixture)
 
 from dcr import capabilities
 from dcr.errors import DCRError
@@ -103,6 +104,15 @@ def test_change_is_paired_with_the_base_model():
     assert acc["change_high"] - acc["change_low"] < acc["high"] - acc["low"]  # pairing removes what the items share
     assert ppl["change"] == pytest.approx(math.exp(0.1)) and ppl["value"] == pytest.approx(math.exp((losses.mean() + 1) / 10))
     assert ppl["change_high"] - ppl["change_low"] < 1e-9 and table.loc[("base", "acc"), "change"] == 0
+
+
+def test_an_experiment_is_read_beside_any_of_its_methods(experiments):  # noqa: F811
+    e = experiments[0]
+    base, other = capabilities.capability_table(e), capabilities.capability_table(e, "STL")
+    assert base.set_index("method").loc["base", "change"] == 1 and other.set_index("method").loc["STL", "change"] == 1
+    ratio = other.set_index("method")["value"]
+    assert other.set_index("method").loc["base", "change"] == pytest.approx(ratio["base"] / ratio["STL"])
+    assert set(e.read_table("capabilities_STL")["method"]) == {"base", "STL"} and len(e.read_table("capabilities")) == len(base)
 
 
 def test_bad_input_is_refused(tmp_path):

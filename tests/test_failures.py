@@ -63,8 +63,7 @@ def test_coconot_safety_concerns_have_their_own_rows():
 def test_auroc_of_resampled_prompts_equals_scikit_learn_on_the_repeated_rows():
     import numpy as np
 
-    from dcr.comparisons import _auroc_bounds
-    from dcr.rejection import auroc_by_form
+    from dcr.rejection import auroc_by_form, auroc_draws
 
     rng = np.random.default_rng(0)
     prompts = pd.DataFrame({"label": ["toxic", "seemingly_toxic"] * 20, "form": ["question"] * 20 + ["imperative"] * 20})
@@ -72,7 +71,7 @@ def test_auroc_of_resampled_prompts_equals_scikit_learn_on_the_repeated_rows():
     point = auroc_by_form(prompts, probability)
     again = np.repeat(np.arange(40), counts[0])
     expected = auroc_by_form(prompts.iloc[again], probability[again])["auroc"]
-    assert [low for low, _ in _auroc_bounds(prompts, probability, counts, point)] == pytest.approx(expected.tolist())
+    assert auroc_draws(prompts, probability, counts, point)[:, 0].tolist() == pytest.approx(expected.tolist())
 
 
 def test_auroc_of_an_experiment(tmp_path):

@@ -15,8 +15,9 @@ import yaml
 
 from dcr import plots, sweep
 from dcr.errors import DCRError
+from dcr.harm_scores import harm_prompts
 from dcr.sweep import chosen_cells, collect, grid_for, load_grid, run_sweep
-from dcr.sweep_cell import Cell, harm_prompts, screen
+from dcr.sweep_cell import Cell, screen
 
 SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
          "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last",

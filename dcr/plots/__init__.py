@@ -14,6 +14,7 @@ from dcr.plots.evaluation import ability, bias_frontier, matched_differences, ma
 from dcr.plots.judges import calibration
 from dcr.plots.kernels import kernel_matrix, proposition, reliability
 from dcr.plots.results import cost, plane, rates_by_form, shortcut
+from dcr.plots.scores import harm_scores
 from dcr.plots.separation import map_2d, probe_cells, question_shares, separability_by_layer, transfer
 from dcr.plots.stage_one import cosine_maps, drift_by_layer, kernel_before_after, layer_choice, maps_before_after, refinement
 from dcr.plots.stage_two import loss_curves
@@ -30,9 +31,9 @@ REDRAW: dict[str, Callable[..., Figure]] = {
     "matched_differences": matched_differences, "bias_frontier": bias_frontier, "robustness": robustness, "ability": ability,
 }
 __all__ = [
-    "REDRAW", "ability", "ablation_levers", "ablation_outcomes", "bias_frontier", "calibration", "categories", "cosine_maps", "cost",
-    "differences", "drift_by_layer", "harm_read", "kernel_before_after", "kernel_matrix", "kernel_similarity", "layer_choice",
-    "loss_curves", "map_2d", "maps_before_after", "matched_differences", "matched_safety", "note", "overview", "plane", "probe_cells",
-    "proposition", "question_shares", "rates_by_form", "refinement", "refusal_probabilities", "refusal_rates", "reliability", "robustness",
-    "separability_by_layer", "shortcut", "similarity", "transfer",
+    "ability", "ablation_levers", "ablation_outcomes", "bias_frontier", "calibration", "categories", "cosine_maps", "cost",
+    "differences", "drift_by_layer", "harm_read", "harm_scores", "kernel_before_after", "kernel_matrix", "kernel_similarity",
+    "layer_choice", "loss_curves", "map_2d", "maps_before_after", "matched_differences", "matched_safety", "note", "overview", "plane",
+    "probe_cells", "proposition", "question_shares", "rates_by_form", "REDRAW", "refinement", "refusal_probabilities", "refusal_rates",
+    "reliability", "robustness", "separability_by_layer", "shortcut", "similarity", "transfer",
 ]
