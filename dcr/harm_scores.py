@@ -53,15 +53,20 @@ def probe_scores(model, tokenizer, prompts: pd.DataFrame, harm: pd.DataFrame, la
 
 
 def scores_table(experiment: Experiment) -> pd.DataFrame:
-    """A row per curve prompt that counts (as in outcomes.csv), a column READER@METHOD of scores; higher: more harmful.
+    """A row per curve prompt of a source that no method and no probe is fitted on, a column READER@METHOD of scores.
 
-    refusal@: refusal probability after alignment. probe@, means@: read at ℓ before alignment, in the base model and after
-    each method's stage 1; fitted on `harm_prompts`. Steered methods have no weights of their own. Written to scores.csv.
+    Higher is more harmful. refusal@: refusal probability after alignment. probe@, means@: read at ℓ before alignment, in the
+    base model and after each method's stage 1; fitted on `harm_prompts`. Steered methods have no weights of their own.
+    Written to scores.csv.
     """
     from dcr.trajectories import refusal_probabilities
 
     prompts = experiment.curve_prompts
-    counted = (prompts["label"].isin(["toxic", "seemingly_toxic"]) & ~prompts["source"].isin(left_out([experiment]))).to_numpy()
+    contrast, fitted = prompts["label"].isin(["toxic", "seemingly_toxic"]), left_out([experiment])
+    both = fitted | set(harm_prompts(experiment.config.profile, experiment.config.seed)["source"])
+    if prompts.loc[contrast & ~prompts["source"].isin(both), "label"].nunique() == 2:  # else bundled data alone: topics held out
+        fitted = both
+    counted = (contrast & ~prompts["source"].isin(fitted)).to_numpy()
     methods = [m for m in experiment.methods if m not in RULES and "steer" not in experiment.stages(m)]
     columns = {f"refusal@{m}": refusal_probabilities(experiment, m, experiment.steps(m)[-1], prompts)[counted] for m in methods}
     for method in ("base", *(m for m in methods if "refine" in experiment.stages(m))):

@@ -34,6 +34,18 @@ def test_scores_of_an_experiment_are_what_its_models_say(experiments):  # noqa: 
     pd.testing.assert_frame_equal(e.read_table("scores"), table)
 
 
+def test_a_source_that_the_probe_was_fitted_on_does_not_count(experiments, monkeypatch):  # noqa: F811
+    from dcr import harm_scores
+
+    e = experiments[0]
+    prompts = e.curve_prompts.assign(source=np.where(e.curve_prompts["pair_id"].str.contains("1"), "bundled", "other"))
+    assert prompts.groupby("source")["label"].nunique().min() >= 2
+    monkeypatch.setattr(e, "curve_prompts", prompts)
+    monkeypatch.setattr(harm_scores, "left_out", lambda _: set())
+    monkeypatch.setattr(harm_scores, "harm_prompts", lambda *a: prompts[prompts["source"] == "bundled"])
+    assert set(scores_table(e)["source"]) == {"other"}
+
+
 def test_auroc_over_seeds_is_the_mean_of_what_scikit_learn_gives_each_pair_of_forms():
     scores = made_up()
     table, differences = score_auroc(scores, "STL", n_boot=200)
