@@ -181,6 +181,14 @@ def test_several_seeds_give_bands_and_one_seed_says_so(tmp_path):
     assert "Mean of 3 seeds" in read_index(many / "figures")["figures"]["plane"]["caption"]
 
 
+def test_an_axis_of_steps_begins_where_its_curves_begin():
+    rows = pd.DataFrame([{"method": "STL", "step": s, "label": "toxic", "value": 0.5, "low": 0.4, "high": 0.6, "seeds": 1}
+                         for s in (15, 30, 44)])
+    left, right = plots.refusal_rates(rows).axes[0].get_xlim()
+    assert 10 < left < 15 and 44 < right < 60
+    assert plots.refusal_rates(pd.concat([rows, rows.assign(step=0)])).axes[0].get_xlim()[0] <= 0
+
+
 def test_rows_that_a_number_names_stay_apart_over_seeds(tmp_path):
     """The bias of a sweep and the target of matched safety name a row; ablations keep a dot a seed."""
     from dcr.figure_data import load_tables

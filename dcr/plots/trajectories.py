@@ -32,7 +32,7 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
                     rows = rows.assign(step=_apart(rows["step"], i - 1))
                     trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
                           marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
-            log_steps(ax, table["step"].max())
+            log_steps(ax, table["step"].max(), table["step"].min())
             ax.set(title=method, ylim=(-0.03, 1.03))
         figure.supxlabel("alignment step (log scale)", fontsize=10)
         figure.supylabel(ylabel, fontsize=10)
