@@ -184,8 +184,9 @@ def test_several_seeds_give_bands_and_one_seed_says_so(tmp_path):
 def test_an_axis_of_steps_begins_where_its_curves_begin():
     rows = pd.DataFrame([{"method": "STL", "step": s, "label": "toxic", "value": 0.5, "low": 0.4, "high": 0.6, "seeds": 1}
                          for s in (15, 30, 44)])
-    left, right = plots.refusal_rates(rows).axes[0].get_xlim()
-    assert 10 < left < 15 and 44 < right < 60
+    axes = plots.refusal_rates(pd.concat([rows, rows.assign(step=rows["step"] + (rows["step"] == 44))])).axes[0]
+    left, right = axes.get_xlim()
+    assert 10 < left < 15 and 44 < right < 60 and [t.get_text() for t in axes.get_xticklabels()] == ["15", "30", "44"]
     assert plots.refusal_rates(pd.concat([rows, rows.assign(step=0)])).axes[0].get_xlim()[0] <= 0
 
 

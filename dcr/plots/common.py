@@ -67,14 +67,21 @@ def one_legend(figure: Figure, axes, columns: int = 4, where: str = "lower") -> 
         figure.legend(handles.values(), handles.keys(), loc=f"outside {where} center", ncols=min(columns, len(handles)))
 
 
-def log_steps(ax, last: float, first: float = 0) -> None:
-    """A logarithmic axis of steps from the first, with plain numbers at 0, 1, 2, 5, 10 ... or, where those crowd, at powers of ten."""
+def log_steps(ax, steps: pd.Series) -> None:
+    """A logarithmic axis of steps, with plain numbers at 0, 1, 2, 5, 10 ... or, where those crowd, at powers of ten.
+
+    Steps of less than a decade, none of them 0, are named themselves, as far as they stand apart.
+    """
+    first, last = steps.min(), steps.max()
     if 0 < first < last < 10 * first:
+        ticks = [first]
+        for step in sorted(set(steps)):
+            ticks += [step] if step > 1.25 * ticks[-1] else []
         ax.set(xscale="log", xlim=(first / 1.15, last * 1.15))
-        return few_log_ticks(ax.xaxis, first, last)
-    ax.set_xscale("symlog", linthresh=1)
-    ticks = [0, *(m * 10**e for e in range(8) for m in (1, 2, 5) if m * 10**e <= last)]
-    ticks = ticks if len(ticks) < 8 else [t for t in ticks if str(t)[0] in "01"]
+    else:
+        ax.set_xscale("symlog", linthresh=1)
+        ticks = [0, *(m * 10**e for e in range(8) for m in (1, 2, 5) if m * 10**e <= last)]
+        ticks = ticks if len(ticks) < 8 else [t for t in ticks if str(t)[0] in "01"]
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.set_xticks([], minor=True)
 

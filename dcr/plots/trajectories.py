@@ -32,7 +32,7 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
                     rows = rows.assign(step=_apart(rows["step"], i - 1))
                     trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
                           marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
-            log_steps(ax, table["step"].max(), table["step"].min())
+            log_steps(ax, table["step"])
             ax.set(title=method, ylim=(-0.03, 1.03))
         figure.supxlabel("alignment step (log scale)", fontsize=10)
         figure.supylabel(ylabel, fontsize=10)
@@ -61,7 +61,7 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
             bars = half_widths(rows, "normalised", "normalised_low", "normalised_high")  # many bands over one another hide all
             axes[0, 0].errorbar(_apart(rows["step"], place), rows["normalised"], yerr=bars, elinewidth=0.8,
                                 capsize=2, **method_look(method), markersize=4.5, label=method)
-        log_steps(axes[0, 0], cross["step"].max())
+        log_steps(axes[0, 0], cross["step"])
         axes[0, 0].set(xlabel="alignment step (log scale)", ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None),
                        title="Kernel, toxic against seemingly toxic prompts")
         one_legend(figure, axes[0], 4)
