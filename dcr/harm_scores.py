@@ -122,6 +122,11 @@ def _columns(scores: pd.DataFrame) -> list[str]:
     return columns
 
 
+def refused_by(scores: pd.DataFrame) -> list[str]:
+    """The methods whose refusal probability a table of scores has."""
+    return [c.removeprefix("refusal@") for c in _columns(scores) if c.startswith("refusal@")]
+
+
 def score_auroc(scores: pd.DataFrame, against: str = "STL", *, n_boot: int = 1000, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """AUROC of every score, toxic against seemingly toxic, over seeds; and its paired difference to the refusals of `against`.
 
@@ -131,8 +136,7 @@ def score_auroc(scores: pd.DataFrame, against: str = "STL", *, n_boot: int = 100
     """
     columns, reference = _columns(scores), f"refusal@{against}"
     if reference not in columns:
-        known = [c.removeprefix("refusal@") for c in columns if c.startswith("refusal@")]
-        raise DCRError(f"score differences: no refusal probability of {against!r}; methods: {', '.join(known)}.")
+        raise DCRError(f"score differences: no refusal probability of {against!r}; methods: {', '.join(refused_by(scores))}.")
     rng = np.random.default_rng([seed, 0xA0C])
     counts = draw_prompts(scores[list(FACTS)], n_boot, rng)
     chosen: dict[int, np.ndarray] = {}  # number of seeds → which are drawn

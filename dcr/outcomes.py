@@ -14,7 +14,7 @@ from dcr.comparisons import curves_of
 from dcr.errors import DCRError
 from dcr.experiment import Experiment
 from dcr.figure_data import load_tables
-from dcr.harm_scores import score_auroc, score_curves
+from dcr.harm_scores import refused_by, score_auroc, score_curves
 from dcr.matched_safety import FACTS, TARGETS, curves_from, matched_differences, matched_safety
 from dcr.store import write_atomic
 
@@ -36,7 +36,7 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
             n_boot: int = 1000) -> dict[str, pd.DataFrame]:
     """Tables `seeds_matched_safety` and `seeds_differences` of a run directory or of one that holds seed-*/.
 
-    With scores.csv there also `seeds_auroc`, `seeds_auroc_differences` and `seeds_score_safety` (see `dcr.harm_scores`).
+    With scores.csv there also `seeds_auroc`, `seeds_score_safety`, and the differences of both (see `dcr.harm_scores`).
     `against`: every method is compared with each. With `out` the tables are written there. Raises DCRError without outcomes.
     """
     tables = load_tables(folder)
@@ -47,10 +47,21 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
               "seeds_differences": pd.concat([matched_differences(curves, a, targets, n_boot=n_boot) for a in against],
                                              ignore_index=True)}
     if "scores" in tables:
-        auroc = [score_auroc(tables["scores"], a, n_boot=n_boot) for a in against]
-        result |= {"seeds_auroc": auroc[0][0], "seeds_auroc_differences": pd.concat([d for _, d in auroc], ignore_index=True),
-                   "seeds_score_safety": matched_safety(score_curves(tables["scores"]), targets, n_boot=n_boot)}
+        result |= _scored(tables["scores"], against, targets, n_boot)
     for name, table in result.items():
         if out:
             write_atomic(Path(out) / f"{name}.csv", table.to_csv(index=False))
+    return result
+
+
+def _scored(scores: pd.DataFrame, against: Sequence[str], targets: Sequence[float], n_boot: int) -> dict[str, pd.DataFrame]:
+    """The tables of scores; a steered method has none of its own, and nothing is compared with it there."""
+    known = [a for a in against if f"refusal@{a}" in scores]
+    auroc = {a: score_auroc(scores, a, n_boot=n_boot) for a in known or [refused_by(scores)[0]]}
+    curves = score_curves(scores)
+    result = {"seeds_auroc": next(iter(auroc.values()))[0], "seeds_score_safety": matched_safety(curves, targets, n_boot=n_boot)}
+    if known:
+        paired = [matched_differences(curves, f"refusal@{a}", targets, n_boot=n_boot) for a in known]
+        result |= {"seeds_auroc_differences": pd.concat([d for _, d in auroc.values()], ignore_index=True),
+                   "seeds_score_differences": pd.concat(paired, ignore_index=True)}
     return result

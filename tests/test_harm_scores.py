@@ -77,8 +77,18 @@ def test_a_threshold_on_a_score_is_a_curve_from_refusing_nothing_to_refusing_all
 
 
 def test_compare_writes_the_tables_of_scores_and_wrong_input_is_named(tmp_path):
-    found = compare(fake_run.write_run(tmp_path / "run", seeds=2), against=("STL", "DCR"), out=tmp_path / "out", n_boot=20)
+    run = fake_run.write_run(tmp_path / "run", seeds=2)
+    found = compare(run, against=("STL", "DCR"), out=tmp_path / "out", n_boot=20)
+    for seed in (0, 1):  # DCR as a method that steers: outcomes, but no scores of its own
+        path = run / f"seed-{seed}" / "tables" / "scores.csv"
+        pd.read_csv(path).drop(columns="refusal@DCR").to_csv(path, index=False)
+    steered = compare(run, against=("DCR",), n_boot=20)
+    assert set(steered["seeds_differences"]["against"]) == {"DCR"} and "seeds_auroc_differences" not in steered
     assert set(found["seeds_auroc_differences"]["against"]) == {"STL", "DCR"} and (tmp_path / "out" / "seeds_score_safety.csv").exists()
+    difference = found["seeds_score_differences"].set_index(["method", "against", "quantity", "target"])["difference"]
+    read = found["seeds_score_safety"].set_index(["method", "quantity", "target"])["compliance"]
+    expected = read["refusal@DCR", "compliance", 0.8] - read["refusal@STL", "compliance", 0.8]
+    assert difference["refusal@DCR", "refusal@STL", "compliance", 0.8] == pytest.approx(expected)
     with pytest.raises(DCRError, match="no refusal probability of 'SCANS'; methods: STL, DCR"):
         score_auroc(made_up(), "SCANS")
     with pytest.raises(DCRError, match="column 'seed' is missing"):
