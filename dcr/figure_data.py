@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.errors import DCRError
-from dcr.harm_scores import refused_by, score_auroc, score_curves
+from dcr.harm_scores import score_auroc, score_curves
 from dcr.matched_safety import TARGETS, curves_from, matched_differences, matched_safety
 from dcr.rates import by_form, class_rates, plane_points
 from dcr.seeds import over_seeds
@@ -147,7 +147,7 @@ def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:
 def seeds_scores(tables: Tables) -> dict[str, pd.DataFrame]:
     """AUROC of every score over all seeds, and the compliance of a threshold on it."""
     scores = tables["scores"]
-    return {"auroc": score_auroc(scores, refused_by(scores)[0])[0], "safety": matched_safety(score_curves(scores), TARGETS[:1])}
+    return {"auroc": score_auroc(scores)[0], "safety": matched_safety(score_curves(scores), TARGETS[:1])}
 
 
 def refinement(tables: Tables) -> dict[str, pd.DataFrame]:

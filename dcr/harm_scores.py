@@ -22,7 +22,6 @@ from dcr.resampling import draw_seeds, percentiles, unit_of
 
 HARM_ROWS = 200  # prompts a class that the probe is fitted on
 THRESHOLDS = 33  # points of a score's curve: its DSR moves in steps of 1/32
-READERS = {"refusal": "refusal probability", "probe": "linear probe at ℓ", "means": "difference of class means at ℓ"}
 
 
 def harm_prompts(profile: str, seed: int) -> pd.DataFrame:
@@ -80,19 +79,18 @@ def scores_table(experiment: Experiment) -> pd.DataFrame:
 def _probe(experiment: Experiment, method: str, prompts: pd.DataFrame) -> Mapping[str, np.ndarray]:
     """`probe_scores` of a method's model before alignment; kept in the run directory."""
     from dcr.data.sets import table_hash
-    from dcr.models import decoder_layers, resolve_layer
+    from dcr.trajectories import refinement_layer
 
     harm, options = harm_prompts(experiment.config.profile, experiment.config.seed), experiment.recipe(method).refine
-    chosen = experiment.refined(method).manifest["layer"] if "refine" in experiment.stages(method) else options.layer
+    layer = experiment.refined(method).manifest["layer"] if "refine" in experiment.stages(method) else refinement_layer(experiment, method)
     key = {"weights": experiment.weights_key(method, 0), "prompts": table_hash(prompts), "harm": table_hash(harm),
-           "layer": chosen, "pooling": options.pooling}
+           "layer": layer, "pooling": options.pooling}
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method, 0)
-        path = experiment.config.model.layers_path
-        layer = resolve_layer(chosen, len(decoder_layers(model, path)))
-        np.savez(folder / "scores.npz", **probe_scores(model, tokenizer, prompts, harm, layer, pooling=options.pooling,
-                                                       max_length=options.max_length, layers_path=path))
+        scores = probe_scores(model, tokenizer, prompts, harm, layer, pooling=options.pooling, max_length=options.max_length,
+                              layers_path=experiment.config.model.layers_path)
+        np.savez(folder / "scores.npz", **scores)
         return {"layer": layer, "harm_prompts": len(harm)}
 
     artifact = experiment.store.get("probe", method, key, build)
@@ -122,21 +120,18 @@ def _columns(scores: pd.DataFrame) -> list[str]:
     return columns
 
 
-def refused_by(scores: pd.DataFrame) -> list[str]:
-    """The methods whose refusal probability a table of scores has."""
-    return [c.removeprefix("refusal@") for c in _columns(scores) if c.startswith("refusal@")]
-
-
-def score_auroc(scores: pd.DataFrame, against: str = "STL", *, n_boot: int = 1000, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
+def score_auroc(scores: pd.DataFrame, against: str = "", *, n_boot: int = 1000, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """AUROC of every score, toxic against seemingly toxic, over seeds; and its paired difference to the refusals of `against`.
 
     First table: reader, method, toxic_form, harmless_form ("balanced": the mean of the pairs of forms), auroc, low, high, seeds.
     Second: reader, method, against, difference, low, high, seeds, of balanced AUROC. Intervals draw prompts, with their
-    swapped twins, and seeds, alike for all. Raises DCRError when `against` has no refusal probabilities.
+    swapped twins, and seeds, alike for all. Raises DCRError when `against` has no refusal probabilities (none given: no
+    second table), or seeds have prompts of different forms.
     """
     columns, reference = _columns(scores), f"refusal@{against}"
-    if reference not in columns:
-        raise DCRError(f"score differences: no refusal probability of {against!r}; methods: {', '.join(refused_by(scores))}.")
+    if against and reference not in columns:
+        known = [c.removeprefix("refusal@") for c in columns if c.startswith("refusal@")]
+        raise DCRError(f"score differences: no refusal probability of {against!r}; methods: {', '.join(known)}.")
     rng = np.random.default_rng([seed, 0xA0C])
     counts = draw_prompts(scores[list(FACTS)], n_boot, rng)
     chosen: dict[int, np.ndarray] = {}  # number of seeds → which are drawn
@@ -148,6 +143,8 @@ def score_auroc(scores: pd.DataFrame, against: str = "STL", *, n_boot: int = 100
             values = rows[column].to_numpy(dtype=float)
             points.append(auroc_by_form(rows, values))
             draws.append(auroc_draws(rows, values, drawn, points[-1]))
+        if len({len(p) for p in points}) > 1:
+            raise DCRError(f"scores of {column}: the seeds have prompts of different forms; compare seeds of one profile.")
         picked = chosen.setdefault(len(points), draw_seeds(len(points), n_boot, rng))
         over = np.stack(draws)[picked, :, np.arange(n_boot)[:, None]].mean(1)  # [n_boot, pairs of forms]
         bounds = [percentiles(over[:, i]) for i in range(over.shape[1])]
@@ -158,7 +155,7 @@ def score_auroc(scores: pd.DataFrame, against: str = "STL", *, n_boot: int = 100
         tables.append(table)
         replicates[column] = (float(table["auroc"].iloc[-1]), over[:, -1], len(points))
     rows = []
-    for column in (c for c in columns if c != reference):
+    for column in (c for c in columns if against and c != reference):
         reader, method = column.split("@", 1)
         low, high = percentiles(replicates[column][1] - replicates[reference][1])
         rows.append({"reader": reader, "method": method, "against": against, "difference": replicates[column][0] - replicates[reference][0],

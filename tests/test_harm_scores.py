@@ -89,6 +89,10 @@ def test_compare_writes_the_tables_of_scores_and_wrong_input_is_named(tmp_path):
     read = found["seeds_score_safety"].set_index(["method", "quantity", "target"])["compliance"]
     expected = read["refusal@DCR", "compliance", 0.8] - read["refusal@STL", "compliance", 0.8]
     assert difference["refusal@DCR", "refusal@STL", "compliance", 0.8] == pytest.approx(expected)
+    one = made_up()
+    one = one[(one["seed"] == 0) | (one["form"] == "question")]
+    with pytest.raises(DCRError, match="scores of refusal@STL: the seeds have prompts of different forms"):
+        score_auroc(one, "STL", n_boot=5)
     with pytest.raises(DCRError, match="no refusal probability of 'SCANS'; methods: STL, DCR"):
         score_auroc(made_up(), "SCANS")
     with pytest.raises(DCRError, match="column 'seed' is missing"):
