@@ -147,7 +147,7 @@ def seeds_differences(tables: Tables) -> dict[str, pd.DataFrame]:
 def seeds_scores(tables: Tables) -> dict[str, pd.DataFrame]:
     """AUROC of every score over all seeds, and the compliance of a threshold on it."""
     scores = tables["scores"]
-    return {"auroc": score_auroc(scores)[0], "safety": matched_safety(score_curves(scores), TARGETS[:1])}
+    return {"auroc": score_auroc(scores), "safety": matched_safety(score_curves(scores), TARGETS[:1])}
 
 
 def refinement(tables: Tables) -> dict[str, pd.DataFrame]:

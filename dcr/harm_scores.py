@@ -120,23 +120,47 @@ def _columns(scores: pd.DataFrame) -> list[str]:
     return columns
 
 
-def score_auroc(scores: pd.DataFrame, against: str = "", *, n_boot: int = 1000, seed: int = 0) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """AUROC of every score, toxic against seemingly toxic, over seeds; and its paired difference to the refusals of `against`.
+def score_auroc(scores: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """AUROC of every score, toxic against seemingly toxic, over seeds, per pair of forms and "balanced", their mean.
 
-    First table: reader, method, toxic_form, harmless_form ("balanced": the mean of the pairs of forms), auroc, low, high, seeds.
-    Second: reader, method, against, difference, low, high, seeds, of balanced AUROC. Intervals draw prompts, with their
-    swapped twins, and seeds, alike for all. Raises DCRError when `against` has no refusal probabilities (none given: no
-    second table), or seeds have prompts of different forms.
+    Columns: reader, method, toxic_form, harmless_form, auroc, low, high, seeds. Intervals draw prompts, with their swapped
+    twins, and seeds. Raises DCRError for seeds with prompts of different forms.
     """
-    columns, reference = _columns(scores), f"refusal@{against}"
-    if against and reference not in columns:
-        known = [c.removeprefix("refusal@") for c in columns if c.startswith("refusal@")]
+    tables = []
+    for column, (table, draws) in _over_seeds(scores, n_boot, seed).items():
+        reader, method = column.split("@", 1)
+        bounds = [percentiles(d) for d in draws.T]
+        tables.append(table.assign(reader=reader, method=method, low=[b[0] for b in bounds], high=[b[1] for b in bounds]))
+    whole = pd.concat(tables, ignore_index=True)
+    return whole[["reader", "method", "toxic_form", "harmless_form", "auroc", "low", "high", "seeds"]]
+
+
+def score_differences(scores: pd.DataFrame, against: str, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+    """Balanced AUROC of every score minus that of the refusals of `against`, both on the same draws of prompts and seeds.
+
+    Columns: reader, method, against, difference, low, high, seeds. Raises DCRError when `against` has no refusal probability.
+    """
+    over, reference = _over_seeds(scores, n_boot, seed), f"refusal@{against}"
+    if reference not in over:
+        known = [c.removeprefix("refusal@") for c in over if c.startswith("refusal@")]
         raise DCRError(f"score differences: no refusal probability of {against!r}; methods: {', '.join(known)}.")
+    rows, (other, drawn) = [], over.pop(reference)
+    for column, (table, draws) in over.items():
+        reader, method = column.split("@", 1)
+        low, high = percentiles(draws[:, -1] - drawn[:, -1])
+        difference = table["auroc"].iloc[-1] - other["auroc"].iloc[-1]
+        rows.append({"reader": reader, "method": method, "against": against, "difference": difference, "low": low, "high": high,
+                     "seeds": table["seeds"].iloc[-1]})
+    return pd.DataFrame(rows)
+
+
+def _over_seeds(scores: pd.DataFrame, n_boot: int, seed: int) -> dict[str, tuple[pd.DataFrame, np.ndarray]]:
+    """{column: (AUROC of each pair of forms, balanced last; its draws [n_boot, pairs])}; draws are alike for all columns."""
     rng = np.random.default_rng([seed, 0xA0C])
     counts = draw_prompts(scores[list(FACTS)], n_boot, rng)
     chosen: dict[int, np.ndarray] = {}  # number of seeds → which are drawn
-    tables, replicates = [], {}
-    for column in columns:
+    result = {}
+    for column in _columns(scores):
         points, draws = [], []
         for _, rows in scores[scores[column].notna()].groupby("seed", sort=True):
             rows, drawn = rows.reset_index(drop=True), counts[rows["id"].map(unit_of)].to_numpy()
@@ -146,19 +170,6 @@ def score_auroc(scores: pd.DataFrame, against: str = "", *, n_boot: int = 1000, 
         if len({len(p) for p in points}) > 1:
             raise DCRError(f"scores of {column}: the seeds have prompts of different forms; compare seeds of one profile.")
         picked = chosen.setdefault(len(points), draw_seeds(len(points), n_boot, rng))
-        over = np.stack(draws)[picked, :, np.arange(n_boot)[:, None]].mean(1)  # [n_boot, pairs of forms]
-        bounds = [percentiles(over[:, i]) for i in range(over.shape[1])]
-        reader, method = column.split("@", 1)
-        table = points[0][["toxic_form", "harmless_form"]].assign(
-            reader=reader, method=method, auroc=np.mean([p["auroc"] for p in points], axis=0), low=[b[0] for b in bounds],
-            high=[b[1] for b in bounds], seeds=len(points))
-        tables.append(table)
-        replicates[column] = (float(table["auroc"].iloc[-1]), over[:, -1], len(points))
-    rows = []
-    for column in (c for c in columns if against and c != reference):
-        reader, method = column.split("@", 1)
-        low, high = percentiles(replicates[column][1] - replicates[reference][1])
-        rows.append({"reader": reader, "method": method, "against": against, "difference": replicates[column][0] - replicates[reference][0],
-                     "low": low, "high": high, "seeds": replicates[column][2]})
-    whole = pd.concat(tables, ignore_index=True)
-    return whole[["reader", "method", "toxic_form", "harmless_form", "auroc", "low", "high", "seeds"]], pd.DataFrame(rows)
+        table = points[0][["toxic_form", "harmless_form"]].assign(auroc=np.mean([p["auroc"] for p in points], axis=0), seeds=len(points))
+        result[column] = table, np.stack(draws)[picked, :, np.arange(n_boot)[:, None]].mean(1)
+    return result

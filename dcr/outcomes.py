@@ -14,7 +14,7 @@ from dcr.comparisons import curves_of
 from dcr.errors import DCRError
 from dcr.experiment import Experiment
 from dcr.figure_data import load_tables
-from dcr.harm_scores import score_auroc, score_curves
+from dcr.harm_scores import score_auroc, score_curves, score_differences
 from dcr.matched_safety import FACTS, TARGETS, curves_from, matched_differences, matched_safety
 from dcr.store import write_atomic
 
@@ -56,12 +56,11 @@ def compare(folder: str | Path, *, against: Sequence[str] = ("STL",), targets: S
 
 def _scored(scores: pd.DataFrame, against: Sequence[str], targets: Sequence[float], n_boot: int) -> dict[str, pd.DataFrame]:
     """The tables of scores; a steered method has none of its own, and nothing is compared with it there."""
-    known = [a for a in against if f"refusal@{a}" in scores]
-    auroc = {a: score_auroc(scores, a, n_boot=n_boot) for a in known or [""]}
     curves = score_curves(scores)
-    result = {"seeds_auroc": next(iter(auroc.values()))[0], "seeds_score_safety": matched_safety(curves, targets, n_boot=n_boot)}
-    if known:
-        paired = [matched_differences(curves, f"refusal@{a}", targets, n_boot=n_boot) for a in known]
-        result |= {"seeds_auroc_differences": pd.concat([d for _, d in auroc.values()], ignore_index=True),
-                   "seeds_score_differences": pd.concat(paired, ignore_index=True)}
+    result = {"seeds_auroc": score_auroc(scores, n_boot=n_boot), "seeds_score_safety": matched_safety(curves, targets, n_boot=n_boot)}
+    if known := [a for a in against if f"refusal@{a}" in scores]:
+        result |= {
+            "seeds_auroc_differences": pd.concat([score_differences(scores, a, n_boot=n_boot) for a in known], ignore_index=True),
+            "seeds_score_differences": pd.concat([matched_differences(curves, f"refusal@{a}", targets, n_boot=n_boot) for a in known],
+                                                 ignore_index=True)}
     return result

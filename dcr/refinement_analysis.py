@@ -70,15 +70,10 @@ def drift_by_layer(experiment: Experiment, method: str = "DCR", per_class: int =
     return table
 
 
-def kernel_before_after(experiment: Experiment, *methods: str) -> pd.DataFrame:
-    """Kernel rows (see `kernel_table`) of toxic prompts with each class, before and after stage 1, `when` in place of method.
-
-    methods: default DCR; of several each stands under its own name, the base model under "base".
-    """
-    names = {m: m for m in methods} if len(methods) > 1 else {(methods or ("DCR",))[0]: "after"}
-    names = {"STL": "base" if len(methods) > 1 else "before", **names}  # before alignment, STL is the base model
-    every = (kernel_table(experiment, m, 0).assign(when=w) for m, w in names.items())
-    table = pd.concat(every, ignore_index=True).drop(columns="method").query("class_a == 'toxic'")
+def kernel_before_after(experiment: Experiment, method: str = "DCR") -> pd.DataFrame:
+    """Kernel rows (see `kernel_table`) of toxic prompts with each class, before and after stage 1, `when` in place of method."""
+    both = (kernel_table(experiment, m, 0).assign(when=w) for m, w in (("STL", "before"), (method, "after")))
+    table = pd.concat(both, ignore_index=True).drop(columns="method").query("class_a == 'toxic'")
     experiment.write_table("refinement_kernel", table)
     return table
 

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from test_comparisons import experiments  # noqa: F401 (a fixture)
 
 from dcr.errors import DCRError
-from dcr.harm_scores import score_auroc, score_curves, scores_table
+from dcr.harm_scores import score_auroc, score_curves, score_differences, scores_table
 from dcr.matched_safety import matched_safety
 from dcr.outcomes import compare
 
@@ -48,7 +48,7 @@ def test_a_source_that_the_probe_was_fitted_on_does_not_count(experiments, monke
 
 def test_auroc_over_seeds_is_the_mean_of_what_scikit_learn_gives_each_pair_of_forms():
     scores = made_up()
-    table, differences = score_auroc(scores, "STL", n_boot=200)
+    table, differences = score_auroc(scores, n_boot=200), score_differences(scores, "STL", n_boot=200)
     got = table.set_index(["reader", "method", "toxic_form", "harmless_form"])["auroc"]
     each = []
     for _, rows in scores.groupby("seed"):
@@ -62,7 +62,7 @@ def test_auroc_over_seeds_is_the_mean_of_what_scikit_learn_gives_each_pair_of_fo
     assert ("refusal", "STL") not in told.index and told.loc[("refusal", "DCR"), "low"] > 0
     expected = balanced.loc[("refusal", "DCR"), "auroc"] - balanced.loc[("refusal", "STL"), "auroc"]
     assert told.loc[("refusal", "DCR"), "difference"] == pytest.approx(expected)
-    pd.testing.assert_frame_equal(score_auroc(scores, "STL", n_boot=200)[0], table)
+    pd.testing.assert_frame_equal(score_auroc(scores, n_boot=200), table)
 
 
 def test_a_threshold_on_a_score_is_a_curve_from_refusing_nothing_to_refusing_all():
@@ -92,8 +92,8 @@ def test_compare_writes_the_tables_of_scores_and_wrong_input_is_named(tmp_path):
     one = made_up()
     one = one[(one["seed"] == 0) | (one["form"] == "question")]
     with pytest.raises(DCRError, match="scores of refusal@STL: the seeds have prompts of different forms"):
-        score_auroc(one, "STL", n_boot=5)
+        score_auroc(one, n_boot=5)
     with pytest.raises(DCRError, match="no refusal probability of 'SCANS'; methods: STL, DCR"):
-        score_auroc(made_up(), "SCANS")
+        score_differences(made_up(), "SCANS")
     with pytest.raises(DCRError, match="column 'seed' is missing"):
         score_auroc(made_up().drop(columns="seed"))

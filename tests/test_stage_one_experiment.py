@@ -47,12 +47,6 @@ def test_automatic_layer_and_before_and_after(folder, tmp_path):
     for name, table in drawn.items():  # from the files, as notebook 05 draws them
         read = pd.read_csv(tmp_path / "tables" / f"{name}.csv")
         assert len(read) == len(table) and plots.REDRAW[name](read).axes
-    several = refinement_analysis.kernel_before_after(experiment, "DCR", "DCR-tuned")
-    assert list(dict.fromkeys(several["when"])) == ["base", "DCR", "DCR-tuned"]
-    rows = {w: several[several["when"] == w]["normalised"].tolist() for w in several["when"]}
-    assert rows["base"] == kernel[kernel["when"] == "before"]["normalised"].tolist() and rows["DCR-tuned"] != rows["DCR"]
-    ticks = [t.get_text() for t in plots.kernel_before_after(several).axes[0].get_xticklabels()]
-    assert ticks == ["base", "DCR,\nstage 1", "DCR-tuned,\nstage 1"]
 
 
 def test_xstest_in_training_marks_xstest_in_later_tables(folder, tmp_path):

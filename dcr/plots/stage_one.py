@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dcr.plots.common import need, new_axes
-from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_MARKERS, CLASS_NAMES, METHOD_COLOURS, METHOD_LINES, look
+from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_NAMES, METHOD_COLOURS, METHOD_LINES, look
 
 FORM_MARKERS = {"question": "o", "imperative": "^", "statement": "s"}
 
@@ -88,21 +87,18 @@ def drift_by_layer(table: pd.DataFrame) -> Figure:
 
 
 def kernel_before_after(table: pd.DataFrame) -> Figure:
-    """Normalised kernel similarity of toxic prompts with each class, before and after stage 1 (of one method or several), 95 %."""
+    """Normalised kernel similarity of toxic prompts with each class, before and after stage 1, 95 % over prompts."""
     need(table, "when", "class_b", "normalised", "normalised_low", "normalised_high")
     whens = list(dict.fromkeys(table["when"]))
     with look():
         figure, axes = new_axes(5, 3.4)
         ax = axes[0, 0]
-        several = len(whens) > 2
-        for i, (label, rows) in enumerate(table.groupby("class_b", sort=False)):
+        for label, rows in table.groupby("class_b", sort=False):
             rows = rows.set_index("when").loc[whens]
             half = (rows["normalised"] - rows["normalised_low"], rows["normalised_high"] - rows["normalised"])
-            ax.errorbar(np.arange(len(whens)) + 0.12 * (i - 1) * several, rows["normalised"], yerr=[h.clip(lower=0) for h in half],
-                        capsize=3, marker=CLASS_MARKERS[label] if several else "o", linestyle="none" if several else CLASS_LINES[label],
-                        color=CLASS_COLOURS[label], label=f"toxic with {CLASS_NAMES[label]}")
-        ax.set_xticks(range(len(whens)), [f"{w} stage 1" if w in ("before", "after") else f"{w},\nstage 1" if w != "base" else w
-                                          for w in whens])
+            ax.errorbar(range(len(whens)), rows["normalised"], yerr=[h.clip(lower=0) for h in half], capsize=3, marker="o",
+                        linestyle=CLASS_LINES[label], color=CLASS_COLOURS[label], label=f"toxic with {CLASS_NAMES[label]}")
+        ax.set_xticks(range(len(whens)), [f"{w} stage 1" for w in whens])
         ax.set(ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None), xlim=(-0.3, len(whens) - 0.7), title="Kernel similarity")
         figure.legend(loc="outside lower center", ncols=2)
     return figure
