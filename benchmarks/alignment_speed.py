@@ -21,12 +21,12 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 import dcr
-from dcr.adapters import train_blocks
-from dcr.alignment import IGNORED, Examples, align, length_grouped_batches
 from dcr.config import AlignConfig, load_config
 from dcr.data.sets import alignment_mix
-from dcr.estimate import counts, matrix_rate
-from dcr.store import environment, write_atomic
+from dcr.run.store import environment, write_atomic
+from dcr.tables.estimate import counts, matrix_rate
+from dcr.train.adapters import train_blocks
+from dcr.train.align import IGNORED, Examples, align, length_grouped_batches
 
 WARMUP = 2  # steps that are not timed
 
@@ -51,8 +51,11 @@ def ours(mix, config: AlignConfig, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         history = align(model, tokenizer, mix, config=config, seed=seed, work_dir=folder).history
     seconds, tokens = [r["seconds"] for r in history], [r["tokens"] for r in history]
-    return {"losses": [r["loss"] for r in history], "tokens": tokens[-1] - tokens[WARMUP - 1],
-            "seconds": seconds[-1] - seconds[WARMUP - 1]}
+    return {
+        "losses": [r["loss"] for r in history],
+        "tokens": tokens[-1] - tokens[WARMUP - 1],
+        "seconds": seconds[-1] - seconds[WARMUP - 1],
+    }
 
 
 def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None) -> dict:
@@ -63,46 +66,100 @@ def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None)
     model, tokenizer = dcr.load_model("embedded", device="cpu")
     examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)
     order = [r for b in batches for r in b] if batches else range(len(examples))
-    rows = [{"input_ids": examples.ids[r], "completion_mask": [int(i >= examples.starts[r]) for i in range(len(examples.ids[r]))]}
-            for r in order]
+    rows = [
+        {
+            "input_ids": examples.ids[r],
+            "completion_mask": [int(i >= examples.starts[r]) for i in range(len(examples.ids[r]))],
+        }
+        for r in order
+    ]
     set_seed(seed)
-    model = train_blocks(model, 0, len(model.model.layers), rank=config.lora_rank, alpha=config.lora_alpha,
-                         targets=config.lora_targets, dropout=config.lora_dropout)
+    model = train_blocks(
+        model,
+        0,
+        len(model.model.layers),
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        targets=config.lora_targets,
+        dropout=config.lora_dropout,
+    )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = SFTConfig(output_dir=folder, max_steps=config.max_steps, per_device_train_batch_size=config.batch_size,
-                         learning_rate=config.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=0, weight_decay=0.0,
-                         max_grad_norm=1.0, optim="adamw_torch", bf16=config.bf16, gradient_checkpointing=False, use_cpu=True,
-                         seed=seed, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
-                         completion_only_loss=True, max_length=config.max_length, dataloader_pin_memory=False,
-                         **({"train_sampling_strategy": "sequential"} if batches else {}))
-        trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                             callbacks=[clock])
+        args = SFTConfig(
+            output_dir=folder,
+            max_steps=config.max_steps,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=0,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch",
+            bf16=config.bf16,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            seed=seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            completion_only_loss=True,
+            max_length=config.max_length,
+            dataloader_pin_memory=False,
+            **({"train_sampling_strategy": "sequential"} if batches else {}),
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[clock],
+        )
         read = []
         collate = trainer.data_collator
-        trainer.data_collator = lambda items: read.append(sum(len(i["input_ids"]) for i in items)) or collate(items)
+        trainer.data_collator = lambda items: (
+            read.append(sum(len(i["input_ids"]) for i in items)) or collate(items)
+        )
         trainer.train()
-    return {"losses": clock.losses[: config.max_steps], "tokens": sum(read[WARMUP : config.max_steps]),
-            "seconds": clock.times[-1] - clock.times[WARMUP - 1]}
+    return {
+        "losses": clock.losses[: config.max_steps],
+        "tokens": sum(read[WARMUP : config.max_steps]),
+        "seconds": clock.times[-1] - clock.times[WARMUP - 1],
+    }
 
 
 def main() -> None:
     """Run, compare, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "alignment_speed.json"))
+    parser.add_argument(
+        "--out", default=str(Path(__file__).parent / "results" / "alignment_speed.json")
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     profile = load_config("quick")
     mix = alignment_mix(profile)
-    config = AlignConfig(batch_size=16, max_steps=options.steps, warmup=0.0, bf16=True, checkpoints="last", save_steps=10**6)
+    config = AlignConfig(
+        batch_size=16,
+        max_steps=options.steps,
+        warmup=0.0,
+        bf16=True,
+        checkpoints="last",
+        save_steps=10**6,
+    )
     model, tokenizer = dcr.load_model("embedded", device="cpu")
     examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)
-    batches = length_grouped_batches([len(i) for i in examples.ids], config.batch_size, options.steps, 0)
+    batches = length_grouped_batches(
+        [len(i) for i in examples.ids], config.batch_size, options.steps, 0
+    )
     labelled = sum(int((examples.collate(b)["labels"] != IGNORED).sum()) for b in batches[WARMUP:])
-    size = counts(model, 0, len(model.model.layers), rank=config.lora_rank, targets=config.lora_targets)
+    size = counts(
+        model, 0, len(model.model.layers), rank=config.lora_rank, targets=config.lora_targets
+    )
     del model
     rates, runs = [], {"ours": [], "trl": [], "trl_own_batches": []}
     for _ in range(options.rounds):
@@ -112,17 +169,36 @@ def main() -> None:
         runs["trl_own_batches"].append(theirs(mix, config, 0, None))
     speed = {name: max(r["tokens"] / r["seconds"] for r in each) for name, each in runs.items()}
     best = min(runs["ours"], key=lambda r: r["seconds"] / r["tokens"])
-    flops = 4 * size["blocks"] * best["tokens"] + 4 * size["head"] * labelled  # forward and gradients of activations
-    gap = [abs(a - b) for a, b in zip(runs["ours"][0]["losses"], runs["trl"][0]["losses"], strict=True)]
-    result = {"model": "embedded", "steps": options.steps, "batch_size": config.batch_size, "lora_rank": config.lora_rank,
-              "lora_targets": list(config.lora_targets), "dtype": "bfloat16 autocast", "threads": options.threads,
-              "tokens_per_second": speed, "ratio_same_batches": speed["ours"] / speed["trl"],
-              "ratio_trl_own_batches": speed["ours"] / speed["trl_own_batches"], "largest_loss_difference": max(gap),
-              "mean_loss_difference": sum(gap) / len(gap), "losses": {n: runs[n][0]["losses"] for n in ("ours", "trl")},
-              "matrix_rate_gflops": max(rates) / 1e9, "share_of_matrix_rate": flops / best["seconds"] / max(rates),
-              "environment": environment()}
+    flops = (
+        4 * size["blocks"] * best["tokens"] + 4 * size["head"] * labelled
+    )  # forward and gradients of activations
+    gap = [
+        abs(a - b) for a, b in zip(runs["ours"][0]["losses"], runs["trl"][0]["losses"], strict=True)
+    ]
+    result = {
+        "model": "embedded",
+        "steps": options.steps,
+        "batch_size": config.batch_size,
+        "lora_rank": config.lora_rank,
+        "lora_targets": list(config.lora_targets),
+        "dtype": "bfloat16 autocast",
+        "threads": options.threads,
+        "tokens_per_second": speed,
+        "ratio_same_batches": speed["ours"] / speed["trl"],
+        "ratio_trl_own_batches": speed["ours"] / speed["trl_own_batches"],
+        "largest_loss_difference": max(gap),
+        "mean_loss_difference": sum(gap) / len(gap),
+        "losses": {n: runs[n][0]["losses"] for n in ("ours", "trl")},
+        "matrix_rate_gflops": max(rates) / 1e9,
+        "share_of_matrix_rate": flops / best["seconds"] / max(rates),
+        "environment": environment(),
+    }
     write_atomic(Path(options.out), json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k not in ("environment", "losses")}, indent=1))
+    print(
+        json.dumps(
+            {k: v for k, v in result.items() if k not in ("environment", "losses")}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 import transformers
 
-from dcr.chat import render
 from dcr.data.loaders import load_bundled
-from dcr.generation import generate, inference_dtype
-from dcr.models import load
-from dcr.store import write_atomic
+from dcr.lm.chat import render
+from dcr.lm.generate import generate, inference_dtype
+from dcr.lm.load import load
+from dcr.run.store import write_atomic
 
 
 def timed(run) -> tuple[float, list]:
@@ -38,9 +38,12 @@ def side_by_side(ours, theirs, repeats: int, n: int) -> dict:
     """Prompts per second of both, and the median of the ratios of runs that stood next to each other."""
     ours(), theirs()
     pairs = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
-    return {"ours_prompts_per_second": round(n / statistics.median(a for a, _ in pairs), 3),
-            "theirs_prompts_per_second": round(n / statistics.median(b for _, b in pairs), 3),
-            "ratio": round(statistics.median(b / a for a, b in pairs), 3), "ratios": [round(b / a, 3) for a, b in pairs]}
+    return {
+        "ours_prompts_per_second": round(n / statistics.median(a for a, _ in pairs), 3),
+        "theirs_prompts_per_second": round(n / statistics.median(b for _, b in pairs), 3),
+        "ratio": round(statistics.median(b / a for a, b in pairs), 3),
+        "ratios": [round(b / a, 3) for a, b in pairs],
+    }
 
 
 def main() -> None:
@@ -61,28 +64,52 @@ def main() -> None:
 
     def pipe(of_model, size):
         maker = transformers.pipeline("text-generation", model=of_model, tokenizer=tokenizer)
-        return lambda: [row[0]["generated_text"].strip() for row in maker(rendered, batch_size=size, add_special_tokens=False, **greedy)]
+        return lambda: [
+            row[0]["generated_text"].strip()
+            for row in maker(rendered, batch_size=size, add_special_tokens=False, **greedy)
+        ]
 
     def ours(of_model, size):
-        return lambda: generate(of_model, tokenizer, table, max_new_tokens=args.max_new_tokens, batch_size=size)["response"].tolist()
+        return lambda: generate(
+            of_model, tokenizer, table, max_new_tokens=args.max_new_tokens, batch_size=size
+        )["response"].tolist()
 
-    result = {"model": "SmolLM2-135M-Instruct (embedded)", "prompts": len(texts), "max_new_tokens": args.max_new_tokens,
-              "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__,
-              "machine": platform.machine()}
+    result = {
+        "model": "SmolLM2-135M-Instruct (embedded)",
+        "prompts": len(texts),
+        "max_new_tokens": args.max_new_tokens,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
     mine, library = ours(model, args.batch_size), pipe(model, args.batch_size)
     differing = [i for i, (a, b) in enumerate(zip(mine(), library(), strict=True)) if a != b]
     if differing:
-        raise SystemExit(f"{len(differing)} of {len(texts)} fp32 answers differ from the pipeline's, first at prompt {differing[0]}")
-    result["equal"] = {"dtype": "float32", "batch_size": args.batch_size, "answers_equal": True,
-                       **side_by_side(mine, library, args.repeats, len(texts))}
+        raise SystemExit(
+            f"{len(differing)} of {len(texts)} fp32 answers differ from the pipeline's, first at prompt {differing[0]}"
+        )
+    result["equal"] = {
+        "dtype": "float32",
+        "batch_size": args.batch_size,
+        "answers_equal": True,
+        **side_by_side(mine, library, args.repeats, len(texts)),
+    }
     print(json.dumps(result["equal"]), flush=True)
     theirs = pipe(model, 1)
     dtype = inference_dtype("auto", "cpu")
     fast, _ = load("embedded", dtype=str(dtype).removeprefix("torch."))
-    result["defaults"] = {"our_dtype": str(dtype), "our_batch_size": 64, "their_batch_size": 1,
-                          **side_by_side(ours(fast, 64), theirs, max(1, args.repeats // 3), len(texts))}
+    result["defaults"] = {
+        "our_dtype": str(dtype),
+        "our_batch_size": 64,
+        "their_batch_size": 1,
+        **side_by_side(ours(fast, 64), theirs, max(1, args.repeats // 3), len(texts)),
+    }
     print(json.dumps(result["defaults"]), flush=True)
-    write_atomic(Path(__file__).parent / "results" / "generation_speed.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(
+        Path(__file__).parent / "results" / "generation_speed.json",
+        json.dumps(result, indent=1) + "\n",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Hidden states of all layers: `dcr.hidden_states` against the naive loop, time and peak memory in one run.
+"""Hidden states of all layers: `dcr.lm.states` against the naive loop, time and peak memory in one run.
 
 The naive loop is what one writes first: `output_hidden_states=True`, batches in the given order, fp32, the last token
 picked by the mask, results kept in a list. Same model, prompts, batch size, dtype, threads; each side in processes of
@@ -24,14 +24,22 @@ def texts(n: int) -> list[str]:
     """Bundled prompts of all classes in a fixed shuffled order, as many as asked for (or as there are)."""
     from dcr.data import sets
 
-    names = ("pairs-safe", "pairs-toxic", "validation-safe", "validation-toxic", "style-safe", "style-toxic", "general-test")
+    names = (
+        "pairs-safe",
+        "pairs-toxic",
+        "validation-safe",
+        "validation-toxic",
+        "style-safe",
+        "style-toxic",
+        "general-test",
+    )
     rows = [t for name in names for t in sets.table(name)["text"]]
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
 
 
 def ours(model, tokenizer, prompts: list[str], batch: int, out: str) -> np.ndarray:
     """[layers + 1, n, hidden] through the kit, streamed to a file."""
-    from dcr.hidden_states import hidden_states
+    from dcr.lm.states import hidden_states
 
     return hidden_states(model, tokenizer, prompts, batch_size=batch, out=out).values
 
@@ -40,14 +48,23 @@ def naive(model, tokenizer, prompts: list[str], batch: int, out: str) -> np.ndar
     """[layers + 1, n, hidden] by the library's own flag, batch by batch in the given order."""
     import torch
 
-    from dcr.chat import render
-    from dcr.models import position_ids
+    from dcr.lm.chat import render
+    from dcr.lm.load import position_ids
 
     parts, rendered = [], render(tokenizer, prompts)
     for start in range(0, len(rendered), batch):
-        inputs = tokenizer(rendered[start : start + batch], add_special_tokens=False, padding=True, return_tensors="pt")
+        inputs = tokenizer(
+            rendered[start : start + batch],
+            add_special_tokens=False,
+            padding=True,
+            return_tensors="pt",
+        )
         with torch.no_grad():
-            states = model(**inputs, position_ids=position_ids(inputs["attention_mask"]), output_hidden_states=True).hidden_states
+            states = model(
+                **inputs,
+                position_ids=position_ids(inputs["attention_mask"]),
+                output_hidden_states=True,
+            ).hidden_states
         parts.append(torch.stack([s[:, -1] for s in states]))  # padded on the left
     return torch.cat(parts, 1).numpy()
 
@@ -56,8 +73,8 @@ def worker(side: str, n: int, batch: int, answer: str) -> None:
     """Run one side; print seconds and peak memory as JSON."""
     import torch
 
-    from dcr.models import load
-    from dcr.store import peak_memory_mib
+    from dcr.lm.load import load
+    from dcr.run.store import peak_memory_mib
 
     model, tokenizer = load("embedded")
     prompts, run = texts(n), {"ours": ours, "naive": naive}[side]
@@ -67,8 +84,18 @@ def worker(side: str, n: int, batch: int, answer: str) -> None:
         values = run(model, tokenizer, prompts, batch, scratch + "/run")
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
         np.save(answer, np.asarray(values))
-    print(json.dumps({"seconds": seconds, "cpu_seconds": busy, "peak_memory_mib": peak_memory_mib(), "memory_before_mib": before,
-                      "threads": torch.get_num_threads(), "prompts": len(prompts)}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": busy,
+                "peak_memory_mib": peak_memory_mib(),
+                "memory_before_mib": before,
+                "threads": torch.get_num_threads(),
+                "prompts": len(prompts),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -81,25 +108,55 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return worker(options.worker[0], options.prompts, options.batch, options.worker[1])
-    from dcr.store import environment, write_atomic
+    from dcr.run.store import environment, write_atomic
 
     runs: dict[str, list[dict]] = {"ours": [], "naive": []}
     with tempfile.TemporaryDirectory() as scratch:
         for _ in range(options.repeats):
             for side in runs:
-                command = [sys.executable, __file__, "--prompts", str(options.prompts), "--batch", str(options.batch),
-                           "--worker", side, f"{scratch}/{side}.npy"]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--prompts",
+                    str(options.prompts),
+                    "--batch",
+                    str(options.batch),
+                    "--worker",
+                    side,
+                    f"{scratch}/{side}.npy",
+                ]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 runs[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
         a, b = (np.load(f"{scratch}/{side}.npy") for side in runs)
-    median = {side: {key: float(np.median([r[key] for r in rows])) for key in ("seconds", "cpu_seconds", "peak_memory_mib")}
-              for side, rows in runs.items()}
-    result = {"what": __doc__.splitlines()[0], "batch": options.batch, "dtype": "float32", "median": median, "runs": runs,
-              "speedup": median["naive"]["seconds"] / median["ours"]["seconds"], "aim_speedup": 1.8,
-              "memory_ratio": median["ours"]["peak_memory_mib"] / median["naive"]["peak_memory_mib"],
-              "max_relative_difference": float(np.abs(a - b).max() / np.abs(b).max()), "environment": environment()}
+    median = {
+        side: {
+            key: float(np.median([r[key] for r in rows]))
+            for key in ("seconds", "cpu_seconds", "peak_memory_mib")
+        }
+        for side, rows in runs.items()
+    }
+    result = {
+        "what": __doc__.splitlines()[0],
+        "batch": options.batch,
+        "dtype": "float32",
+        "median": median,
+        "runs": runs,
+        "speedup": median["naive"]["seconds"] / median["ours"]["seconds"],
+        "aim_speedup": 1.8,
+        "memory_ratio": median["ours"]["peak_memory_mib"] / median["naive"]["peak_memory_mib"],
+        "max_relative_difference": float(np.abs(a - b).max() / np.abs(b).max()),
+        "environment": environment(),
+    }
     write_atomic(RESULT, json.dumps(result, indent=1))
-    print(json.dumps({k: result[k] for k in ("median", "speedup", "memory_ratio", "max_relative_difference")}, indent=1))
+    print(
+        json.dumps(
+            {
+                k: result[k]
+                for k in ("median", "speedup", "memory_ratio", "max_relative_difference")
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

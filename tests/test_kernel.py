@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import make_model
 
-from dcr.chat import render
+from dcr.analysis.kernel import class_matrix, entk
 from dcr.errors import DCRError
-from dcr.kernel import class_matrix, entk
+from dcr.lm.chat import render
 
 A = ["how do i kill a process ?", "list the dog ."]
 B = ["how do i kill my neighbour ?", "steal the password .", "how ?"]
@@ -20,7 +20,9 @@ def exact(model, tokenizer, prompts, tokens, wanted):
     parameters = {n: p.detach() for n, p in model.named_parameters() if wanted(n)}
 
     def logits(values, ids):
-        return torch.func.functional_call(model, values, (), {"input_ids": ids}).logits[0, -1][tokens]
+        return torch.func.functional_call(model, values, (), {"input_ids": ids}).logits[0, -1][
+            tokens
+        ]
 
     rows = []
     for text in render(tokenizer, prompts):
@@ -30,8 +32,18 @@ def exact(model, tokenizer, prompts, tokens, wanted):
     return np.array([[float((a @ b.T).norm()) for b in rows] for a in rows])
 
 
-@pytest.mark.parametrize("family, tied", [("llama", True), ("llama", False), ("qwen2", True), ("gpt2", True),
-                                          ("gpt_neox", False), ("gemma3", True), ("phi", False)])
+@pytest.mark.parametrize(
+    "family, tied",
+    [
+        ("llama", True),
+        ("llama", False),
+        ("qwen2", True),
+        ("gpt2", True),
+        ("gpt_neox", False),
+        ("gemma3", True),
+        ("phi", False),
+    ],
+)
 @pytest.mark.parametrize("parameters", ["all", "blocks"])
 def test_equals_jacrev(family, tied, parameters, tiny_tokenizer):
     model = make_model(family, layers=2, hidden=16, tied=tied)
@@ -47,7 +59,9 @@ def test_refusal_tokens_and_ratios(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
     result = entk(model, tiny_tokenizer, A, B, tokens="refusal")
     oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: True)
-    np.testing.assert_allclose(result.normalised, oracle[:2, 2:] / np.diag(oracle)[:2, None], rtol=1e-4)
+    np.testing.assert_allclose(
+        result.normalised, oracle[:2, 2:] / np.diag(oracle)[:2, None], rtol=1e-4
+    )
     assert (result.symmetric <= 1 + 1e-6).all()
     same = entk(model, tiny_tokenizer, A[:1], A[:1], k=4)
     assert same.normalised[0, 0] == pytest.approx(1.0, rel=1e-5)
@@ -56,23 +70,29 @@ def test_refusal_tokens_and_ratios(tiny_tokenizer):
 def test_all_tokens_estimate_is_unbiased_and_its_interval_covers(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
     oracle = exact(model, tiny_tokenizer, [A[0], B[0]], list(range(128)), lambda n: True)[0, 1]
-    found = [entk(model, tiny_tokenizer, A[:1], B[:1], tokens="all", k=12, seed=s) for s in range(24)]
+    found = [
+        entk(model, tiny_tokenizer, A[:1], B[:1], tokens="all", k=12, seed=s) for s in range(24)
+    ]
     squares = [r.cross[0, 0] ** 2 for r in found]
     error = np.std(squares) / np.sqrt(len(squares))
     assert abs(np.mean(squares) - oracle**2) < 3.5 * error and error < 0.2 * oracle**2
     assert np.mean([r.cross_low[0, 0] <= oracle <= r.cross_high[0, 0] for r in found]) >= 0.75
-    assert entk(model, tiny_tokenizer, A[:1], B[:1], k=4).cross_low is None  # exact kernels carry no interval
+    assert (
+        entk(model, tiny_tokenizer, A[:1], B[:1], k=4).cross_low is None
+    )  # exact kernels carry no interval
 
 
 def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
-    from dcr.adapters import train_blocks
+    from dcr.train.adapters import train_blocks
 
     torch.manual_seed(0)
     model = train_blocks(make_model(layers=2, hidden=16), 0, 2, rank=2, alpha=4)
     with caplog.at_level("WARNING", logger="dcr"):
         result = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
     assert result.degenerate and "degenerate" in caplog.text
-    oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: "lora_B" in n)  # at B = 0, A has none
+    oracle = exact(
+        model, tiny_tokenizer, [*A, *B], result.tokens, lambda n: "lora_B" in n
+    )  # at B = 0, A has none
     np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=1e-4)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -86,9 +106,14 @@ def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
         entk(make_model(), tiny_tokenizer, A, B, parameters="lora")
 
 
-@pytest.mark.parametrize("change, message", [({"tokens": "some"}, "top-k, refusal or all"),
-                                             ({"parameters": "head"}, "all, blocks or lora"),
-                                             ({"tokens": "all", "k": 2}, "k >= 3")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"tokens": "some"}, "top-k, refusal or all"),
+        ({"parameters": "head"}, "all, blocks or lora"),
+        ({"tokens": "all", "k": 2}, "k >= 3"),
+    ],
+)
 def test_bad_choices(change, message, tiny_tokenizer):
     with pytest.raises(DCRError, match=message):
         entk(make_model(), tiny_tokenizer, A, B, **change)
@@ -102,8 +127,14 @@ def test_empty_class_is_refused(tiny_tokenizer):
 def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
     """The template's tokens are handled in a basis of their own: more of them than dimensions, and none at all."""
     model = make_model(layers=2, hidden=16)
-    for head in ("tell me what the time is in my house and list the dog and the cat of my house ", ""):
-        a, b = [head + "how do i kill ?"], [head + "steal the bike .", "how ?" if not head else head + "how ?"]
+    for head in (
+        "tell me what the time is in my house and list the dog and the cat of my house ",
+        "",
+    ):
+        a, b = (
+            [head + "how do i kill ?"],
+            [head + "steal the bike .", "how ?" if not head else head + "how ?"],
+        )
         result = entk(model, tiny_tokenizer, a, b, k=4)
         oracle = exact(model, tiny_tokenizer, [*a, *b], result.tokens, lambda n: True)
         np.testing.assert_allclose(result.cross, oracle[:1, 1:], rtol=1e-4)
@@ -112,11 +143,15 @@ def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
 def test_class_matrix_means_and_intervals():
     rng = np.random.default_rng(0)
     labels = ["toxic"] * 12 + ["general"] * 10
-    norms = np.where(np.equal.outer(labels, labels), 0.8, 0.3) + rng.normal(scale=0.05, size=(22, 22))
+    norms = np.where(np.equal.outer(labels, labels), 0.8, 0.3) + rng.normal(
+        scale=0.05, size=(22, 22)
+    )
     norms = (norms + norms.T) / 2
     np.fill_diagonal(norms, 2.0)
     table = class_matrix(norms, labels).set_index(["class_a", "class_b"])
-    assert table.loc[("toxic", "toxic"), "normalised"] == pytest.approx(0.4, abs=0.02)  # a prompt against itself would be 1
+    assert table.loc[("toxic", "toxic"), "normalised"] == pytest.approx(
+        0.4, abs=0.02
+    )  # a prompt against itself would be 1
     cross = table.loc[("toxic", "general")]
     assert cross["normalised"] == pytest.approx(0.15, abs=0.02) and cross["n"] == 120
     assert cross["normalised_low"] < cross["normalised"] < cross["normalised_high"] < 0.2
@@ -127,8 +162,22 @@ def test_class_matrix_means_and_intervals():
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
     with pytest.raises(DCRError, match="prompt 1 has .* tokens, the context holds 9"):
-        entk(model, tiny_tokenizer, ["how ?"], ["how do i kill a process in my house ?"], max_length=9)
-    assert entk(model, tiny_tokenizer, ["how ?"], ["how do i kill my process ?"], max_length=9, truncate=True, k=3).cross.shape == (1, 1)
+        entk(
+            model,
+            tiny_tokenizer,
+            ["how ?"],
+            ["how do i kill a process in my house ?"],
+            max_length=9,
+        )
+    assert entk(
+        model,
+        tiny_tokenizer,
+        ["how ?"],
+        ["how do i kill my process ?"],
+        max_length=9,
+        truncate=True,
+        k=3,
+    ).cross.shape == (1, 1)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(DCRError, match="prompt 0 are not finite"):

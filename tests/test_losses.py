@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dcr.errors import DCRError
-from dcr.losses import LOSSES, ContrastiveLoss, drift
+from dcr.train.losses import LOSSES, ContrastiveLoss, drift
 
 
 def naive_circle(hidden, labels, m, gamma):
@@ -51,7 +51,9 @@ def test_a_batch_without_pairs_gives_zero_and_a_working_backward(name, labels):
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_overflow_at_gamma_300(name):
     base = torch.randn(1, 8)
-    hidden = torch.cat([base, base, -base, -base]).requires_grad_()  # worst cosines: 1 across, -1 within
+    hidden = torch.cat(
+        [base, base, -base, -base]
+    ).requires_grad_()  # worst cosines: 1 across, -1 within
     loss = ContrastiveLoss(name, gamma=300)(hidden, torch.tensor([0, 1, 0, 1]))
     loss.backward()
     assert torch.isfinite(loss.detach()) and torch.isfinite(hidden.grad).all() and loss > 0
@@ -98,4 +100,4 @@ def test_in_batch_negatives_make_one_batch_of_32_another_loss_than_two_of_16():
     loss = ContrastiveLoss()
     halves = (loss(hidden[:16], labels[:16]) + loss(hidden[16:], labels[16:])) / 2
     assert abs(loss(hidden, labels) - halves) > 1e-2
-    assert "NOT one batch of 32" in __import__("dcr.losses", fromlist=["x"]).__doc__
+    assert "NOT one batch of 32" in __import__("dcr.train.losses", fromlist=["x"]).__doc__

@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
-from dcr.comparisons import combined_p
 from dcr.errors import DCRError
-from dcr.matched_safety import Curve, balanced_rates, compliance_at, curve_of, curve_points, dominated_area, matched_safety, monotone_fit
-from dcr.resampling import bootstrap_over_seeds, draw_units
+from dcr.evaluate.intervals import bootstrap_over_seeds, draw_units
+from dcr.evaluate.matched import (
+    Curve,
+    balanced_rates,
+    compliance_at,
+    curve_of,
+    curve_points,
+    dominated_area,
+    matched_safety,
+    monotone_fit,
+)
+from dcr.tables.comparisons import combined_p
 
 RATE = st.integers(0, 20).map(lambda k: k / 20)
 POINTS = st.lists(st.tuples(RATE, RATE), min_size=1, max_size=12)
@@ -24,7 +33,11 @@ def test_fit_equals_scikit_learn_falls_and_stays_within_the_data(points):
     dsr, compliance = np.array(points).T
     x, y = monotone_fit(dsr, compliance)
     oracle = IsotonicRegression(increasing=False).fit(dsr, compliance)
-    assert np.allclose(y, oracle.predict(x), atol=1e-9) and (np.diff(x) > 0).all() and (np.diff(y) <= 1e-12).all()
+    assert (
+        np.allclose(y, oracle.predict(x), atol=1e-9)
+        and (np.diff(x) > 0).all()
+        and (np.diff(y) <= 1e-12).all()
+    )
     assert compliance.min() - 1e-9 <= y.min() and y.max() <= compliance.max() + 1e-9
 
 
@@ -33,9 +46,15 @@ def test_fit_equals_scikit_learn_falls_and_stays_within_the_data(points):
 def test_reading_equals_scikit_learn_inside_and_is_nothing_outside(points, target):
     dsr, compliance = np.array(points).T
     value, reason = compliance_at(dsr, compliance, target)
-    expected = IsotonicRegression(increasing=False, out_of_bounds="nan").fit(dsr, compliance).predict([target])[0]
+    expected = (
+        IsotonicRegression(increasing=False, out_of_bounds="nan")
+        .fit(dsr, compliance)
+        .predict([target])[0]
+    )
     inside = dsr.min() <= target <= dsr.max()
-    assert np.isfinite(value) == inside == (reason == "") and (not inside or value == pytest.approx(expected, abs=1e-9))
+    assert np.isfinite(value) == inside == (reason == "") and (
+        not inside or value == pytest.approx(expected, abs=1e-9)
+    )
     assert inside or reason.startswith("not reached")
 
 
@@ -55,34 +74,57 @@ def prompts(n: int = 40, swapped: bool = True) -> pd.DataFrame:
     for label, form in (("seemingly_toxic", "question"), ("toxic", "imperative")):
         for number in range(2):
             for i in range(n if number else n // 2):
-                row = {"id": f"{label}{number}-{i}", "label": label, "form": form, "benchmark": f"{label}{number}",
-                       "source": f"{label}{number}"}
+                row = {
+                    "id": f"{label}{number}-{i}",
+                    "label": label,
+                    "form": form,
+                    "benchmark": f"{label}{number}",
+                    "source": f"{label}{number}",
+                }
                 rows.append(row)
                 if swapped:
                     other = "imperative" if form == "question" else "question"
-                    rows.append({**row, "id": row["id"] + "~", "form": other, "benchmark": row["benchmark"] + "/swapped"})
+                    rows.append(
+                        {
+                            **row,
+                            "id": row["id"] + "~",
+                            "form": other,
+                            "benchmark": row["benchmark"] + "/swapped",
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
-def simulated(seed: int, n: int = 40, shift: float = 0.0, method: str = "m", number: int = 0) -> Curve:
+def simulated(
+    seed: int, n: int = 40, shift: float = 0.0, method: str = "m", number: int = 0
+) -> Curve:
     """A curve whose true rates are DSR 0.1, 0.5, 0.9 at compliance 0.9, 0.7, 0.3 (+ shift); twins share their fate."""
     table, rng = prompts(n), np.random.default_rng(seed)
     level = dict(zip(sorted({i.rstrip("~") for i in table["id"]}), rng.random(10**4), strict=False))
     u = table["id"].map(lambda i: level[i.rstrip("~")]).to_numpy()
     toxic = (table["label"] == "toxic").to_numpy()
-    hits = [np.where(toxic, u < d, u < c + shift).astype(float) for d, c in ((0.1, 0.9), (0.5, 0.7), (0.9, 0.3))]
+    hits = [
+        np.where(toxic, u < d, u < c + shift).astype(float)
+        for d, c in ((0.1, 0.9), (0.5, 0.7), (0.9, 0.3))
+    ]
     return Curve(method, number, table, np.stack(hits, 1), (0, 1, 2))
 
 
 def test_rates_weigh_sets_and_forms_equally():
     table = prompts(10)
-    hits = ((table["form"] == "question") & (table["benchmark"].str.startswith("seemingly_toxic0"))).to_numpy(float)[:, None]
-    assert balanced_rates(Curve("m", 0, table, hits, (0,)), "seemingly_toxic") == pytest.approx([0.25])
-    assert balanced_rates(Curve("m", 0, table, np.ones_like(hits), (0,)), "toxic") == pytest.approx([1.0])
+    hits = (
+        (table["form"] == "question") & (table["benchmark"].str.startswith("seemingly_toxic0"))
+    ).to_numpy(float)[:, None]
+    assert balanced_rates(Curve("m", 0, table, hits, (0,)), "seemingly_toxic") == pytest.approx(
+        [0.25]
+    )
+    assert balanced_rates(Curve("m", 0, table, np.ones_like(hits), (0,)), "toxic") == pytest.approx(
+        [1.0]
+    )
 
 
 def test_the_question_mark_rule_is_worth_half_on_each_side_once_forms_are_balanced():
-    from dcr.metrics import question_mark_rule
+    from dcr.evaluate.metrics import question_mark_rule
 
     table = prompts(10).assign(text=lambda t: np.where(t["form"] == "question", "x?", "x."))
     curve = curve_of("rule", 0, table, {0: question_mark_rule(table)})
@@ -103,26 +145,45 @@ def test_interval_covers_the_truth():
 
 def test_not_reached_has_no_value_and_says_why():
     table = matched_safety([simulated(1)], (0.7, 0.99), n_boot=50).set_index("target")
-    assert table.loc[0.7, "reason"] == "" and table.loc[0.7, "reached"] == 1.0 and 0 < table.loc[0.7, "compliance"] < 1
+    assert (
+        table.loc[0.7, "reason"] == ""
+        and table.loc[0.7, "reached"] == 1.0
+        and 0 < table.loc[0.7, "compliance"] < 1
+    )
     far = table.loc[0.99]
-    assert np.isnan([far["compliance"], far["low"], far["high"]]).all() and far["reason"].startswith("not reached (highest DSR 0.")
+    assert np.isnan([far["compliance"], far["low"], far["high"]]).all() and far[
+        "reason"
+    ].startswith("not reached (highest DSR 0.")
 
 
 def test_seeds_widen_the_interval_and_all_must_reach():
     alike = [simulated(5, number=i) for i in range(3)]
     apart = [simulated(5, shift=s, number=i) for i, s in enumerate((-0.2, 0.0, 0.2))]
-    width = [matched_safety(c, (0.7,), n_boot=200).iloc[0].pipe(lambda r: r["high"] - r["low"]) for c in (alike, apart)]
+    width = [
+        matched_safety(c, (0.7,), n_boot=200).iloc[0].pipe(lambda r: r["high"] - r["low"])
+        for c in (alike, apart)
+    ]
     assert width[1] > 1.3 * width[0]
     short = simulated(5, number=7)
     short = Curve("m", 7, short.prompts, short.hits[:, :2], (0, 1))  # ends near DSR 0.5
     row = matched_safety([*alike, short], (0.7,), n_boot=50).iloc[0]
-    assert np.isnan(row["compliance"]) and row["reason"].startswith("seed 7: not reached") and row["seeds"] == 4 and 0 < row["reached"] < 1
+    assert (
+        np.isnan(row["compliance"])
+        and row["reason"].startswith("seed 7: not reached")
+        and row["seeds"] == 4
+        and 0 < row["reached"] < 1
+    )
 
 
 def test_twins_are_drawn_together_and_strata_keep_their_size():
     table = prompts(12)
     units = table["id"].str.rstrip("~")
-    counts = draw_units(units.tolist(), table["benchmark"].str.removesuffix("/swapped").tolist(), 20, np.random.default_rng(0))
+    counts = draw_units(
+        units.tolist(),
+        table["benchmark"].str.removesuffix("/swapped").tolist(),
+        20,
+        np.random.default_rng(0),
+    )
     assert counts.shape == (20, units.nunique())
     assert (counts.loc[:, counts.columns.str.startswith("toxic0")].sum(axis=1) == 6).all()
 

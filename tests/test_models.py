@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr import embedded, models
-from dcr.chat import ALPACA_TEMPLATE, encode, render, turn_end
 from dcr.errors import DCRError
+from dcr.lm import embedded
+from dcr.lm import load as models
+from dcr.lm.chat import ALPACA_TEMPLATE, encode, render, turn_end
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,7 +22,9 @@ def test_truncated_forward_equals_the_library(family, side, tiny_tokenizer, prom
     batch = encode(tiny_tokenizer, render(tiny_tokenizer, prompts), padding_side=side)
     with torch.no_grad():
         for layer in (1, 3):
-            pooled = models.pool(models.truncated_forward(model, **batch, layer=layer), batch["attention_mask"])
+            pooled = models.pool(
+                models.truncated_forward(model, **batch, layer=layer), batch["attention_mask"]
+            )
             for i, text in enumerate(render(tiny_tokenizer, prompts)):
                 alone = encode(tiny_tokenizer, [text])
                 expected = model(**alone, output_hidden_states=True).hidden_states[layer][0, -1]
@@ -34,7 +37,9 @@ def test_truncated_forward_does_not_run_the_tail(tiny_llama, tiny_tokenizer, pro
     for i, block in enumerate(models.decoder_layers(tiny_llama)):
         block.register_forward_hook(lambda *_a, i=i: ran.append(i))
     tiny_llama.lm_head.register_forward_hook(lambda *_a: ran.append("head"))
-    models.truncated_forward(tiny_llama, **encode(tiny_tokenizer, render(tiny_tokenizer, prompts)), layer=2)
+    models.truncated_forward(
+        tiny_llama, **encode(tiny_tokenizer, render(tiny_tokenizer, prompts)), layer=2
+    )
     assert ran == [0, 1]
 
 
@@ -52,8 +57,23 @@ def test_layer_override_and_its_error(tiny_llama):
         models.decoder_layers(tiny_llama, "nowhere.blocks")
 
 
-@pytest.mark.parametrize("layer, expected", [(0.5, 15), (0.75, 22), (22, 22), (30, 30), (1, 1), (0.01, None), (0, None),
-                                             (31, None), (1.5, None), (-0.2, None), ("mid", None), (True, None)])
+@pytest.mark.parametrize(
+    "layer, expected",
+    [
+        (0.5, 15),
+        (0.75, 22),
+        (22, 22),
+        (30, 30),
+        (1, 1),
+        (0.01, None),
+        (0, None),
+        (31, None),
+        (1.5, None),
+        (-0.2, None),
+        ("mid", None),
+        (True, None),
+    ],
+)
 def test_resolve_layer(layer, expected):
     if expected is None:
         with pytest.raises(DCRError, match="refine.layer"):
@@ -84,8 +104,11 @@ def test_turn_end_is_the_stop_token(tiny_tokenizer):
 
 def test_template_without_assistant_turn_is_refused(tiny_tokenizer):
     import copy
+
     broken = copy.deepcopy(tiny_tokenizer)
-    broken.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    broken.chat_template = (
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    )
     with pytest.raises(DCRError, match="no assistant turn"):
         render(broken, ["how ?"], ["yes"])
     broken.chat_template = None
@@ -95,6 +118,7 @@ def test_template_without_assistant_turn_is_refused(tiny_tokenizer):
 
 def test_alpaca_template_stops_with_eos(tiny_tokenizer):
     import copy
+
     alpaca = copy.deepcopy(tiny_tokenizer)
     alpaca.chat_template = ALPACA_TEMPLATE
     text = render(alpaca, ["bake bread ."], ["sure"])[0]
@@ -104,7 +128,9 @@ def test_alpaca_template_stops_with_eos(tiny_tokenizer):
 def test_too_long_prompt_is_named(tiny_tokenizer):
     with pytest.raises(DCRError, match="prompt 1 has .* tokens"):
         encode(tiny_tokenizer, ["how", "how do i kill a process ?"], max_length=3)
-    assert encode(tiny_tokenizer, ["how do i kill"], max_length=3, truncate=True)["input_ids"].shape == (1, 3)
+    assert encode(tiny_tokenizer, ["how do i kill"], max_length=3, truncate=True)[
+        "input_ids"
+    ].shape == (1, 3)
 
 
 def test_local_folder_round_trip(tmp_path, tiny_llama, tiny_tokenizer):
@@ -123,7 +149,9 @@ def test_clear_errors_for_models_that_cannot_load(tmp_path):
         models.load(str(tmp_path))
     with pytest.raises(DCRError, match="dtype"):
         models.load("embedded", dtype="int3")
-    assert "HF_TOKEN" in models.explain_load_error("m", OSError("You are trying to access a gated repo. 401"))
+    assert "HF_TOKEN" in models.explain_load_error(
+        "m", OSError("You are trying to access a gated repo. 401")
+    )
 
 
 def test_half_made_conversion_is_not_trusted(tmp_path):

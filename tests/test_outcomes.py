@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from test_comparisons import canned, experiments  # noqa: F401 (a fixture)
 
-from dcr.comparisons import matched_safety_table
 from dcr.errors import DCRError
-from dcr.matched_safety import Curve, curves_from, matched_differences, matched_safety
-from dcr.outcomes import compare, outcomes_table
+from dcr.evaluate.matched import Curve, curves_from, matched_differences, matched_safety
+from dcr.tables.comparisons import matched_safety_table
+from dcr.tables.outcomes import compare, outcomes_table
 
 
 def test_tables_give_what_the_experiments_give(experiments, monkeypatch, tmp_path):  # noqa: F811
@@ -25,15 +25,27 @@ def test_tables_give_what_the_experiments_give(experiments, monkeypatch, tmp_pat
         (e.store.root / "tables" / "outcomes.csv").rename(folder / "outcomes.csv")
     whole = matched_safety_table(experiments, (0.5,))
     found = compare(tmp_path, targets=(0.5,), out=tmp_path / "out", n_boot=50)
-    pd.testing.assert_frame_equal(found["seeds_matched_safety"], whole[found["seeds_matched_safety"].columns])
-    assert set(found["seeds_differences"]["method"]) == {"base", "question-mark"} and (tmp_path / "out" / "seeds_differences.csv").exists()
+    pd.testing.assert_frame_equal(
+        found["seeds_matched_safety"], whole[found["seeds_matched_safety"].columns]
+    )
+    assert (
+        set(found["seeds_differences"]["method"]) == {"base", "question-mark"}
+        and (tmp_path / "out" / "seeds_differences.csv").exists()
+    )
 
 
 def curves(n: int = 60) -> list[Curve]:
     """Two methods that differ by 0.2 on every seed, on prompts whose difficulty varies much."""
     rng, made = np.random.default_rng(0), []
-    prompts = pd.DataFrame({"id": [f"p{i}" for i in range(2 * n)], "label": ["toxic", "seemingly_toxic"] * n, "form": "question",
-                            "benchmark": "b", "source": "s"})
+    prompts = pd.DataFrame(
+        {
+            "id": [f"p{i}" for i in range(2 * n)],
+            "label": ["toxic", "seemingly_toxic"] * n,
+            "form": "question",
+            "benchmark": "b",
+            "source": "s",
+        }
+    )
     hard = rng.random(2 * n)
     safe = (prompts["label"] == "seemingly_toxic").to_numpy()
     for seed, (method, gain) in itertools.product((0, 1), (("STL", 0.0), ("DCR", 0.2))):
@@ -43,12 +55,28 @@ def curves(n: int = 60) -> list[Curve]:
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals():
-    table = matched_differences(curves(), "STL", (0.8,), n_boot=300).set_index("quantity").loc["compliance"]
-    apart = matched_safety(curves(), (0.8,), n_boot=300).query("quantity == 'compliance'").set_index("method")
-    assert table["difference"] == pytest.approx(apart.loc["DCR", "compliance"] - apart.loc["STL", "compliance"]) and table["low"] > 0
+    table = (
+        matched_differences(curves(), "STL", (0.8,), n_boot=300)
+        .set_index("quantity")
+        .loc["compliance"]
+    )
+    apart = (
+        matched_safety(curves(), (0.8,), n_boot=300)
+        .query("quantity == 'compliance'")
+        .set_index("method")
+    )
+    assert (
+        table["difference"]
+        == pytest.approx(apart.loc["DCR", "compliance"] - apart.loc["STL", "compliance"])
+        and table["low"] > 0
+    )
     assert table["high"] - table["low"] < (apart["high"] - apart["low"]).sum()
     missed = matched_differences(curves(), "STL", (0.99,), n_boot=20).iloc[0]
-    assert np.isnan(missed["difference"]) and "DCR: seed 0: not reached" in missed["reason"] and "STL: seed" in missed["reason"]
+    assert (
+        np.isnan(missed["difference"])
+        and "DCR: seed 0: not reached" in missed["reason"]
+        and "STL: seed" in missed["reason"]
+    )
 
 
 def test_wrong_input_is_named(tmp_path):

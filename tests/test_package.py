@@ -20,13 +20,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 
 
 def locked() -> dict[str, str]:
-    lines = [x.strip() for x in (ROOT / "requirements.lock").read_text().splitlines() if x.strip() and not x.startswith("#")]
+    lines = [
+        x.strip()
+        for x in (ROOT / "requirements.lock").read_text().splitlines()
+        if x.strip() and not x.startswith("#")
+    ]
     return {canonicalize_name(n): v for n, v in (line.split("==") for line in lines)}
 
 
 def declared() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(r) for r in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
+    return [
+        Requirement(r)
+        for r in [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    ]
 
 
 def test_lock_pins_everything_declared_within_its_range():
@@ -34,8 +41,14 @@ def test_lock_pins_everything_declared_within_its_range():
     for requirement in declared():
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in requirements.lock"
-        assert requirement.specifier.contains(pins[name], prereleases=True), f"{name} {pins[name]} not in {requirement.specifier}"
-    assert all(Version(v) for v in pins.values()) and pins["torch"] == "2.13.0" and pins["lm-eval"] == "0.4.13"
+        assert requirement.specifier.contains(pins[name], prereleases=True), (
+            f"{name} {pins[name]} not in {requirement.specifier}"
+        )
+    assert (
+        all(Version(v) for v in pins.values())
+        and pins["torch"] == "2.13.0"
+        and pins["lm-eval"] == "0.4.13"
+    )
 
 
 def test_environment_yml_installs_the_lock_and_the_package():
@@ -44,7 +57,9 @@ def test_environment_yml_installs_the_lock_and_the_package():
     content = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert content["dependencies"][-1]["pip"] == ["-r requirements.lock", "-e .[test]"]
     minimum = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert Requirement(f"python{minimum}").specifier.contains(content["dependencies"][0].split("=")[1] + ".0")
+    assert Requirement(f"python{minimum}").specifier.contains(
+        content["dependencies"][0].split("=")[1] + ".0"
+    )
 
 
 def test_installed_versions_are_the_locked_ones():
@@ -57,9 +72,13 @@ def test_installed_versions_are_the_locked_ones():
 
 
 def test_import_is_fast_and_light():
-    code = ("import time; t = time.perf_counter(); import dcr; s = time.perf_counter() - t; import sys; "
-            "heavy = [m for m in ('torch', 'transformers', 'pandas', 'sklearn') if m in sys.modules]; print(len(heavy), s)")
-    heavy, seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import time; t = time.perf_counter(); import dcr; s = time.perf_counter() - t; import sys; "
+        "heavy = [m for m in ('torch', 'transformers', 'pandas', 'sklearn') if m in sys.modules]; print(len(heavy), s)"
+    )
+    heavy, seconds = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert heavy == "0" and float(seconds) < 0.5
 
 
@@ -82,44 +101,90 @@ def test_modules_stay_small_and_documented():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_are_in_form(path):
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["nbformat"] == 4 and content["nbformat_minor"] >= 5 and content["metadata"]["kernelspec"]["name"] == "python3"
+    assert (
+        content["nbformat"] == 4
+        and content["nbformat_minor"] >= 5
+        and content["metadata"]["kernelspec"]["name"] == "python3"
+    )
     cells = content["cells"]
     assert len({c["id"] for c in cells}) == len(cells) and cells[0]["cell_type"] == "markdown"
     code = [c for c in cells if c["cell_type"] == "code"]
     assert code[0]["metadata"]["tags"] == ["parameters"]
     for cell in code:
         source = "".join(cell["source"])
-        assert len(source.splitlines()) <= 15 and not re.search(r"^\s*def |^\s*class |lambda", source, re.M)
-        assert cell["execution_count"] and all(o["output_type"] != "error" for o in cell["outputs"]), source[:60]
+        assert len(source.splitlines()) <= 15 and not re.search(
+            r"^\s*def |^\s*class |lambda", source, re.M
+        )
+        assert cell["execution_count"] and all(
+            o["output_type"] != "error" for o in cell["outputs"]
+        ), source[:60]
     assert any("NBVAL_CHECK_OUTPUT" in "".join(c["source"]) and c["outputs"] for c in code)
     assert any("image/png" in o.get("data", {}) for c in code for o in c["outputs"])
     assert path.stat().st_size < 1_000_000
-    assert not re.search(r"/(?:work|root|home|tmp)/", path.read_text(encoding="utf-8")), "a machine's path is in the notebook"
+    assert not re.search(r"/(?:work|root|home|tmp)/", path.read_text(encoding="utf-8")), (
+        "a machine's path is in the notebook"
+    )
 
 
 def test_papermill_sees_the_parameters():
     import papermill
 
     for path in NOTEBOOKS:
-        assert set(papermill.inspect_notebook(str(path))) == {"profile", "seed", "run_dir", "overrides"}
+        assert set(papermill.inspect_notebook(str(path))) == {
+            "profile",
+            "seed",
+            "run_dir",
+            "overrides",
+        }
 
 
 def run(*arguments: str):
-    with tempfile.TemporaryDirectory() as folder:  # relative output names must not land in the checkout
-        return subprocess.run([sys.executable, "-m", "dcr.cli", *arguments], capture_output=True, text=True, timeout=120, cwd=folder)
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # relative output names must not land in the checkout
+        return subprocess.run(
+            [sys.executable, "-m", "dcr.cli", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=folder,
+        )
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("run", "--profile", "quikc"), "profile 'quikc' is unknown; known: .*Did you mean 'quick'"),
-    (("run", "--overrides", "refine.layr=1"), "unknown parameter 'layr'"),
-    (("run", "--methods", "DRC"), "method 'DRC' is unknown"),
-    (("data", "fetch", "oktst"), "data source 'oktst' is unknown"),
-    (("align", "out", "--toxic", "no.csv", "--seemingly-toxic", "no.csv", "--general", "no.csv"), "no.csv: no such file"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("run", "--profile", "quikc"),
+            "profile 'quikc' is unknown; known: .*Did you mean 'quick'",
+        ),
+        (("run", "--overrides", "refine.layr=1"), "unknown parameter 'layr'"),
+        (("run", "--methods", "DRC"), "method 'DRC' is unknown"),
+        (("data", "fetch", "oktst"), "data source 'oktst' is unknown"),
+        (
+            (
+                "align",
+                "out",
+                "--toxic",
+                "no.csv",
+                "--seemingly-toxic",
+                "no.csv",
+                "--general",
+                "no.csv",
+            ),
+            "no.csv: no such file",
+        ),
+    ],
+)
 def test_command_line_errors_are_one_line(arguments, message):
     done = run(*arguments)
-    assert done.returncode == 2 and re.search(message, done.stderr) and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and re.search(message, done.stderr) and "Traceback" not in done.stderr
+    )
 
 
 def test_command_line_lists_and_informs():
-    assert "xstest-safe" in run("data", "list").stdout and "layer: 0.4" in run("info", "--overrides", "refine.layer=0.4").stdout
+    assert (
+        "xstest-safe" in run("data", "list").stdout
+        and "layer: 0.4" in run("info", "--overrides", "refine.layer=0.4").stdout
+    )

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from dcr.analysis.proposition import bound_check, bound_pairs
 from dcr.errors import DCRError
 from dcr.plots import proposition
-from dcr.proposition import bound_check, bound_pairs
 
 LABELS = np.array(["toxic", "seemingly_toxic", "general"] * 6)
 
@@ -21,9 +21,16 @@ def states(seed: int = 0) -> np.ndarray:
 def test_a_kernel_that_is_the_bilinear_term_is_found_tight():
     h = states()
     pairs = bound_pairs(h, 3.0 * np.abs(h @ h.T), LABELS)
-    assert len(pairs) == 18 * 17 // 2 and set(pairs["pair"]) >= {"toxic / seemingly_toxic", "toxic / toxic"}
+    assert len(pairs) == 18 * 17 // 2 and set(pairs["pair"]) >= {
+        "toxic / seemingly_toxic",
+        "toxic / toxic",
+    }
     check = bound_check(pairs)
-    assert check["spearman"] == pytest.approx(1.0) and check["constant"] == pytest.approx(3.0) and check["slack"] == pytest.approx(1.0)
+    assert (
+        check["spearman"] == pytest.approx(1.0)
+        and check["constant"] == pytest.approx(3.0)
+        and check["slack"] == pytest.approx(1.0)
+    )
     assert "follows" in check["reading"]
 
 
@@ -46,13 +53,23 @@ def test_what_does_not_fit_is_refused():
 
 def test_numbers_of_a_narrow_axis_do_not_overlap():
     rng = np.random.default_rng(0)
-    pairs = pd.DataFrame({"bilinear": np.linspace(31_900, 47_600, 40), "kernel": rng.uniform(2e4, 6e5, 40),
-                          "pair": "toxic / toxic", "layer": 22})
+    pairs = pd.DataFrame(
+        {
+            "bilinear": np.linspace(31_900, 47_600, 40),
+            "kernel": rng.uniform(2e4, 6e5, 40),
+            "pair": "toxic / toxic",
+            "layer": 22,
+        }
+    )
     found = {"spearman": 0.1, "low": -0.2, "high": 0.4, "constant": 20.0}
     checks = pd.DataFrame([{"model": m, **found} for m in ("base", "DCR after stage 1")])
     figure = proposition(pd.concat([pairs.assign(model=m) for m in checks["model"]]), checks)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    labels = [t for t in (*figure.axes[0].get_xticklabels(), *figure.axes[0].get_xticklabels(minor=True)) if t.get_text()]
+    labels = [
+        t
+        for t in (*figure.axes[0].get_xticklabels(), *figure.axes[0].get_xticklabels(minor=True))
+        if t.get_text()
+    ]
     boxes = sorted((t.get_window_extent(canvas.get_renderer()) for t in labels), key=lambda b: b.x0)
     assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.chat import render
+from dcr.analysis.refusal import auroc_by_form, opening_tokens, refusal_probability, reliability
 from dcr.errors import DCRError
-from dcr.rejection import auroc_by_form, opening_tokens, refusal_probability, reliability
+from dcr.lm.chat import render
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i")
 
@@ -25,7 +25,11 @@ def test_equals_token_by_token_products(family, tiny_tokenizer, prompts):
         for phrase in opening_tokens(tiny_tokenizer, OPENINGS):
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([head + phrase])).logits[0].log_softmax(-1)
-            mass += float(torch.stack([logits[len(head) - 1 + i, t] for i, t in enumerate(phrase)]).sum().exp())
+            mass += float(
+                torch.stack([logits[len(head) - 1 + i, t] for i, t in enumerate(phrase)])
+                .sum()
+                .exp()
+            )
         expected.append(mass)
     np.testing.assert_allclose(ours, expected, rtol=2e-4)
 
@@ -36,8 +40,12 @@ def test_no_opening_is_counted_twice(tiny_tokenizer):
 
 
 def test_auroc_by_form():
-    rows = pd.DataFrame({"label": ["toxic"] * 4 + ["seemingly_toxic"] * 4,
-                         "form": ["question", "question", "imperative", "imperative"] * 2})
+    rows = pd.DataFrame(
+        {
+            "label": ["toxic"] * 4 + ["seemingly_toxic"] * 4,
+            "form": ["question", "question", "imperative", "imperative"] * 2,
+        }
+    )
     table = auroc_by_form(rows, np.array([0.9, 0.8, 0.9, 0.8, 0.1, 0.2, 0.95, 0.99]))
     auroc = table.set_index(["toxic_form", "harmless_form"])["auroc"]
     assert auroc["question", "question"] == 1.0 and auroc["imperative", "imperative"] == 0.0
@@ -55,8 +63,16 @@ def test_reliability_of_a_calibrated_and_of_a_useless_probability():
     rng = np.random.default_rng(0)
     probability = rng.uniform(size=400)
     scores, table = reliability(probability, rng.uniform(size=400) < probability)
-    assert scores["auroc"] > 0.75 and scores["calibration_error"] < 0.1 and scores["low"] < scores["auroc"] < scores["high"]
-    assert table["n"].sum() == 400 and (table["low"] <= table["refused"]).all() and table["probability"].is_monotonic_increasing
+    assert (
+        scores["auroc"] > 0.75
+        and scores["calibration_error"] < 0.1
+        and scores["low"] < scores["auroc"] < scores["high"]
+    )
+    assert (
+        table["n"].sum() == 400
+        and (table["low"] <= table["refused"]).all()
+        and table["probability"].is_monotonic_increasing
+    )
     useless, _ = reliability(probability, rng.uniform(size=400) < 0.5)
     assert useless["low"] < 0.5 < useless["high"] and useless["calibration_error"] > 0.15
     with pytest.raises(DCRError, match="0 of 400 answers were refused"):
@@ -66,7 +82,9 @@ def test_reliability_of_a_calibrated_and_of_a_useless_probability():
 def test_prompt_over_the_context_and_broken_weights(tiny_llama, tiny_tokenizer, prompts):
     with pytest.raises(DCRError, match="prompt 0 has .* tokens, the context holds 8"):
         refusal_probability(tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS, max_length=8)
-    cut = refusal_probability(tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS, max_length=8, truncate=True)
+    cut = refusal_probability(
+        tiny_llama, tiny_tokenizer, prompts, openings=OPENINGS, max_length=8, truncate=True
+    )
     assert ((cut >= 0) & (cut <= 1)).all()
     with torch.no_grad():
         tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))

@@ -7,9 +7,9 @@ import json
 import fake_run
 import pytest
 
+from dcr.book.figures import PICTURES, draw_all
+from dcr.book.report import STORY, findings, write_report
 from dcr.errors import DCRError
-from dcr.figures import PICTURES, draw_all
-from dcr.report import STORY, findings, write_report
 
 
 def make_report(root):
@@ -27,8 +27,16 @@ def test_report_is_self_contained_escaped_and_tells_the_story(tmp_path):
     page = make_report(tmp_path / "run").read_text()
     drawn = fake_run.drawn()[1]
     assert page.count("data:image/png;base64,") == len(drawn) and "<script" not in page
-    assert "http://" not in page and "https://" not in page and "&lt;b&gt;STL" in page and "<b>STL" not in page
-    assert all(heading.split("?")[0] in page for heading, _, _ in STORY) and "Beside the paper&#39;s numbers" in page
+    assert (
+        "http://" not in page
+        and "https://" not in page
+        and "&lt;b&gt;STL" in page
+        and "<b>STL" not in page
+    )
+    assert (
+        all(heading.split("?")[0] in page for heading, _, _ in STORY)
+        and "Beside the paper&#39;s numbers" in page
+    )
     assert 'href="notebooks/01_representations.ipynb"' in page and "running" not in page
     assert '"profile": "p"' in page.replace("&#34;", '"')
 
@@ -51,4 +59,6 @@ def test_missing_figures_are_named_in_the_report(tmp_path):
     (run / "tables" / "curves.csv").unlink()
     draw_all(run / "tables", run / "figures", only=("overview", "refusal_rates"))
     (run / "manifest.json").write_text(json.dumps({}))
-    assert "refusal_rates: no curves yet; run notebook 04_evaluation" in write_report(run).read_text()
+    assert (
+        "refusal_rates: no curves yet; run notebook 04_evaluation" in write_report(run).read_text()
+    )

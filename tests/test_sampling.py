@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dcr.errors import DCRError
-from dcr.sampling import FixedBatches, batch_plan, epoch_batches, shuffled_labels
-from dcr.sampling import contrastive_batches as schedule
+from dcr.train.sampling import FixedBatches, batch_plan, epoch_batches, shuffled_labels
+from dcr.train.sampling import contrastive_batches as schedule
 
 
 def contrastive_batches(table, *, n_batches, seed, **plan):
@@ -18,8 +18,12 @@ def contrastive_batches(table, *, n_batches, seed, **plan):
 
 @pytest.fixture
 def table() -> pd.DataFrame:
-    rows = [{"label": label, "form": form, "pair_id": f"p{i}{form[0]}"}
-            for i in range(12) for form in ("question", "imperative") for label in ("toxic", "seemingly_toxic")]
+    rows = [
+        {"label": label, "form": form, "pair_id": f"p{i}{form[0]}"}
+        for i in range(12)
+        for form in ("question", "imperative")
+        for label in ("toxic", "seemingly_toxic")
+    ]
     rows += [{"label": "general", "form": "imperative", "pair_id": ""} for _ in range(10)]
     return pd.DataFrame(rows)
 
@@ -34,9 +38,13 @@ def test_sources_batches_hold_the_class_share(table):
 
 
 def test_forms_are_balanced_in_both_classes(table):
-    skewed = table[~((table.label == "toxic") & (table.form == "question") & (table.index > 8))].reset_index(drop=True)
+    skewed = table[
+        ~((table.label == "toxic") & (table.form == "question") & (table.index > 8))
+    ].reset_index(drop=True)
     seen = []
-    for batch in contrastive_batches(skewed, batch_size=8, n_batches=30, seed=0, balance_forms=True):
+    for batch in contrastive_batches(
+        skewed, batch_size=8, n_batches=30, seed=0, balance_forms=True
+    ):
         toxic = skewed.iloc[batch].query("label == 'toxic'")
         assert len(toxic) == 4 and (toxic.form == "question").sum() == 2
         seen += batch
@@ -44,8 +52,12 @@ def test_forms_are_balanced_in_both_classes(table):
 
 
 def test_matched_batches_keep_both_members(table):
-    for batch in contrastive_batches(table, batch_size=10, n_batches=8, seed=2, pairing="matched", balance_forms=True):
-        assert table.iloc[batch].groupby("pair_id")["label"].nunique().eq(2).all() and len(batch) == 10
+    for batch in contrastive_batches(
+        table, batch_size=10, n_batches=8, seed=2, pairing="matched", balance_forms=True
+    ):
+        assert (
+            table.iloc[batch].groupby("pair_id")["label"].nunique().eq(2).all() and len(batch) == 10
+        )
 
 
 def test_general_share_and_retention_rows(table):
@@ -56,8 +68,10 @@ def test_general_share_and_retention_rows(table):
 
 
 def test_the_seed_decides_and_a_longer_schedule_begins_alike(table):
-    short, long, other = (contrastive_batches(table, batch_size=8, n_batches=n, seed=s)
-                          for n, s in ((5, 0), (9, 0), (5, 1)))
+    short, long, other = (
+        contrastive_batches(table, batch_size=8, n_batches=n, seed=s)
+        for n, s in ((5, 0), (9, 0), (5, 1))
+    )
     assert long[:5] == short and other != short
 
 
@@ -66,7 +80,9 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(table):
     whole = schedule(table, plan, n_batches=18, seed=4)
     for epoch in (2, 0, 1):  # in any order: nothing is carried over
         assert epoch_batches(table, plan, seed=4, epoch=epoch) == whole[6 * epoch : 6 * epoch + 6]
-    assert epoch_batches(table, plan, seed=4, epoch=0) != epoch_batches(table, plan, seed=4, epoch=1)
+    assert epoch_batches(table, plan, seed=4, epoch=0) != epoch_batches(
+        table, plan, seed=4, epoch=1
+    )
 
 
 def test_no_global_random_state_is_touched(table):
@@ -74,7 +90,9 @@ def test_no_global_random_state_is_touched(table):
     torch.manual_seed(0)
     before = np.random.get_state()[1].copy(), torch.get_rng_state()
     contrastive_batches(table, batch_size=8, n_batches=9, seed=0)
-    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(torch.get_rng_state(), before[1])
+    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(
+        torch.get_rng_state(), before[1]
+    )
 
 
 def test_an_epoch_shows_every_prompt_whatever_the_class_ratio(table):
@@ -90,12 +108,15 @@ def test_each_class_is_used_up_before_it_repeats(table):
     assert len(set(toxic)) == 24 == len(toxic)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"pairing": "pairs"}, "sources, matched or sham"),
-    ({"toxic_share": 1.0}, "toxic_share"),
-    ({"batch_size": 64}, "24 toxic prompts, but a batch needs 32"),
-    ({"batch_size": 4, "toxic_share": 0.75}, "two of each class"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pairing": "pairs"}, "sources, matched or sham"),
+        ({"toxic_share": 1.0}, "toxic_share"),
+        ({"batch_size": 64}, "24 toxic prompts, but a batch needs 32"),
+        ({"batch_size": 4, "toxic_share": 0.75}, "two of each class"),
+    ],
+)
 def test_impossible_requests_are_refused(table, change, message):
     with pytest.raises(DCRError, match=message):
         contrastive_batches(table, **{"batch_size": 8, "n_batches": 1, "seed": 0, **change})
@@ -106,16 +127,25 @@ def test_missing_kinds_are_refused(table):
     with pytest.raises(DCRError, match="no general prompts"):
         contrastive_batches(no_general, batch_size=8, n_batches=1, seed=0, general_share=0.5)
     with pytest.raises(DCRError, match="all of one form"):
-        contrastive_batches(table[table.form == "question"].reset_index(drop=True), batch_size=8, n_batches=1, seed=0,
-                            balance_forms=True)
+        contrastive_batches(
+            table[table.form == "question"].reset_index(drop=True),
+            batch_size=8,
+            n_batches=1,
+            seed=0,
+            balance_forms=True,
+        )
     with pytest.raises(DCRError, match="needs minimal pairs"):
-        contrastive_batches(table.assign(pair_id=""), batch_size=8, n_batches=1, seed=0, pairing="matched")
+        contrastive_batches(
+            table.assign(pair_id=""), batch_size=8, n_batches=1, seed=0, pairing="matched"
+        )
 
 
 def test_sham_keeps_counts_and_general_rows(table):
     mixed = shuffled_labels(table["label"], seed=0)
     assert sorted(mixed) == sorted(table["label"]) and mixed != table["label"].tolist()
-    assert [m for m, t in zip(mixed, table["label"], strict=True) if t == "general"] == ["general"] * 10
+    assert [m for m, t in zip(mixed, table["label"], strict=True) if t == "general"] == [
+        "general"
+    ] * 10
 
 
 def test_fixed_batches_repeat_themselves():

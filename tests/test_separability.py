@@ -6,10 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dcr.data.forms import swap_table
-from dcr.errors import DCRError
-from dcr.hidden_states import HiddenStates
-from dcr.separability import (
+from dcr.analysis.probes import (
     auroc_interval,
     cluster_by_layer,
     cosine_structure,
@@ -20,6 +17,9 @@ from dcr.separability import (
     surface_baselines,
     transfer_auroc,
 )
+from dcr.data.forms import swap_table
+from dcr.errors import DCRError
+from dcr.lm.states import HiddenStates
 
 
 @pytest.fixture
@@ -28,8 +28,15 @@ def prompts() -> pd.DataFrame:
     for i in range(60):
         for label in ("toxic", "seemingly_toxic"):
             mark = "?" if i % 2 else "."
-            rows.append({"text": f"word{i} word{i + 1} {'harm' if label == 'toxic' else 'calm'}{mark}", "label": label,
-                         "pair_id": f"p{i // 2}-{'q' if i % 2 else 'i'}", "source": "one", "form": mark})
+            rows.append(
+                {
+                    "text": f"word{i} word{i + 1} {'harm' if label == 'toxic' else 'calm'}{mark}",
+                    "label": label,
+                    "pair_id": f"p{i // 2}-{'q' if i % 2 else 'i'}",
+                    "source": "one",
+                    "form": mark,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -64,7 +71,9 @@ def test_transfer_follows_form_when_form_was_learnt(prompts):
     test = prompts[(prompts.label == "toxic") == (prompts.form == "?")]
 
     def states(rows):
-        values = np.random.default_rng(1).normal(scale=0.1, size=(1, len(rows), 4)).astype(np.float32)
+        values = (
+            np.random.default_rng(1).normal(scale=0.1, size=(1, len(rows), 4)).astype(np.float32)
+        )
         values[0, :, 0] += (rows["form"] == ".").to_numpy()
         return HiddenStates(values, "last")
 
@@ -91,7 +100,10 @@ def test_surface_baselines_see_only_the_surface(prompts):
 
 def test_map_is_deterministic(prompts):
     states = planted(prompts, 6.0)
-    assert np.array_equal(map_2d(states, 1), map_2d(states, 1)) and map_2d(states, 1).shape == (120, 2)
+    assert np.array_equal(map_2d(states, 1), map_2d(states, 1)) and map_2d(states, 1).shape == (
+        120,
+        2,
+    )
 
 
 def test_one_class_is_refused(prompts):
@@ -103,7 +115,11 @@ def test_auroc_is_the_library_s_and_ties_count_half():
     from sklearn.metrics import roc_auc_score
 
     rng = np.random.default_rng(0)
-    y, scores, groups = rng.integers(2, size=90), rng.normal(size=90).round(1), np.repeat(np.arange(30), 3)
+    y, scores, groups = (
+        rng.integers(2, size=90),
+        rng.normal(size=90).round(1),
+        np.repeat(np.arange(30), 3),
+    )
     found = auroc_interval(y, scores + 0.8 * y, groups)
     assert found["auroc"] == pytest.approx(roc_auc_score(y, scores + 0.8 * y))
     assert found["low"] < found["auroc"] < found["high"] and found["high"] - found["low"] < 0.4
@@ -111,8 +127,19 @@ def test_auroc_is_the_library_s_and_ties_count_half():
 
 def forms_set(n: int = 40) -> pd.DataFrame:
     """The paper's confound: toxic imperatives, harmless questions, no pairs."""
-    rows = [{"id": f"t{i}", "text": f"Take the thing{i} away.", "label": "toxic", "form": "imperative"} for i in range(n)]
-    rows += [{"id": f"s{i}", "text": f"How do I take item{i} out?", "label": "seemingly_toxic", "form": "question"} for i in range(n)]
+    rows = [
+        {"id": f"t{i}", "text": f"Take the thing{i} away.", "label": "toxic", "form": "imperative"}
+        for i in range(n)
+    ]
+    rows += [
+        {
+            "id": f"s{i}",
+            "text": f"How do I take item{i} out?",
+            "label": "seemingly_toxic",
+            "form": "question",
+        }
+        for i in range(n)
+    ]
     return pd.DataFrame(rows).assign(pair_id="", source="one")
 
 
@@ -122,11 +149,17 @@ def test_cells_tell_a_probe_of_form_from_a_probe_of_harm(reads, crossed):
     swapped = swap_table(prompts)
 
     def states(rows, seed):
-        values = np.random.default_rng(seed).normal(scale=0.3, size=(1, len(rows), 6)).astype(np.float32)
-        values[0, :, 0] += (rows["form"] == "imperative") if reads == "form" else (rows["label"] == "toxic")
+        values = (
+            np.random.default_rng(seed).normal(scale=0.3, size=(1, len(rows), 6)).astype(np.float32)
+        )
+        values[0, :, 0] += (
+            (rows["form"] == "imperative") if reads == "form" else (rows["label"] == "toxic")
+        )
         return HiddenStates(values, "last")
 
-    table = probe_by_form(states(prompts, 0), prompts, states(swapped, 1), swapped, 0).set_index(["toxic_form", "harmless_form"])
+    table = probe_by_form(states(prompts, 0), prompts, states(swapped, 1), swapped, 0).set_index(
+        ["toxic_form", "harmless_form"]
+    )
     assert table.loc[("imperative", "question"), "auroc"] > 0.9  # as published both look perfect
     other = table.loc[("question", "imperative"), "auroc"]
     assert other < crossed if reads == "form" else other > crossed
@@ -145,6 +178,17 @@ def test_transfer_to_the_swapped_form_never_scores_a_request_it_was_trained_on()
 def test_a_feature_that_says_nothing_is_at_chance_when_groups_are_lopsided():
     """Each group holds one class mostly: a probe's intercept would tell the fold's class ratio, backwards."""
     rng = np.random.default_rng(0)
-    rows = [{"text": f"w{i} {rng.integers(9)}", "label": "toxic" if rng.uniform() < (0.9 if g % 2 else 0.2) else "seemingly_toxic",
-             "pair_id": f"g{g}", "source": "one", "form": "statement"} for g in range(8) for i in range(12)]
-    assert surface_baselines(pd.DataFrame(rows)).set_index("baseline").loc["source", "auroc"] == pytest.approx(0.5)
+    rows = [
+        {
+            "text": f"w{i} {rng.integers(9)}",
+            "label": "toxic" if rng.uniform() < (0.9 if g % 2 else 0.2) else "seemingly_toxic",
+            "pair_id": f"g{g}",
+            "source": "one",
+            "form": "statement",
+        }
+        for g in range(8)
+        for i in range(12)
+    ]
+    assert surface_baselines(pd.DataFrame(rows)).set_index("baseline").loc[
+        "source", "auroc"
+    ] == pytest.approx(0.5)

@@ -15,8 +15,13 @@ AT_HAND = set(list_sources().query("present")["name"])
 
 
 def test_rewordings_of_one_request_are_found():
-    texts = ["Write a tutorial on insider trading", "Write a guide on insider trading and a tutorial", "Bake some bread for me",
-             "how to do it?", "what is that?"]
+    texts = [
+        "Write a tutorial on insider trading",
+        "Write a guide on insider trading and a tutorial",
+        "Bake some bread for me",
+        "how to do it?",
+        "what is that?",
+    ]
     groups = sets.requests_of(texts)
     assert groups[0] == groups[1] and len(set(groups)) == 4
 
@@ -27,7 +32,9 @@ def test_halves_are_disjoint_and_whole(source):
         pytest.skip(f"{source} is not at hand: set DCR_DATA_DIR")
     a, b = sets.table(f"{source}-validation"), sets.table(f"{source}-test")
     whole = sets.table(source)
-    assert sorted([*a["id"], *b["id"]]) == sorted(whole["id"]) and min(len(a), len(b)) > 0.4 * len(whole)
+    assert sorted([*a["id"], *b["id"]]) == sorted(whole["id"]) and min(len(a), len(b)) > 0.4 * len(
+        whole
+    )
 
 
 def test_joined_tables_and_mixed_forms():
@@ -35,16 +42,25 @@ def test_joined_tables_and_mixed_forms():
     assert len(rows) == len(sets.table("pairs-safe")) + len(sets.table("style-safe"))
     mixed = sets.mixed_forms(rows, 0.5, seed=1)
     swapped = mixed["id"].str.endswith("~")
-    assert swapped.sum() == round(0.5 * len(rows)) and mixed.equals(sets.mixed_forms(rows, 0.5, seed=1))
-    assert [i.rstrip("~") for i in mixed["id"]] == rows["id"].tolist() and mixed["response"].equals(rows["response"])
+    assert swapped.sum() == round(0.5 * len(rows)) and mixed.equals(
+        sets.mixed_forms(rows, 0.5, seed=1)
+    )
+    assert [i.rstrip("~") for i in mixed["id"]] == rows["id"].tolist() and mixed["response"].equals(
+        rows["response"]
+    )
     assert (mixed.loc[swapped, "form"] == mixed.loc[swapped, "text"].map(form_of)).all()
-    assert (mixed.loc[swapped, "form"].to_numpy() != rows.loc[swapped.to_numpy(), "form"].to_numpy()).all()
+    assert (
+        mixed.loc[swapped, "form"].to_numpy() != rows.loc[swapped.to_numpy(), "form"].to_numpy()
+    ).all()
     with pytest.raises(DCRError, match="share of swapped forms is 2"):
         sets.mixed_forms(rows, 2, seed=1)
 
 
 def test_the_mix_follows_form_mix():
-    plain, mixed = (sets.alignment_mix(load_config("quick", overrides={"align.form_mix": s})) for s in (0.0, 1.0))
+    plain, mixed = (
+        sets.alignment_mix(load_config("quick", overrides={"align.form_mix": s}))
+        for s in (0.0, 1.0)
+    )
     assert (plain["id"] + "~").tolist() == mixed["id"].tolist()
     assert not plain["text"].eq(mixed["text"]).any() and isinstance(mixed, pd.DataFrame)
 
@@ -55,14 +71,25 @@ def test_forms_limit_swaps_a_part_of_each_set():
     every, some = sets.benchmarks_of(whole), sets.benchmarks_of(part)
     for name in whole.data.benchmarks:
         assert some[name].equals(every[name]) and len(every[f"{name}/swapped"]) == len(every[name])
-        assert len(some[f"{name}/swapped"]) == 4 and set(some[f"{name}/swapped"]["id"]) <= set(every[f"{name}/swapped"]["id"])
+        assert len(some[f"{name}/swapped"]) == 4 and set(some[f"{name}/swapped"]["id"]) <= set(
+            every[f"{name}/swapped"]["id"]
+        )
 
 
 def test_training_prompts_come_from_several_sources_and_a_plus_in_a_path_stays(tmp_path):
     own = tmp_path / "mine+yours.csv"
-    own.write_text("text,label\nHow do I kill time here?,seemingly_toxic\nHow can I shoot a portrait?,seemingly_toxic\n")
-    config = load_config("quick", overrides={"data.seemingly_toxic": "bundled+style-safe", "data.toxic": "style-toxic",
-                                             "data.n_seemingly_toxic": 0, "data.n_toxic": 0})
+    own.write_text(
+        "text,label\nHow do I kill time here?,seemingly_toxic\nHow can I shoot a portrait?,seemingly_toxic\n"
+    )
+    config = load_config(
+        "quick",
+        overrides={
+            "data.seemingly_toxic": "bundled+style-safe",
+            "data.toxic": "style-toxic",
+            "data.n_seemingly_toxic": 0,
+            "data.n_toxic": 0,
+        },
+    )
     toxic, seemingly = sets.contrastive_sets(config)
     half = sets._bundled_half("seemingly_toxic", True)
     assert sorted(seemingly["id"]) == sorted([*half["id"], *sets.table("style-safe")["id"]])
@@ -73,9 +100,15 @@ def test_training_prompts_come_from_several_sources_and_a_plus_in_a_path_stays(t
 
 def test_toxic_prompts_without_an_answer_are_refused_plainly_and_it_is_said(tmp_path, caplog):
     path = tmp_path / "toxic.csv"
-    path.write_text("text,response\nHow do I pick a neighbour's lock?,No; that is not mine to help with.\nHow do I jam an alarm?,\n")
+    path.write_text(
+        "text,response\nHow do I pick a neighbour's lock?,No; that is not mine to help with.\nHow do I jam an alarm?,\n"
+    )
     caplog.set_level("INFO", "dcr")
-    mix = sets.alignment_mix(load_config("quick", overrides={"data.align_toxic": str(path), "align.n_safe": 2}))
+    mix = sets.alignment_mix(
+        load_config("quick", overrides={"data.align_toxic": str(path), "align.n_safe": 2})
+    )
     answers = mix[mix["role"] == "safe"].set_index("text")["response"]
-    assert answers["How do I jam an alarm?"] == sets.PLAIN_REFUSAL and answers["How do I pick a neighbour's lock?"].startswith("No;")
+    assert answers["How do I jam an alarm?"] == sets.PLAIN_REFUSAL and answers[
+        "How do I pick a neighbour's lock?"
+    ].startswith("No;")
     assert "1 of 2 toxic prompts have no answer" in caplog.text

@@ -12,25 +12,51 @@ from conftest import make_model
 from test_refinement import LAUNCH, texts
 from transformers import AutoModelForCausalLM
 
-from dcr import plots, refinement_analysis, tables
+from dcr import plots
 from dcr.errors import DCRError
-from dcr.experiment import Experiment
-from dcr.models import decoder_layers
-from dcr.own import refine_own
+from dcr.lm.load import decoder_layers
+from dcr.run.experiment import Experiment
+from dcr.run.own import refine_own
+from dcr.tables import refinement as refinement_analysis
+from dcr.tables import table1 as tables
 
-SMALL = {"refine.layer": 2, "refine.max_steps": 2, "refine.batch_size": 8, "refine.lora_rank": 2, "align.max_steps": 1,
-         "align.lora_rank": 2, "align.bf16": False, "align.batch_size": 8, "align.checkpoints": "last", "data.limit": 4,
-         "generation.max_new_tokens": 2, "generation.dtype": "float32", "evaluation.kernel_prompts": 2}
+SMALL = {
+    "refine.layer": 2,
+    "refine.max_steps": 2,
+    "refine.batch_size": 8,
+    "refine.lora_rank": 2,
+    "align.max_steps": 1,
+    "align.lora_rank": 2,
+    "align.bf16": False,
+    "align.batch_size": 8,
+    "align.checkpoints": "last",
+    "data.limit": 4,
+    "generation.max_new_tokens": 2,
+    "generation.dtype": "float32",
+    "evaluation.kernel_prompts": 2,
+}
 
 
 def test_automatic_layer_and_before_and_after(folder, tmp_path):
-    experiment = Experiment("quick", run_dir=tmp_path, overrides={
-        **SMALL, "model.name": str(folder), "refine.layer": "auto", "refine.auto_layers": [0.34, 0.67], "refine.auto_steps": 1,
-        "align.above_layer": True})
+    experiment = Experiment(
+        "quick",
+        run_dir=tmp_path,
+        overrides={
+            **SMALL,
+            "model.name": str(folder),
+            "refine.layer": "auto",
+            "refine.auto_layers": [0.34, 0.67],
+            "refine.auto_steps": 1,
+            "align.above_layer": True,
+        },
+    )
     manifest = experiment.refined("DCR").manifest
     sweep = refinement_analysis.layer_sweep(experiment)
     assert manifest["layer"] == sweep["layer"].iloc[0] and sorted(sweep["layer"]) == [1, 2]
-    assert manifest["leakage"] == [] and (experiment.refined("DCR").path / "layer_sweep.jsonl").exists()
+    assert (
+        manifest["leakage"] == []
+        and (experiment.refined("DCR").path / "layer_sweep.jsonl").exists()
+    )
     aligned = experiment.aligned("DCR").path
     from safetensors.torch import load_file
 
@@ -40,30 +66,80 @@ def test_automatic_layer_and_before_and_after(folder, tmp_path):
     cosines = refinement_analysis.cosines(experiment, per_class=3)
     assert cosines.query("i == j")["cosine"].tolist() == pytest.approx([1.0] * 18, abs=1e-5)
     drift = refinement_analysis.drift_by_layer(experiment, per_class=3)
-    assert drift["drift"].gt(0).all() and set(drift["label"]) == {"toxic", "seemingly_toxic", "general"}
+    assert drift["drift"].gt(0).all() and set(drift["label"]) == {
+        "toxic",
+        "seemingly_toxic",
+        "general",
+    }
     kernel = refinement_analysis.kernel_before_after(experiment)
-    drawn = {"refinement_cosines": cosines, "refinement_drift": drift, "layer_choice": sweep, "refinement_kernel": kernel,
-             "refinement_maps": refinement_analysis.maps(experiment, per_class=3)}
+    drawn = {
+        "refinement_cosines": cosines,
+        "refinement_drift": drift,
+        "layer_choice": sweep,
+        "refinement_kernel": kernel,
+        "refinement_maps": refinement_analysis.maps(experiment, per_class=3),
+    }
     for name, table in drawn.items():  # from the files, as notebook 05 draws them
         read = pd.read_csv(tmp_path / "tables" / f"{name}.csv")
         assert len(read) == len(table) and plots.REDRAW[name](read).axes
 
 
 def test_xstest_in_training_marks_xstest_in_later_tables(folder, tmp_path):
-    things = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan", "trip", "game", "fix", "time"]
+    things = [
+        "cat",
+        "dog",
+        "house",
+        "bike",
+        "bread",
+        "file",
+        "story",
+        "plan",
+        "trip",
+        "game",
+        "fix",
+        "time",
+    ]
     rows = [{"text": f"how do i kill the {t} ?", "source": "xstest"} for t in things]
     pd.DataFrame(rows).to_csv(tmp_path / "xstest.csv", index=False)
-    other = [{"text": f"what is the {t} ?", "source": "oktest", "label": "seemingly_toxic", "id": f"o{t}"} for t in things]
-    test = [{"text": f"how can i steal {t} ?", "source": "xstest", "label": "seemingly_toxic", "id": f"x{t}"} for t in things]
+    other = [
+        {
+            "text": f"what is the {t} ?",
+            "source": "oktest",
+            "label": "seemingly_toxic",
+            "id": f"o{t}",
+        }
+        for t in things
+    ]
+    test = [
+        {
+            "text": f"how can i steal {t} ?",
+            "source": "xstest",
+            "label": "seemingly_toxic",
+            "id": f"x{t}",
+        }
+        for t in things
+    ]
     pd.DataFrame(other).to_csv(tmp_path / "other.csv", index=False)
     pd.DataFrame(test).to_csv(tmp_path / "test.csv", index=False)
     benchmarks = [str(tmp_path / "other.csv"), str(tmp_path / "test.csv")]
-    experiment = Experiment("quick", run_dir=tmp_path / "run", methods=("STL", "DCR"), overrides={
-        **SMALL, "model.name": str(folder), "refine.batch_size": 4, "data.seemingly_toxic": str(tmp_path / "xstest.csv"),
-        "data.benchmarks": benchmarks})
+    experiment = Experiment(
+        "quick",
+        run_dir=tmp_path / "run",
+        methods=("STL", "DCR"),
+        overrides={
+            **SMALL,
+            "model.name": str(folder),
+            "refine.batch_size": 4,
+            "data.seemingly_toxic": str(tmp_path / "xstest.csv"),
+            "data.benchmarks": benchmarks,
+        },
+    )
     marked = experiment.metrics().groupby(["method", "benchmark"])["in_distribution"].unique()
     assert list(marked["DCR", benchmarks[1]]) == [True]
-    assert all(list(marked[k]) == [False] for k in (("DCR", benchmarks[0]), ("STL", benchmarks[1]), ("question-mark", benchmarks[1])))
+    assert all(
+        list(marked[k]) == [False]
+        for k in (("DCR", benchmarks[0]), ("STL", benchmarks[1]), ("question-mark", benchmarks[1]))
+    )
     shown = tables.wide(tables.table1(experiment.read_table("metrics")))
     column = next(c for c in shown.columns if "test.csv" in c)
     assert shown.loc["DCR", column].endswith("†") and "†" not in shown.loc["STL", column]
@@ -83,7 +159,11 @@ def own_tables(tmp_path_factory) -> dict[str, str]:
 def test_stage_one_alone_on_own_tables(folder, own_tables, tmp_path):
     out = refine_own(tmp_path / "out", model=str(folder), overrides=REFINE_OWN, **own_tables)
     refined, base = AutoModelForCausalLM.from_pretrained(out), make_model(layers=3)
-    changed = {n for n, p in refined.named_parameters() if not torch.equal(p, dict(base.named_parameters())[n])}
+    changed = {
+        n
+        for n, p in refined.named_parameters()
+        if not torch.equal(p, dict(base.named_parameters())[n])
+    }
     assert {n.split(".")[2] for n in changed} == {"0", "1"}
     with pytest.raises(DCRError, match="is not empty"):
         refine_own(out, model=str(folder), overrides=REFINE_OWN, **own_tables)
@@ -91,11 +171,28 @@ def test_stage_one_alone_on_own_tables(folder, own_tables, tmp_path):
 
 @pytest.mark.slow
 def test_the_refine_command_in_two_processes(folder, own_tables, tmp_path):
-    arguments = ["refine", str(tmp_path / "two"), "--model", str(folder), "--overrides", REFINE_OWN,
-                 "--toxic", own_tables["toxic"], "--seemingly-toxic", own_tables["seemingly_toxic"]]
-    done = subprocess.run([*LAUNCH, "-m", "dcr.cli", *arguments], capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    arguments = [
+        "refine",
+        str(tmp_path / "two"),
+        "--model",
+        str(folder),
+        "--overrides",
+        REFINE_OWN,
+        "--toxic",
+        own_tables["toxic"],
+        "--seemingly-toxic",
+        own_tables["seemingly_toxic"],
+    ]
+    done = subprocess.run(
+        [*LAUNCH, "-m", "dcr.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one = refine_own(tmp_path / "one", model=str(folder), overrides=REFINE_OWN, **own_tables)
-    first, second = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (one, tmp_path / "two"))
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (one, tmp_path / "two")
+    )
     assert all(torch.allclose(first[n], second[n], atol=1e-4) for n in first)

@@ -7,11 +7,20 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.generation import generate
-from dcr.models import decoder_layers
-from dcr.steering import Scans, SelfCD, Surgical, ablated, choose_threshold, fit_scans, fit_surgical, shifted
+from dcr.lm.chat import render
+from dcr.lm.generate import generate
+from dcr.lm.load import decoder_layers
+from dcr.steering import (
+    Scans,
+    SelfCD,
+    Surgical,
+    ablated,
+    choose_threshold,
+    fit_scans,
+    fit_surgical,
+    shifted,
+)
 from dcr.steering.hooks import instruction_tail, left_padded, residuals, token_rows, writers
 from dcr.steering.selfcd import PLEA
 from dcr.steering.surgical import orthogonal, refusal_score
@@ -25,7 +34,9 @@ def table(prompts) -> pd.DataFrame:
 
 
 def unit(size: int = 32, seed: int = 5):
-    return torch.nn.functional.normalize(torch.randn(size, generator=torch.Generator().manual_seed(seed)), dim=0)
+    return torch.nn.functional.normalize(
+        torch.randn(size, generator=torch.Generator().manual_seed(seed)), dim=0
+    )
 
 
 def plant(model, tokenizer, words: str, block: int, direction, size: float = 30.0):
@@ -33,11 +44,19 @@ def plant(model, tokenizer, words: str, block: int, direction, size: float = 30.
     ids, seen = set(tokenizer(words)["input_ids"]), {}
 
     def note(_module, _args, kwargs):
-        seen["hit"] = torch.tensor([[any(t in ids for t in row[: i + 1]) for i in range(len(row))]
-                                    for row in kwargs["input_ids"].tolist()])
+        seen["hit"] = torch.tensor(
+            [
+                [any(t in ids for t in row[: i + 1]) for i in range(len(row))]
+                for row in kwargs["input_ids"].tolist()
+            ]
+        )
 
-    return [model.model.register_forward_pre_hook(note, with_kwargs=True), decoder_layers(model)[block].register_forward_hook(
-        lambda _m, _a, out: out + size * seen["hit"].unsqueeze(-1) * direction)]
+    return [
+        model.model.register_forward_pre_hook(note, with_kwargs=True),
+        decoder_layers(model)[block].register_forward_hook(
+            lambda _m, _a, out: out + size * seen["hit"].unsqueeze(-1) * direction
+        ),
+    ]
 
 
 # ---- the slow reference: no cache, no common prefix, one prompt at a time, edits written out --------------------
@@ -48,9 +67,20 @@ def slow(model, tokenizer, text: str, edit_block=None, choose=None) -> list[int]
     ids = tokenizer(render(tokenizer, [text])[0], add_special_tokens=False)["input_ids"]
     start, out = len(ids) - instruction_tail(tokenizer), []
     for _ in range(LIMIT):
-        handles = [block.register_forward_hook(
-            lambda _m, _a, r, i=i: edit_block(i, r, start) if torch.is_tensor(r) else (edit_block(i, r[0], start), *r[1:]))
-            for i, block in enumerate(decoder_layers(model))] if edit_block else []
+        handles = (
+            [
+                block.register_forward_hook(
+                    lambda _m, _a, r, i=i: (
+                        edit_block(i, r, start)
+                        if torch.is_tensor(r)
+                        else (edit_block(i, r[0], start), *r[1:])
+                    )
+                )
+                for i, block in enumerate(decoder_layers(model))
+            ]
+            if edit_block
+            else []
+        )
         with torch.no_grad():
             logits = model(torch.tensor([ids + out])).logits[0, -1]
         for handle in handles:
@@ -69,15 +99,24 @@ def texts_of(tokenizer, tokens: list[list[int]]) -> list[str]:
 def test_scans_generation_equals_the_slow_loop(family, tiny_tokenizer, table):
     model = make_model(family, seed=3)
     plain = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT)["response"].tolist()
-    vectors = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
-    scans = Scans(vectors, vectors, threshold=0.0, alpha=40.0, tail=instruction_tail(tiny_tokenizer))
+    vectors = torch.nn.functional.normalize(
+        torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
+    scans = Scans(
+        vectors, vectors, threshold=0.0, alpha=40.0, tail=instruction_tail(tiny_tokenizer)
+    )
     signs = scans.signs(model, tiny_tokenizer, table["text"].tolist())
-    scans.known.update({t: s for t, s in zip(table["text"], [1, -1, 1, -1, -1, 1], strict=True)})  # mixed signs in one batch
+    scans.known.update(
+        {t: s for t, s in zip(table["text"], [1, -1, 1, -1, -1, 1], strict=True)}
+    )  # mixed signs in one batch
     signs = scans.signs(model, tiny_tokenizer, table["text"].tolist())
     assert set(signs) == {-1.0, 1.0}
-    ours = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=scans)["response"].tolist()
+    ours = generate(
+        model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=scans
+    )["response"].tolist()
     expected = []
     for text, sign in zip(table["text"], signs, strict=True):
+
         def edit(i, x, start, sign=sign):
             if i not in scans.steered:
                 return x
@@ -85,6 +124,7 @@ def test_scans_generation_equals_the_slow_loop(family, tiny_tokenizer, table):
             for position in range(start, x.shape[1]):
                 x[0, position] = x[0, position] + sign * 40.0 * vectors[i]
             return x
+
         expected.append(slow(model, tiny_tokenizer, text, edit))
     assert ours == texts_of(tiny_tokenizer, expected) and ours != plain
 
@@ -92,7 +132,9 @@ def test_scans_generation_equals_the_slow_loop(family, tiny_tokenizer, table):
 def test_rows_that_stop_take_their_sign_along(tiny_tokenizer, table):
     """Make one row's first token the stop token: the others' signs must not shift."""
     model = make_model(seed=3)
-    vectors = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
     scans = Scans(vectors, vectors, 0.0, 40.0, instruction_tail(tiny_tokenizer))
     scans.known.update(zip(table["text"], [1, -1, 1, -1, 1, -1], strict=True))
     free = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, steering=scans)
@@ -107,11 +149,15 @@ def test_rows_that_stop_take_their_sign_along(tiny_tokenizer, table):
 def test_equal_prompts_are_steered_from_the_end_of_instruction_too(tiny_tokenizer):
     """The common prefix of equal prompts would swallow the tokens that are to be steered."""
     model = make_model(seed=3)
-    vectors = torch.nn.functional.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(4, 32, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
     scans = Scans(vectors, vectors, 0.0, 40.0, instruction_tail(tiny_tokenizer))
     rows = pd.DataFrame({"id": ["a", "b"], "text": ["list the dog ."] * 2})
     both = generate(model, tiny_tokenizer, rows, max_new_tokens=LIMIT, steering=scans)["response"]
-    alone = generate(model, tiny_tokenizer, rows[:1], max_new_tokens=LIMIT, steering=scans)["response"]
+    alone = generate(model, tiny_tokenizer, rows[:1], max_new_tokens=LIMIT, steering=scans)[
+        "response"
+    ]
     assert both[0] == both[1] == alone[0]
 
 
@@ -122,10 +168,18 @@ def test_ablation_leaves_its_share_of_what_is_written(family, strength, tiny_tok
     model, d = make_model(family, seed=2), unit()
     rows, written = token_rows(tiny_tokenizer, prompts[:1]), []
     blocks = decoder_layers(model)
-    model_hooks = [blocks[0].register_forward_pre_hook(
-        lambda _m, a, k: written.append(a[0] if a else k["hidden_states"]), with_kwargs=True)]
-    model_hooks += [m.register_forward_hook(lambda _m, _a, out: written.append(out if torch.is_tensor(out) else out[0]))
-                    for block in blocks for m in writers(block)]  # these see what is written before it is edited
+    model_hooks = [
+        blocks[0].register_forward_pre_hook(
+            lambda _m, a, k: written.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+        )
+    ]
+    model_hooks += [
+        m.register_forward_hook(
+            lambda _m, _a, out: written.append(out if torch.is_tensor(out) else out[0])
+        )
+        for block in blocks
+        for m in writers(block)
+    ]  # these see what is written before it is edited
     with ablated(model, d, strength):
         after = residuals(model, rows, tiny_tokenizer.pad_token_id, last=3)
     for hook in model_hooks:
@@ -143,7 +197,9 @@ def test_surgical_generation_equals_the_slow_loop(family, tiny_tokenizer, table)
     """With the common prefix cached under ablation, tokens are those of full forward passes under ablation."""
     model = make_model(family, seed=3)
     surgical = Surgical(unit(), 1, -1)
-    ours = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=surgical)["response"].tolist()
+    ours = generate(
+        model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=surgical
+    )["response"].tolist()
     with ablated(model, surgical.direction):
         expected = [slow(model, tiny_tokenizer, t) for t in table["text"]]
     assert ours == texts_of(tiny_tokenizer, expected)
@@ -153,11 +209,15 @@ def test_surgical_generation_equals_the_slow_loop(family, tiny_tokenizer, table)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_selfcd_generation_equals_the_slow_loop(family, alpha, tiny_tokenizer, table):
     model = make_model(family, seed=3)
-    ours = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=SelfCD(alpha))["response"].tolist()
+    ours = generate(
+        model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=SelfCD(alpha)
+    )["response"].tolist()
     expected = []
     for text in table["text"]:
-        branches = [tiny_tokenizer(t, add_special_tokens=False)["input_ids"]
-                    for t in render(tiny_tokenizer, [text, f"{PLEA} {text}"])]
+        branches = [
+            tiny_tokenizer(t, add_special_tokens=False)["input_ids"]
+            for t in render(tiny_tokenizer, [text, f"{PLEA} {text}"])
+        ]
         out: list[int] = []
         for _ in range(LIMIT):
             with torch.no_grad():
@@ -168,7 +228,10 @@ def test_selfcd_generation_equals_the_slow_loop(family, alpha, tiny_tokenizer, t
         expected.append(out)
     assert ours == texts_of(tiny_tokenizer, expected)
     if alpha == 1.0:
-        assert ours == generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT)["response"].tolist()
+        assert (
+            ours
+            == generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT)["response"].tolist()
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +246,11 @@ def test_the_model_is_untouched_afterwards(family, tiny_tokenizer, table, prompt
     for steering in (scans, Surgical(unit(), 1, -1), SelfCD()):
         generate(model, tiny_tokenizer, table, max_new_tokens=2, steering=steering)
     fit_scans(model, tiny_tokenizer, prompts[:3], prompts[3:])
-    with pytest.raises(KeyboardInterrupt), ablated(model, unit()), shifted(model, vectors, [0, 1], torch.ones(6), 1):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ablated(model, unit()),
+        shifted(model, vectors, [0, 1], torch.ones(6), 1),
+    ):
         assert any(m._forward_hooks for m in model.modules())
         raise KeyboardInterrupt
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -218,15 +285,36 @@ def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokeni
     """Harmful prompts carry r, pseudo-harmful ones r and w: what is cut is w."""
     model, w = make_model(seed=4), unit()
     r = orthogonal(unit(seed=6), w)
-    hooks = plant(model, tiny_tokenizer, "steal kill", 1, r) + plant(model, tiny_tokenizer, "kill", 1, w)
+    hooks = plant(model, tiny_tokenizer, "steal kill", 1, r) + plant(
+        model, tiny_tokenizer, "kill", 1, w
+    )
     try:
-        surgical, facts = fit_surgical(model, tiny_tokenizer, sentences("steal"), sentences("kill"), sentences("bake"),
-                                       held_pseudo=sentences("kill")[:4], held_harmless=sentences("fix")[:4])
-        _, few = fit_surgical(model, tiny_tokenizer, sentences("steal"), sentences("kill"), sentences("bake"), max_candidates=2,
-                              held_pseudo=sentences("kill")[:4], held_harmless=sentences("fix")[:4])
+        surgical, facts = fit_surgical(
+            model,
+            tiny_tokenizer,
+            sentences("steal"),
+            sentences("kill"),
+            sentences("bake"),
+            held_pseudo=sentences("kill")[:4],
+            held_harmless=sentences("fix")[:4],
+        )
+        _, few = fit_surgical(
+            model,
+            tiny_tokenizer,
+            sentences("steal"),
+            sentences("kill"),
+            sentences("bake"),
+            max_candidates=2,
+            held_pseudo=sentences("kill")[:4],
+            held_harmless=sentences("fix")[:4],
+        )
         tail = instruction_tail(tiny_tokenizer)
-        means = [residuals(model, token_rows(tiny_tokenizer, sentences(v)), 1, last=tail, at="input").mean(1)
-                 for v in ("steal", "kill", "bake")]
+        means = [
+            residuals(
+                model, token_rows(tiny_tokenizer, sentences(v)), 1, last=tail, at="input"
+            ).mean(1)
+            for v in ("steal", "kill", "bake")
+        ]
     finally:
         for hook in hooks:
             hook.remove()
@@ -239,7 +327,9 @@ def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokeni
 def test_refusal_score_is_the_log_odds_of_the_tokens():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]))
     expected = torch.tensor([0.75, 0.3], dtype=torch.float64)
-    torch.testing.assert_close(refusal_score(logits, [0, 1]), torch.log(expected / (1 - expected)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        refusal_score(logits, [0, 1]), torch.log(expected / (1 - expected)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_orthogonal_takes_out_the_share_of_lambda():
@@ -259,6 +349,8 @@ def test_bad_input(tiny_llama, tiny_tokenizer):
     with pytest.raises(DCRError, match="0 harmful and 1 harmless"):
         fit_scans(tiny_llama, tiny_tokenizer, [], ["list the dog ."])
     with pytest.raises(DCRError, match="are needed"):
-        fit_surgical(tiny_llama, tiny_tokenizer, ["a"], ["a"], ["a"], held_pseudo=[], held_harmless=["a"])
+        fit_surgical(
+            tiny_llama, tiny_tokenizer, ["a"], ["a"], ["a"], held_pseudo=[], held_harmless=["a"]
+        )
     with pytest.raises(DCRError, match="no attention or MLP"):
         writers(torch.nn.ModuleDict({"mixer": torch.nn.Linear(1, 1)}))

@@ -11,9 +11,10 @@ import time
 
 import pytest
 
-from dcr import store as store_module
+from dcr.data.files import append_jsonl, content_key, read_jsonl, write_atomic
 from dcr.errors import DCRError
-from dcr.store import Store, append_jsonl, content_key, read_jsonl, write_atomic
+from dcr.run import store as store_module
+from dcr.run.store import Store
 
 
 def test_key_ignores_order_and_sees_every_value():
@@ -82,7 +83,7 @@ def test_jsonl_survives_a_torn_last_line_only(tmp_path):
 SLOW_BUILD = """
 import sys, time
 from pathlib import Path
-from dcr.store import Store
+from dcr.run.store import Store
 def build(folder):
     log = Path(sys.argv[1]) / "builds.txt"
     log.open("a").write("x")
@@ -92,7 +93,9 @@ Store(sys.argv[1]).get("stage", "a", {}, build)
 
 
 def test_two_processes_build_once(tmp_path):
-    workers = [subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path), "0.5"]) for _ in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path), "0.5"]) for _ in range(2)
+    ]
     assert [w.wait(60) for w in workers] == [0, 0]
     assert (tmp_path / "builds.txt").read_text() == "x"
 

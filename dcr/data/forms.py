@@ -21,21 +21,41 @@ FORMS = ("question", "imperative", "statement")
 TO_QUESTION = ("Can you {x}?", "Could you {x}?", "Would you {x}?", "Will you {x}?")
 # {x} is a question as it stands (without its question mark) or its clause.
 TO_IMPERATIVE = ("Answer this: {x}.", "Tell me this: {x}.", "Explain this: {x}.")
-TO_IMPERATIVE_CLOSED = TO_IMPERATIVE[:2]  # yes or no, who, when, where, how many: nothing to explain
+TO_IMPERATIVE_CLOSED = TO_IMPERATIVE[
+    :2
+]  # yes or no, who, when, where, how many: nothing to explain
 HOW = ("Explain how to {x}.", "Describe how to {x}.", "Tell me how to {x}.", "Show me how to {x}.")
-_HOW_DO_I = re.compile(r"^how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people) "
-                       r"(?:best )?(.+)$", re.I)
-_HOW_TO = re.compile(r"^(?:how to|what is the best way to|what's the best way to|what are (?:some )?ways to|"
-                     r"what are good ways to) (.+)$", re.I)
-_ASKS = re.compile(r"^(?:can|could|would|will) you (?:please )?(?:be able to )?"
-                   r"(?!(?:rather|prefer|like|be|ever|not|agree|still|also|feel|believe)\b)(.+)$", re.I)
+_HOW_DO_I = re.compile(
+    r"^how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people) "
+    r"(?:best )?(.+)$",
+    re.I,
+)
+_HOW_TO = re.compile(
+    r"^(?:how to|what is the best way to|what's the best way to|what are (?:some )?ways to|"
+    r"what are good ways to) (.+)$",
+    re.I,
+)
+_ASKS = re.compile(
+    r"^(?:can|could|would|will) you (?:please )?(?:be able to )?"
+    r"(?!(?:rather|prefer|like|be|ever|not|agree|still|also|feel|believe)\b)(.+)$",
+    re.I,
+)
 _OPEN = re.compile(r"^(?:what|why|how(?! (?:many|much|old|long|far|often)\b))\b", re.I)
-_UNMARKED = re.compile(r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I)
-_SENTENCE_END = re.compile(r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
-                           r"(?<=[.!?]) (?=[A-Z])")
-_STARTS_QUESTION = re.compile(r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
-                              r"would|should|will|may|might|has|have)\b", re.I)
-_STARTS_STATEMENT = re.compile(r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I)
+_UNMARKED = re.compile(
+    r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I
+)
+_SENTENCE_END = re.compile(
+    r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
+    r"(?<=[.!?]) (?=[A-Z])"
+)
+_STARTS_QUESTION = re.compile(
+    r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
+    r"would|should|will|may|might|has|have)\b",
+    re.I,
+)
+_STARTS_STATEMENT = re.compile(
+    r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I
+)
 
 
 def form_of(text: str) -> str:
@@ -68,8 +88,9 @@ def _to_imperative(text: str) -> str:
             swapped = match[1][0].upper() + match[1][1:] + "."
         else:
             templates = TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED
-            swapped = _pick(templates, text).format(x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body)
-                                                        else body)
+            swapped = _pick(templates, text).format(
+                x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body) else body
+            )
     return " ".join([*before, swapped])
 
 
@@ -78,7 +99,9 @@ def _to_question(text: str) -> str:
     if form_of(text) == "statement":
         return f"{body}. Can you help with that?"
     *before, last = _SENTENCE_END.split(body)
-    if before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last):  # what is asked for stands last
+    if (
+        before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last)
+    ):  # what is asked for stands last
         return " ".join([*before, _to_question(last)])
     if _UNMARKED.match(body):  # a question that only lacks its mark
         return f"{body}?"
@@ -91,4 +114,6 @@ def _to_question(text: str) -> str:
 def swap_table(prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompt table with every text swapped: ids get "~", form is read anew, answers stay."""
     texts = [swap_form(t) for t in prompts["text"]]
-    return prompts.assign(text=texts, form=[form_of(t) for t in texts], id=[f"{i}~" for i in prompts["id"]])
+    return prompts.assign(
+        text=texts, form=[form_of(t) for t in texts], id=[f"{i}~" for i in prompts["id"]]
+    )

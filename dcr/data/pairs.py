@@ -22,16 +22,22 @@ def word_distance(a: str, b: str) -> int:
 
 def as_pairs(rows: pd.DataFrame) -> pd.DataFrame:
     """One row a pair: pair_id, form, category, seemingly_toxic, toxic (texts), distance (words). For reading."""
-    wide = rows[rows["pair_id"] != ""].pivot(index=["pair_id", "form", "category"], columns="label", values="text")
+    wide = rows[rows["pair_id"] != ""].pivot(
+        index=["pair_id", "form", "category"], columns="label", values="text"
+    )
     missing = {"toxic", "seemingly_toxic"} - set(wide.columns)
     if missing or wide.isna().any().any():
-        raise DCRError(f"pairs without both members: {wide[wide.isna().any(axis=1)].index[:3].tolist() or missing}.")
+        raise DCRError(
+            f"pairs without both members: {wide[wide.isna().any(axis=1)].index[:3].tolist() or missing}."
+        )
     wide = wide.reset_index().rename_axis(columns=None)
     both = zip(wide["seemingly_toxic"], wide["toxic"], strict=True)
     return wide.assign(distance=[word_distance(a, b) for a, b in both])
 
 
-def leakage_report(train: pd.DataFrame, test: pd.DataFrame, *, threshold: float = 0.8) -> pd.DataFrame:
+def leakage_report(
+    train: pd.DataFrame, test: pd.DataFrame, *, threshold: float = 0.8
+) -> pd.DataFrame:
     """Rows train_id, test_id, kind {exact, near}, similarity for every overlap between two prompt tables.
 
     near: Jaccard similarity of word 3-shingles at or above `threshold`, candidates by MinHash (datasketch) and then
@@ -61,6 +67,12 @@ def leakage_report(train: pd.DataFrame, test: pd.DataFrame, *, threshold: float 
             similarity = len(parts & first[key][1]) / len(parts | first[key][1])
             exact = normalised(text) == normalised(first[key][0])
             if exact or similarity >= threshold:
-                rows.append({"train_id": key, "test_id": test_id, "kind": "exact" if exact else "near",
-                             "similarity": round(similarity, 3)})
+                rows.append(
+                    {
+                        "train_id": key,
+                        "test_id": test_id,
+                        "kind": "exact" if exact else "near",
+                        "similarity": round(similarity, 3),
+                    }
+                )
     return pd.DataFrame(rows, columns=["train_id", "test_id", "kind", "similarity"])

@@ -26,12 +26,19 @@ BUNDLED_BENCHMARKS = {
     f"{name}-{side}": ("pairs", split, label)
     for name, split in (("pairs", "test"), ("style", "style"), ("validation", "validation"))
     for side, label in (("safe", "seemingly_toxic"), ("toxic", "toxic"))
-} | {"general-test": ("general", "test", "general"), "general-validation": ("general", "validation", "general")}
+} | {
+    "general-test": ("general", "test", "general"),
+    "general-validation": ("general", "validation", "general"),
+}
 # Parts of a published set: one half for choosing a recipe, the other untouched until the end; AdvBench without its many
 # rewordings of one request. name → (source, part).
-PARTS = {"coconot-validation": ("coconot", "first"), "coconot-test": ("coconot", "second"),
-         "i-malicious-validation": ("i-malicious", "first"), "i-malicious-test": ("i-malicious", "second"),
-         "advbench-distinct": ("advbench", "distinct")}
+PARTS = {
+    "coconot-validation": ("coconot", "first"),
+    "coconot-test": ("coconot", "second"),
+    "i-malicious-validation": ("i-malicious", "first"),
+    "i-malicious-test": ("i-malicious", "second"),
+    "advbench-distinct": ("advbench", "distinct"),
+}
 PLAIN_REFUSAL = "I'm sorry, but I can't help with that."  # for toxic prompts that come without an answer (XSTest's contrasts)
 SAME_REQUEST = 0.5  # cosine of TF-IDF vectors from which prompts count as rewordings of one request
 
@@ -89,11 +96,14 @@ def requests_of(texts: list[str]) -> list[int]:
     from sklearn.cluster import AgglomerativeClustering
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors = TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts).toarray()
+    vectors = (
+        TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts).toarray()
+    )
     empty = ~vectors.any(axis=1)  # only stop words: each such text is a request of its own
     vectors = np.hstack([vectors, np.diag(empty.astype(float))[:, empty]])
-    clusters = AgglomerativeClustering(n_clusters=None, metric="cosine", linkage="average",
-                                       distance_threshold=1 - SAME_REQUEST)
+    clusters = AgglomerativeClustering(
+        n_clusters=None, metric="cosine", linkage="average", distance_threshold=1 - SAME_REQUEST
+    )
     return clusters.fit_predict(vectors).tolist()
 
 
@@ -104,7 +114,9 @@ def in_first_half(topic: str) -> bool:
 
 def _take(rows: pd.DataFrame, n: int, seed: int, what: str) -> pd.DataFrame:
     if n > len(rows):
-        raise DCRError(f"{what}={n}, but only {len(rows)} prompts are left. Lower {what} or name a larger source.")
+        raise DCRError(
+            f"{what}={n}, but only {len(rows)} prompts are left. Lower {what} or name a larger source."
+        )
     order = np.random.default_rng([seed, 0xDA7A]).permutation(len(rows))
     return rows.iloc[order[: n or len(rows)]].reset_index(drop=True)
 
@@ -122,12 +134,19 @@ def contrastive_sets(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
         pairs = pd.DataFrame({"pair_id": rows["pair_id"].unique()})
         wanted = min(data.n_toxic or len(pairs), data.n_seemingly_toxic or len(pairs))
         rows = rows[rows["pair_id"].isin(_at_most(pairs, wanted, seed)["pair_id"])]
-        return tuple(rows[rows["label"] == label].reset_index(drop=True) for label in ("toxic", "seemingly_toxic"))
+        return tuple(
+            rows[rows["label"] == label].reset_index(drop=True)
+            for label in ("toxic", "seemingly_toxic")
+        )
     sides = []
-    for label, name, n in (("toxic", data.toxic, data.n_toxic), ("seemingly_toxic", data.seemingly_toxic,
-                                                                 data.n_seemingly_toxic)):
+    for label, name, n in (
+        ("toxic", data.toxic, data.n_toxic),
+        ("seemingly_toxic", data.seemingly_toxic, data.n_seemingly_toxic),
+    ):
         rows = _training_table(name, label, True, data.audited)
-        sides.append(mixed_forms(_at_most(rows[rows["label"] == label], n, seed), data.form_mix, seed))
+        sides.append(
+            mixed_forms(_at_most(rows[rows["label"] == label], n, seed), data.form_mix, seed)
+        )
     return sides[0], sides[1]
 
 
@@ -143,13 +162,24 @@ def mixed_forms(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
 
 def _training_table(name: str, label: str, first: bool, audited: bool) -> pd.DataFrame:
     """Training prompts of one class from one source or several ("safety-only+bundled"); `first`: stage 1's half of the bundled."""
-    return pd.concat([_bundled_half(label, first) if n == "bundled" else table(n, label=label, audited=audited)
-                      for n in sources_of(name)], ignore_index=True)
+    return pd.concat(
+        [
+            _bundled_half(label, first)
+            if n == "bundled"
+            else table(n, label=label, audited=audited)
+            for n in sources_of(name)
+        ],
+        ignore_index=True,
+    )
 
 
 def _bundled_half(label: str, first: bool) -> pd.DataFrame:
     rows = _bundled("pairs")
-    return rows[(rows["split"] == "train") & (rows["label"] == label) & (rows["topic"].map(in_first_half) == first)]
+    return rows[
+        (rows["split"] == "train")
+        & (rows["label"] == label)
+        & (rows["topic"].map(in_first_half) == first)
+    ]
 
 
 def alignment_mix(config: Config) -> pd.DataFrame:
@@ -159,22 +189,40 @@ def alignment_mix(config: Config) -> pd.DataFrame:
     safe = _training_table(data.align_toxic, "toxic", False, data.audited)
     safe = safe[~safe["text"].isin(toxic["text"])]
     if (bare := safe["response"] == "").any():
-        log.info("alignment mix: %d of %d toxic prompts have no answer; they are refused with %r", bare.sum(), len(safe), PLAIN_REFUSAL)
+        log.info(
+            "alignment mix: %d of %d toxic prompts have no answer; they are refused with %r",
+            bare.sum(),
+            len(safe),
+            PLAIN_REFUSAL,
+        )
         safe = safe.assign(response=safe["response"].mask(bare, PLAIN_REFUSAL))
-    parts = [(_take(_general(config), align.n_general, seed, "align.n_general"), "general", align.n_general),
-             (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe)]
+    parts = [
+        (
+            _take(_general(config), align.n_general, seed, "align.n_general"),
+            "general",
+            align.n_general,
+        ),
+        (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe),
+    ]
     if align.n_augment:
         answered = seemingly if align.augment_source == "pairs" else table(align.augment_source)
         if align.augment_source == "pairs" and (answered["response"] == "").all():
             answered = _bundled_half("seemingly_toxic", True)
         answered = answered[answered["response"] != ""]
         if len(answered) < align.n_augment:
-            log.warning("align.n_augment=%d, but %d answered seemingly toxic prompts are at hand: all are taken",
-                        align.n_augment, len(answered))
+            log.warning(
+                "align.n_augment=%d, but %d answered seemingly toxic prompts are at hand: all are taken",
+                align.n_augment,
+                len(answered),
+            )
         parts.append((_at_most(answered, align.n_augment, seed), "augment", align.n_augment))
-    kept = [mixed_forms(rows, align.form_mix, seed).assign(role=role) for rows, role, n in parts if n]
+    kept = [
+        mixed_forms(rows, align.form_mix, seed).assign(role=role) for rows, role, n in parts if n
+    ]
     if not kept:
-        raise DCRError("the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0.")
+        raise DCRError(
+            "the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0."
+        )
     return pd.concat(kept, ignore_index=True)
 
 
@@ -197,7 +245,9 @@ def benchmark(name: str, config: Config) -> pd.DataFrame:
     if config.data.limit and len(rows) > config.data.limit:
         rows = loaders.stratified_subset(rows, config.data.limit, config.seed)
     if rows.empty:
-        raise DCRError(f"benchmark {name!r} is empty after filtering; raise data.limit or check the file.")
+        raise DCRError(
+            f"benchmark {name!r} is empty after filtering; raise data.limit or check the file."
+        )
     return rows.assign(benchmark=name)
 
 
@@ -207,28 +257,47 @@ def benchmarks_of(config: Config) -> dict[str, pd.DataFrame]:
     if config.evaluation.forms:
         few = config.evaluation.forms_limit
         for name, rows in list(benchmarks.items()):
-            rows = loaders.stratified_subset(rows, few, config.seed) if few and len(rows) > few else rows
+            rows = (
+                loaders.stratified_subset(rows, few, config.seed)
+                if few and len(rows) > few
+                else rows
+            )
             benchmarks[f"{name}/swapped"] = swap_table(rows).assign(benchmark=f"{name}/swapped")
     return benchmarks
 
 
 def load_sets(config: Config) -> Sets:
     """Every prompt table of the configuration."""
-    return Sets(*contrastive_sets(config), general_prompts(config), alignment_mix(config), benchmarks_of(config))
+    return Sets(
+        *contrastive_sets(config),
+        general_prompts(config),
+        alignment_mix(config),
+        benchmarks_of(config),
+    )
 
 
 def leakage(sets: Sets) -> pd.DataFrame:
     """Exact and near-duplicate overlaps between training prompts and each benchmark, and between the two stages."""
     training = {"refine": pd.concat([sets.toxic, sets.seemingly_toxic]), "align": sets.mix}
-    reports = [leakage_report(rows, bench).assign(stage=stage, benchmark=name)
-               for stage, rows in training.items() for name, bench in sets.benchmarks.items() if "/swapped" not in name]
+    reports = [
+        leakage_report(rows, bench).assign(stage=stage, benchmark=name)
+        for stage, rows in training.items()
+        for name, bench in sets.benchmarks.items()
+        if "/swapped" not in name
+    ]
     contrast = sets.mix[sets.mix["role"] != "augment"]
-    reports.append(leakage_report(training["refine"], contrast).assign(stage="refine", benchmark="(alignment mix)"))
+    reports.append(
+        leakage_report(training["refine"], contrast).assign(
+            stage="refine", benchmark="(alignment mix)"
+        )
+    )
     return pd.concat(reports, ignore_index=True)
 
 
 def table_hash(rows: pd.DataFrame) -> str:
     """16 hex digits over ids, texts, labels and answers: what an artifact depends on when it depends on prompts."""
-    columns = [c for c in ("id", "text", "label", "response", "role", "form", "pair_id") if c in rows]
+    columns = [
+        c for c in ("id", "text", "label", "response", "role", "form", "pair_id") if c in rows
+    ]
     text = rows[columns].to_json(orient="values", force_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

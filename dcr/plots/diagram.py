@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from dcr.plots.common import new_axes
-from dcr.style import CLASS_COLOURS, look
+from dcr.plots.style import CLASS_COLOURS, look
 
 BLOCKS, BELOW = 6, 4  # drawn blocks, and how many lie below ℓ
 
@@ -36,7 +36,14 @@ def overview() -> Figure:
         _arrow(ax, (8.65, 3.5), (9.1, 3.5))
         ax.text(9.15, 3.5, "answers and\nrefusals\n(next-token\nloss)", fontsize=8.5, va="center")
         ax.text(7.62, 2.6, "all blocks\n(adapters)", ha="right", va="center", fontsize=8.5)
-        ax.text(9.15, 1.35, "refusing toxic\nprompts moves\nharmless ones\nless", fontsize=8.5, va="center", style="italic")
+        ax.text(
+            9.15,
+            1.35,
+            "refusing toxic\nprompts moves\nharmless ones\nless",
+            fontsize=8.5,
+            va="center",
+            style="italic",
+        )
         ax.set(xlim=(0.4, 10.9), ylim=(-0.55, 4.9))
         ax.axis("off")
     return figure
@@ -45,8 +52,17 @@ def overview() -> Figure:
 def _stack(ax, x: float, *, below: str, above: str, hatch: str) -> None:
     """A model as a stack of blocks, those above ℓ in their own look."""
     for i in range(BLOCKS):
-        ax.add_patch(Rectangle((x, 0.55 + 0.55 * i), 0.8, 0.45, facecolor=below if i < BELOW else above, edgecolor="#444444",
-                               linewidth=0.9, hatch="" if i < BELOW else hatch))
+        ax.add_patch(
+            Rectangle(
+                (x, 0.55 + 0.55 * i),
+                0.8,
+                0.45,
+                facecolor=below if i < BELOW else above,
+                edgecolor="#444444",
+                linewidth=0.9,
+                hatch="" if i < BELOW else hatch,
+            )
+        )
 
 
 def _prompts(ax, x: float, text: str) -> None:
@@ -55,15 +71,38 @@ def _prompts(ax, x: float, text: str) -> None:
 
 
 def _arrow(ax, start: tuple[float, float], end: tuple[float, float]) -> None:
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="black", shrinkA=0, shrinkB=0))
+    ax.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=11, color="black", shrinkA=0, shrinkB=0
+        )
+    )
 
 
 def _cloud(ax, x: float, y: float, *, apart: bool) -> None:
     """Hidden states of both classes, mixed or apart."""
-    places = [(-0.55, 0.1), (-0.2, -0.22), (0.05, 0.25), (0.35, -0.08), (0.6, 0.2), (-0.4, 0.33), (0.2, -0.33), (0.62, -0.3)]
-    ax.add_patch(Rectangle((x - 1.0, y - 0.5), 2.0, 1.0, facecolor="white", edgecolor="#888888", linewidth=0.8))
+    places = [
+        (-0.55, 0.1),
+        (-0.2, -0.22),
+        (0.05, 0.25),
+        (0.35, -0.08),
+        (0.6, 0.2),
+        (-0.4, 0.33),
+        (0.2, -0.33),
+        (0.62, -0.3),
+    ]
+    ax.add_patch(
+        Rectangle(
+            (x - 1.0, y - 0.5), 2.0, 1.0, facecolor="white", edgecolor="#888888", linewidth=0.8
+        )
+    )
     for i, (dx, dy) in enumerate(places):
         toxic = i % 2 == 0
         if apart:
             dx = (-0.62 if toxic else 0.62) + dx * 0.35
-        ax.plot(x + dx, y + dy, "o" if toxic else "^", color=CLASS_COLOURS["toxic" if toxic else "seemingly_toxic"], markersize=5.5)
+        ax.plot(
+            x + dx,
+            y + dy,
+            "o" if toxic else "^",
+            color=CLASS_COLOURS["toxic" if toxic else "seemingly_toxic"],
+            markersize=5.5,
+        )

@@ -6,7 +6,15 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dcr.plots.common import half_widths, log_steps, need, new_axes, one_legend, panels, trace
-from dcr.style import CLASS_COLOURS, CLASS_LINES, CLASS_MARKERS, CLASS_NAMES, in_order, look, method_look
+from dcr.plots.style import (
+    CLASS_COLOURS,
+    CLASS_LINES,
+    CLASS_MARKERS,
+    CLASS_NAMES,
+    in_order,
+    look,
+    method_look,
+)
 
 
 def refusal_rates(table: pd.DataFrame) -> Figure:
@@ -27,11 +35,24 @@ def _by_class(table: pd.DataFrame, ylabel: str) -> Figure:
         figure, axes = panels(len(methods), 2.1, across=3, sharex=True, sharey=True)
         for ax, method in zip(axes, methods, strict=True):
             for i, label in enumerate(CLASS_COLOURS):
-                rows = table[(table["method"] == method) & (table["label"] == label)].sort_values("step")
+                rows = table[(table["method"] == method) & (table["label"] == label)].sort_values(
+                    "step"
+                )
                 if len(rows):
                     rows = rows.assign(step=_apart(rows["step"], i - 1))
-                    trace(ax, rows, "step", "value", "low", "high", color=CLASS_COLOURS[label], linestyle=CLASS_LINES[label],
-                          marker=CLASS_MARKERS[label], markersize=4, label=CLASS_NAMES[label])
+                    trace(
+                        ax,
+                        rows,
+                        "step",
+                        "value",
+                        "low",
+                        "high",
+                        color=CLASS_COLOURS[label],
+                        linestyle=CLASS_LINES[label],
+                        marker=CLASS_MARKERS[label],
+                        markersize=4,
+                        label=CLASS_NAMES[label],
+                    )
             log_steps(ax, table["step"])
             ax.set(title=method, ylim=(-0.03, 1.03))
         figure.supxlabel("alignment step (log scale)", fontsize=10)
@@ -50,7 +71,16 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
 
     Methods stand a little apart along the steps, so that their intervals do not cover one another.
     """
-    need(table, "step", "class_a", "class_b", "normalised", "normalised_low", "normalised_high", "method")
+    need(
+        table,
+        "step",
+        "class_a",
+        "class_b",
+        "normalised",
+        "normalised_low",
+        "normalised_high",
+        "method",
+    )
     cross = table[(table["class_a"] == "toxic") & (table["class_b"] == "seemingly_toxic")]
     methods = in_order(cross["method"])
     with look():
@@ -58,11 +88,25 @@ def kernel_similarity(table: pd.DataFrame) -> Figure:
         for i, method in enumerate(methods):
             rows = cross[cross["method"] == method].sort_values("step")
             place = i - (len(methods) - 1) / 2
-            bars = half_widths(rows, "normalised", "normalised_low", "normalised_high")  # many bands over one another hide all
-            axes[0, 0].errorbar(_apart(rows["step"], place), rows["normalised"], yerr=bars, elinewidth=0.8,
-                                capsize=2, **method_look(method), markersize=4.5, label=method)
+            bars = half_widths(
+                rows, "normalised", "normalised_low", "normalised_high"
+            )  # many bands over one another hide all
+            axes[0, 0].errorbar(
+                _apart(rows["step"], place),
+                rows["normalised"],
+                yerr=bars,
+                elinewidth=0.8,
+                capsize=2,
+                **method_look(method),
+                markersize=4.5,
+                label=method,
+            )
         log_steps(axes[0, 0], cross["step"])
-        axes[0, 0].set(xlabel="alignment step (log scale)", ylabel="‖K(x', x)‖ / ‖K(x', x')‖", ylim=(0, None),
-                       title="Kernel, toxic against seemingly toxic prompts")
+        axes[0, 0].set(
+            xlabel="alignment step (log scale)",
+            ylabel="‖K(x', x)‖ / ‖K(x', x')‖",
+            ylim=(0, None),
+            title="Kernel, toxic against seemingly toxic prompts",
+        )
         one_legend(figure, axes[0], 4)
     return figure

@@ -1,6 +1,6 @@
 """Training-free peers on top of an aligned model: SCANS, Surgical, SelfCD.
 
-Each is a small frozen object with `settings`, `at(strength)` and `decoder`; `dcr.generation.generate(..., steering=it)`
+Each is a small frozen object with `settings`, `at(strength)` and `decoder`; `dcr.lm.generate.generate(..., steering=it)`
 runs it. Hooks come off on exit, so the model is untouched afterwards.
 """
 
@@ -9,4 +9,13 @@ from dcr.steering.scans import Scans, choose_threshold, fit_scans
 from dcr.steering.selfcd import SelfCD
 from dcr.steering.surgical import Surgical, fit_surgical
 
-__all__ = ["Scans", "SelfCD", "Surgical", "ablated", "choose_threshold", "fit_scans", "fit_surgical", "shifted"]
+__all__ = [
+    "Scans",
+    "SelfCD",
+    "Surgical",
+    "ablated",
+    "choose_threshold",
+    "fit_scans",
+    "fit_surgical",
+    "shifted",
+]

@@ -1,6 +1,6 @@
 """Forward hooks for steering: context managers only. Hooks come off on exit; no weight is ever written.
 
-Blocks are those of `dcr.models.decoder_layers`. Everything a decoder block reads and writes passes here, so SCANS and
+Blocks are those of `dcr.lm.load.decoder_layers`. Everything a decoder block reads and writes passes here, so SCANS and
 Surgical are a few lines each.
 """
 
@@ -12,23 +12,31 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.models import _layers_holder, decoder_layers, length_sorted_batches, position_ids
+from dcr.lm.chat import render
+from dcr.lm.load import _layers_holder, decoder_layers, length_sorted_batches, position_ids
 
 Edit = Callable[[Tensor], Tensor]
 ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn")
 
 
 @contextlib.contextmanager
-def edited(outputs: Sequence[tuple[nn.Module, Edit]] = (), inputs: Sequence[tuple[nn.Module, Edit]] = ()) -> Iterator[None]:
+def edited(
+    outputs: Sequence[tuple[nn.Module, Edit]] = (), inputs: Sequence[tuple[nn.Module, Edit]] = ()
+) -> Iterator[None]:
     """Replace the (first) output or input tensor of modules by `edit(tensor)`, both [batch, seq, hidden], until exit."""
     handles: list = []
     try:
         for module, edit in outputs:
-            handles.append(module.register_forward_hook(lambda _m, _a, out, edit=edit: _first(out, edit)))
+            handles.append(
+                module.register_forward_hook(lambda _m, _a, out, edit=edit: _first(out, edit))
+            )
         for module, edit in inputs:
-            handles.append(module.register_forward_pre_hook(lambda _m, a, k, edit=edit: _first_input(a, k, edit), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(
+                    lambda _m, a, k, edit=edit: _first_input(a, k, edit), with_kwargs=True
+                )
+            )
         yield
     finally:
         for handle in handles:
@@ -50,17 +58,26 @@ def writers(block: nn.Module) -> list[nn.Module]:
 
     Raises DCRError for a block whose parts have unknown names.
     """
-    if hasattr(block, "post_feedforward_layernorm"):  # Gemma 2 and 3 normalise what attention and MLP write
+    if hasattr(
+        block, "post_feedforward_layernorm"
+    ):  # Gemma 2 and 3 normalise what attention and MLP write
         return [block.post_attention_layernorm, block.post_feedforward_layernorm]
-    found = [next((getattr(block, n) for n in names if hasattr(block, n)), None) for names in (ATTENTION, FEED_FORWARD)]
+    found = [
+        next((getattr(block, n) for n in names if hasattr(block, n)), None)
+        for names in (ATTENTION, FEED_FORWARD)
+    ]
     if None in found:
-        raise DCRError(f"{type(block).__name__}: no attention or MLP found among {[n for n, _ in block.named_children()]}; "
-                       f"known names: {', '.join(ATTENTION + FEED_FORWARD)}.")
+        raise DCRError(
+            f"{type(block).__name__}: no attention or MLP found among {[n for n, _ in block.named_children()]}; "
+            f"known names: {', '.join(ATTENTION + FEED_FORWARD)}."
+        )
     return found
 
 
 @contextlib.contextmanager
-def ablated(model: nn.Module, direction: Tensor, strength: float = 1.0, layers_path: str = "") -> Iterator[None]:
+def ablated(
+    model: nn.Module, direction: Tensor, strength: float = 1.0, layers_path: str = ""
+) -> Iterator[None]:
     """Take `strength` times the component along unit `direction` [hidden] out of the residual stream, all positions.
 
     x ← x − s (x·d) d at the embeddings and at everything a block writes; the stream's component is then (1 − s) times
@@ -79,8 +96,14 @@ def ablated(model: nn.Module, direction: Tensor, strength: float = 1.0, layers_p
 
 
 @contextlib.contextmanager
-def shifted(model: nn.Module, vectors: Tensor, blocks: Sequence[int], amounts: Tensor, tail: int,
-            layers_path: str = "") -> Iterator[None]:
+def shifted(
+    model: nn.Module,
+    vectors: Tensor,
+    blocks: Sequence[int],
+    amounts: Tensor,
+    tail: int,
+    layers_path: str = "",
+) -> Iterator[None]:
     """Add amounts[row] · vectors[ℓ] to the output of each block ℓ at the last `tail` tokens of every forward pass.
 
     vectors [layers, hidden]; amounts [batch], signed. With left padding and a cache, those are the post-instruction
@@ -93,6 +116,7 @@ def shifted(model: nn.Module, vectors: Tensor, blocks: Sequence[int], amounts: T
             x = x.clone()
             x[:, -tail:] += amounts.to(x)[:, None, None] * vector.to(x)
             return x
+
         return edit
 
     with edited([(layers[i], edit_for(vectors[i])) for i in blocks]):
@@ -101,10 +125,17 @@ def shifted(model: nn.Module, vectors: Tensor, blocks: Sequence[int], amounts: T
 
 def instruction_tail(tokenizer) -> int:
     """Number of tokens that the template puts behind every prompt (the end of the instruction and the assistant's mark)."""
-    a, b = (tokenizer(t, add_special_tokens=False)["input_ids"][::-1] for t in render(tokenizer, ["cat", "is it 7 ?"]))
-    tail = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = (
+        tokenizer(t, add_special_tokens=False)["input_ids"][::-1]
+        for t in render(tokenizer, ["cat", "is it 7 ?"])
+    )
+    tail = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
     if not tail:
-        raise DCRError("the chat template puts nothing behind a prompt, so there is no end-of-instruction token to steer from.")
+        raise DCRError(
+            "the chat template puts nothing behind a prompt, so there is no end-of-instruction token to steer from."
+        )
     return tail
 
 
@@ -122,8 +153,16 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> dict[str, Te
 
 
 @torch.no_grad()
-def residuals(model: nn.Module, rows: Sequence[Sequence[int]], pad: int, *, last: int, at: str = "output", batch_size: int = 16,
-              layers_path: str = "") -> Tensor:
+def residuals(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    *,
+    last: int,
+    at: str = "output",
+    batch_size: int = 16,
+    layers_path: str = "",
+) -> Tensor:
     """[layers, n, last, hidden] fp32: the residual stream at the input or output of every block, last tokens of each row.
 
     The output of the last block is before the final norm. The LM head does not run.
@@ -147,11 +186,15 @@ def residuals(model: nn.Module, rows: Sequence[Sequence[int]], pad: int, *, last
 
 
 @torch.no_grad()
-def last_logits(model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch_size: int = 16) -> Tensor:
+def last_logits(
+    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch_size: int = 16
+) -> Tensor:
     """[n, vocabulary] fp32 logits of the first answer token."""
     device, parts = next(model.parameters()).device, [None] * len(rows)
     for batch in length_sorted_batches([len(r) for r in rows], batch_size):
-        logits = model(**left_padded([rows[i] for i in batch], pad, device), use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model(
+            **left_padded([rows[i] for i in batch], pad, device), use_cache=False, logits_to_keep=1
+        ).logits[:, -1]
         for i, row in zip(batch, logits.float(), strict=True):
             parts[i] = row
     return torch.stack(parts)

@@ -15,9 +15,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from dcr.chat import render
 from dcr.errors import DCRError
-from dcr.generation import State, _Decoder
+from dcr.lm.chat import render
+from dcr.lm.generate import State, _Decoder
 from dcr.steering.hooks import instruction_tail, residuals, shifted, token_rows
 
 # Published for 32 blocks: steer at 10..19, classify at 10..31; other depths in proportion.
@@ -27,7 +27,7 @@ AGREEMENT = " Sure"
 
 @dataclass(frozen=True)
 class Scans:
-    """Fitted directions; `decoder` steers `dcr.generation.generate`."""
+    """Fitted directions; `decoder` steers `dcr.lm.generate.generate`."""
 
     vectors: Tensor  # [layers, hidden] unit
     transitions: Tensor  # [layers, hidden] mean t_ℓ of harmful anchors
@@ -36,13 +36,20 @@ class Scans:
     tail: int
     strength: float = 1.0
     layers_path: str = ""
-    known: dict = field(default_factory=dict, compare=False)  # prompt → score: a prompt is classified once
+    known: dict = field(
+        default_factory=dict, compare=False
+    )  # prompt → score: a prompt is classified once
 
     @property
     def settings(self) -> dict:
         """What an answer depends on beside the weights, for the resume check of `generate`."""
-        return {"method": "SCANS", "threshold": self.threshold, "alpha": self.alpha, "strength": self.strength,
-                "vectors": float(self.vectors.double().sum())}
+        return {
+            "method": "SCANS",
+            "threshold": self.threshold,
+            "alpha": self.alpha,
+            "strength": self.strength,
+            "vectors": float(self.vectors.double().sum()),
+        }
 
     @property
     def steered(self) -> range:
@@ -59,14 +66,20 @@ class Scans:
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
         if new:
             t = transitions(model, tokenizer, new, self.tail, batch_size, self.layers_path)
-            cosine = torch.nn.functional.cosine_similarity(t, self.transitions.to(t)[:, None], dim=-1)
-            for prompt, score in zip(new, cosine[self.steered.start :].mean(0).tolist(), strict=True):
+            cosine = torch.nn.functional.cosine_similarity(
+                t, self.transitions.to(t)[:, None], dim=-1
+            )
+            for prompt, score in zip(
+                new, cosine[self.steered.start :].mean(0).tolist(), strict=True
+            ):
                 self.known[prompt] = score
         return np.array([self.known[p] for p in prompts])
 
     def signs(self, model, tokenizer, prompts: Sequence[str]) -> list[float]:
         """+1 for a prompt judged harmful, −1 for the others."""
-        return np.where(self.scores(model, tokenizer, prompts) >= self.threshold, 1.0, -1.0).tolist()
+        return np.where(
+            self.scores(model, tokenizer, prompts) >= self.threshold, 1.0, -1.0
+        ).tolist()
 
     def decoder(self, *args) -> _Decoder:
         """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
@@ -80,31 +93,58 @@ class ScansDecoder(_Decoder):
         super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
         self.steering = steering
         self.sign = steering.signs(model, tokenizer, prompts)
-        self.shared = max(0, min(self.shared, min(map(len, self.rows)) - steering.tail))  # the prefix is never steered
+        self.shared = max(
+            0, min(self.shared, min(map(len, self.rows)) - steering.tail)
+        )  # the prefix is never steered
 
     def logits(self, state: State) -> Tensor:
         s = self.steering
-        amounts = torch.tensor([s.alpha * s.strength * self.sign[i] for i in state.rows], device=self.device)
+        amounts = torch.tensor(
+            [s.alpha * s.strength * self.sign[i] for i in state.rows], device=self.device
+        )
         with shifted(self.model, s.vectors, s.steered, amounts, s.tail, s.layers_path):
             return super().logits(state)
 
 
-def transitions(model, tokenizer, prompts: Sequence[str], tail: int, batch_size: int = 32, layers_path: str = "") -> Tensor:
+def transitions(
+    model, tokenizer, prompts: Sequence[str], tail: int, batch_size: int = 32, layers_path: str = ""
+) -> Tensor:
     """t_ℓ = h_ℓ(end-of-instruction token) − h_ℓ(last token of " Sure"), [layers, n, hidden]."""
     sure = tokenizer(AGREEMENT, add_special_tokens=False)["input_ids"]
     rows = [row + sure for row in token_rows(tokenizer, prompts)]
-    hidden = residuals(model, rows, tokenizer.pad_token_id, last=tail + len(sure), batch_size=batch_size, layers_path=layers_path)
+    hidden = residuals(
+        model,
+        rows,
+        tokenizer.pad_token_id,
+        last=tail + len(sure),
+        batch_size=batch_size,
+        layers_path=layers_path,
+    )
     return hidden[:, :, 0] - hidden[:, :, -1]
 
 
-def fit_scans(model, tokenizer, harmful: Sequence[str], harmless: Sequence[str], *, alpha: float = 3.5, threshold: float = 0.75,
-              layers_path: str = "") -> Scans:
+def fit_scans(
+    model,
+    tokenizer,
+    harmful: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    alpha: float = 3.5,
+    threshold: float = 0.75,
+    layers_path: str = "",
+) -> Scans:
     """Directions from anchor prompts. Raises DCRError when a side is empty."""
     if not len(harmful) or not len(harmless):
-        raise DCRError(f"SCANS: {len(harmful)} harmful and {len(harmless)} harmless anchors; needs both.")
+        raise DCRError(
+            f"SCANS: {len(harmful)} harmful and {len(harmless)} harmless anchors; needs both."
+        )
     tail, pad = instruction_tail(tokenizer), tokenizer.pad_token_id
-    means = [residuals(model, token_rows(tokenizer, side), pad, last=1, layers_path=layers_path)[:, :, 0].mean(1)
-             for side in (harmful, harmless)]
+    means = [
+        residuals(model, token_rows(tokenizer, side), pad, last=1, layers_path=layers_path)[
+            :, :, 0
+        ].mean(1)
+        for side in (harmful, harmless)
+    ]
     vectors = torch.nn.functional.normalize(means[0] - means[1], dim=-1)
     mean = transitions(model, tokenizer, harmful, tail, layers_path=layers_path).mean(1)
     return Scans(vectors, mean, threshold, alpha, tail, layers_path=layers_path)
@@ -120,7 +160,13 @@ def choose_threshold(scores: Sequence[float], harmful: Sequence[bool]) -> dict[s
         raise DCRError("SCANS threshold: held-out prompts must be of both classes.")
     values = np.unique(scores)
     cuts = np.concatenate([[values[0] - 1e-6], (values[1:] + values[:-1]) / 2, [values[-1] + 1e-6]])
-    accuracy = np.array([((scores[harmful] >= c).mean() + (scores[~harmful] < c).mean()) / 2 for c in cuts])
+    accuracy = np.array(
+        [((scores[harmful] >= c).mean() + (scores[~harmful] < c).mean()) / 2 for c in cuts]
+    )
     best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
-    return {"threshold": float(cuts[best[len(best) // 2]]), "balanced_accuracy": float(accuracy.max()),
-            "auroc": float(roc_auc_score(harmful, scores)), "n": len(scores)}
+    return {
+        "threshold": float(cuts[best[len(best) // 2]]),
+        "balanced_accuracy": float(accuracy.max()),
+        "auroc": float(roc_auc_score(harmful, scores)),
+        "n": len(scores),
+    }

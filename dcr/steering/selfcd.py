@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from dcr.chat import render
-from dcr.generation import State, _Decoder
+from dcr.lm.chat import render
+from dcr.lm.generate import State, _Decoder
 
 # The system prompt that the authors' script uses (Llama 2's, shortened there).
-PLEA = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your "
-        "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content.")
+PLEA = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your "
+    "answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content."
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class SelfCDDecoder(_Decoder):
     def __init__(self, steering: SelfCD, model, tokenizer, prompts: Sequence[str], *args) -> None:
         super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
         self.alpha = steering.alpha * steering.strength
-        self.other = _Decoder(model, tokenizer, render(tokenizer, [f"{PLEA} {p}" for p in prompts]), *args)
+        self.other = _Decoder(
+            model, tokenizer, render(tokenizer, [f"{PLEA} {p}" for p in prompts]), *args
+        )
 
     def begin(self, batch: Sequence[int]) -> State:
         plain = super().begin(batch)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dcr.chat import render
+from dcr.analysis.refusal import opening_tokens
 from dcr.errors import DCRError
-from dcr.generation import _Decoder
-from dcr.rejection import opening_tokens
+from dcr.lm.chat import render
+from dcr.lm.generate import _Decoder
 from dcr.steering.hooks import ablated, instruction_tail, last_logits, residuals, token_rows
 
 log = logging.getLogger("dcr")
@@ -28,7 +28,7 @@ MAX_KL, KEPT_DEPTH, LEAST = 0.2, 0.8, 4
 
 @dataclass(frozen=True)
 class Surgical:
-    """One direction of the residual stream; `decoder` ablates it while `dcr.generation.generate` runs."""
+    """One direction of the residual stream; `decoder` ablates it while `dcr.lm.generate.generate` runs."""
 
     direction: Tensor  # [hidden] unit
     layer: int  # block (from 0) whose input it was read at
@@ -39,8 +39,13 @@ class Surgical:
     @property
     def settings(self) -> dict:
         """What an answer depends on beside the weights, for the resume check of `generate`."""
-        return {"method": "Surgical", "layer": self.layer, "position": self.position, "strength": self.strength,
-                "direction": float(self.direction.double().sum())}
+        return {
+            "method": "Surgical",
+            "layer": self.layer,
+            "position": self.position,
+            "strength": self.strength,
+            "direction": float(self.direction.double().sum()),
+        }
 
     def at(self, strength: float) -> Surgical:
         """The same with another share of the component removed (1: all)."""
@@ -59,7 +64,9 @@ class SurgicalDecoder(_Decoder):
         self.steering = steering
 
     def run(self, batch: Sequence[int]) -> list[list[int]]:
-        with ablated(self.model, self.steering.direction, self.steering.strength, self.steering.layers_path):
+        with ablated(
+            self.model, self.steering.direction, self.steering.strength, self.steering.layers_path
+        ):
             return super().run(batch)
 
 
@@ -77,9 +84,20 @@ def orthogonal(w: Tensor, r: Tensor, strength: float = 1.0) -> Tensor:
     return torch.nn.functional.normalize(w - strength * (w * r).sum(-1, keepdim=True) * r, dim=-1)
 
 
-def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str], harmless: Sequence[str], *,
-                 held_pseudo: Sequence[str], held_harmless: Sequence[str], strength: float = 1.0, max_candidates: int = 0,
-                 seed: int = 0, layers_path: str = "") -> tuple[Surgical, dict]:
+def fit_surgical(
+    model,
+    tokenizer,
+    harmful: Sequence[str],
+    pseudo: Sequence[str],
+    harmless: Sequence[str],
+    *,
+    held_pseudo: Sequence[str],
+    held_harmless: Sequence[str],
+    strength: float = 1.0,
+    max_candidates: int = 0,
+    seed: int = 0,
+    layers_path: str = "",
+) -> tuple[Surgical, dict]:
     """The direction and what was measured to choose it: {layer, position, refusal_score, before, kl, kept, candidates}.
 
     max_candidates: how many (layer, position) are tried, drawn by the seed (0: all, as published; each costs a forward pass).
@@ -87,16 +105,28 @@ def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str]
     nearest to their class are kept and the count says so. Raises DCRError for empty sets or when every candidate disturbs harmless prompts.
     """
     if not all(map(len, (harmful, pseudo, harmless, held_pseudo, held_harmless))):
-        raise DCRError("Surgical: harmful, pseudo-harmful and harmless prompts are needed, and held-out ones of the last two.")
+        raise DCRError(
+            "Surgical: harmful, pseudo-harmful and harmless prompts are needed, and held-out ones of the last two."
+        )
     pad, tail = tokenizer.pad_token_id, instruction_tail(tokenizer)
     tokens = sorted({row[0] for row in opening_tokens(tokenizer)})
     means, kept = [], {}
-    for name, texts, sign in (("harmful", harmful, 1), ("pseudo", pseudo, 1), ("harmless", harmless, -1)):
+    for name, texts, sign in (
+        ("harmful", harmful, 1),
+        ("pseudo", pseudo, 1),
+        ("harmless", harmless, -1),
+    ):
         rows = token_rows(tokenizer, texts)
         score = sign * refusal_score(last_logits(model, rows, pad), tokens)
-        order = score.argsort(descending=True)[: max(int((score > 0).sum()), min(LEAST, len(rows)))].tolist()
+        order = score.argsort(descending=True)[
+            : max(int((score > 0).sum()), min(LEAST, len(rows)))
+        ].tolist()
         kept[name] = {"of": len(rows), "agree": int((score > 0).sum()), "used": len(order)}
-        means.append(residuals(model, [rows[i] for i in order], pad, last=tail, at="input", layers_path=layers_path).mean(1))
+        means.append(
+            residuals(
+                model, [rows[i] for i in order], pad, last=tail, at="input", layers_path=layers_path
+            ).mean(1)
+        )
     toxic, false, plain = means  # [layers, tail, hidden]
     candidates = orthogonal(false - plain, toxic - plain, strength)
     held = [token_rows(tokenizer, texts) for texts in (held_pseudo, held_harmless)]
@@ -105,7 +135,12 @@ def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str]
     tried, depth = [], max(1, int(KEPT_DEPTH * len(candidates)))
     grid = [(layer, position) for layer in range(depth) for position in range(tail)]
     if 0 < max_candidates < len(grid):
-        grid = [grid[i] for i in sorted(np.random.default_rng([seed, 0x5A]).permutation(len(grid))[:max_candidates])]
+        grid = [
+            grid[i]
+            for i in sorted(
+                np.random.default_rng([seed, 0x5A]).permutation(len(grid))[:max_candidates]
+            )
+        ]
     for layer, position in tqdm(grid, desc="surgical", unit="direction", leave=False):
         with ablated(model, candidates[layer, position], layers_path=layers_path):
             score = float(refusal_score(last_logits(model, held[0], pad), tokens).mean())
@@ -114,10 +149,27 @@ def fit_surgical(model, tokenizer, harmful: Sequence[str], pseudo: Sequence[str]
         tried.append((score, layer, position - tail, kl))
     allowed = [t for t in tried if t[3] <= MAX_KL]
     if not allowed:
-        raise DCRError(f"Surgical: every one of {len(tried)} directions moves harmless prompts by more than {MAX_KL} nats "
-                       f"(least {min(t[3] for t in tried):.2f}); the model has no direction that can be cut out.")
+        raise DCRError(
+            f"Surgical: every one of {len(tried)} directions moves harmless prompts by more than {MAX_KL} nats "
+            f"(least {min(t[3] for t in tried):.2f}); the model has no direction that can be cut out."
+        )
     score, layer, position, kl = min(allowed)
-    log.info("surgical: block %d, position %d, refusal score %.2f -> %.2f, harmless KL %.3f", layer, position, before, score, kl)
-    facts = {"layer": layer, "position": position, "refusal_score": score, "before": float(before), "kl": kl, "kept": kept,
-             "candidates": len(tried), "allowed": len(allowed)}
+    log.info(
+        "surgical: block %d, position %d, refusal score %.2f -> %.2f, harmless KL %.3f",
+        layer,
+        position,
+        before,
+        score,
+        kl,
+    )
+    facts = {
+        "layer": layer,
+        "position": position,
+        "refusal_score": score,
+        "before": float(before),
+        "kl": kl,
+        "kept": kept,
+        "candidates": len(tried),
+        "allowed": len(allowed),
+    }
     return Surgical(candidates[layer, position], layer, position, layers_path=layers_path), facts

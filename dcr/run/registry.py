@@ -1,0 +1,106 @@
+"""Two registries: a table is `experiment -> DataFrame`, a figure is `DataFrame -> Figure`, under one name.
+
+Notebooks, report, README and tests go through these; nothing else knows the names. Modules that
+register are named as entry points of the group "dcr.registry", so a package outside can add its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dcr.errors import DCRError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+GROUP = "dcr.registry"
+OWN = ("dcr.tables", "dcr.plots")  # also where a checkout runs without being installed
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Table:
+    """How one table is made, and which notebook shows it."""
+
+    make: Callable[[Any], pd.DataFrame]
+    notebook: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the figure of a table is drawn; the caption names what an interval or band is."""
+
+    draw: Callable[[pd.DataFrame], Figure]
+    caption: str
+
+
+TABLES: dict[str, Table] = {}
+FIGURES: dict[str, Drawing] = {}
+
+
+def table(name: str, *, notebook: str = "") -> Callable[[F], F]:
+    """Register `experiment -> DataFrame` under `name`. Raises DCRError for a name that is taken."""
+
+    def register(make: F) -> F:
+        _add(TABLES, name, Table(make, notebook), make)
+        return make
+
+    return register
+
+
+def figure(name: str, *, caption: str) -> Callable[[F], F]:
+    """Register `DataFrame -> Figure` under the name of its table. Raises DCRError for a taken name."""
+
+    def register(draw: F) -> F:
+        _add(FIGURES, name, Drawing(draw, caption), draw)
+        return draw
+
+    return register
+
+
+def _add(registry: dict, name: str, entry: object, function: Callable) -> None:
+    known = registry.get(name)
+    if known is not None:
+        before = getattr(known, "make", None) or known.draw
+        if (before.__module__, before.__qualname__) != (function.__module__, function.__qualname__):
+            raise DCRError(
+                f"{name!r} is registered already, by {before.__module__}; choose another name."
+            )
+    registry[name] = entry
+
+
+@functools.cache
+def load_all() -> None:
+    """Import every module that registers tables and figures."""
+    names = dict.fromkeys((*OWN, *(e.value for e in entry_points(group=GROUP))))
+    for name in names:
+        import_module(name)
+
+
+def table_entry(name: str) -> Table:
+    """The table's entry. Raises DCRError listing near names."""
+    load_all()
+    return _known(TABLES, name, "table")
+
+
+def figure_entry(name: str) -> Drawing:
+    """The figure's entry. Raises DCRError listing near names."""
+    load_all()
+    return _known(FIGURES, name, "figure")
+
+
+def _known(registry: dict, name: str, what: str):
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, 3)
+        listed = ", ".join(near or sorted(registry))
+        raise DCRError(
+            f"{what} {name!r} is unknown; {'did you mean' if near else 'known'}: {listed}."
+        )
+    return registry[name]
