@@ -9,8 +9,8 @@ from conftest import make_model, make_tokenizer
 from dcr.config import load_config, methods_file
 from dcr.data import loaders, sets
 from dcr.errors import DCRError
-from dcr.run.experiment import Experiment, run_methods
 from dcr.run import steer as stage
+from dcr.run.experiment import Experiment, run_methods
 from dcr.tables.failures import costs
 from dcr.tables.table1 import plane_points
 
