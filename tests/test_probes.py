@@ -7,15 +7,22 @@ import pandas as pd
 import pytest
 
 from dcr.analysis.probes import (
+    auroc,
     auroc_interval,
+    best_layer,
     cluster_by_layer,
     cosine_structure,
+    fit_probe,
     groups_of,
+    layer_scores,
     map_2d,
+    points,
     probe_by_form,
     probe_by_layer,
     surface_baselines,
+    surface_scores,
     transfer_auroc,
+    transfer_scores,
 )
 from dcr.data.forms import swap_table
 from dcr.errors import DCRError
@@ -192,3 +199,76 @@ def test_a_feature_that_says_nothing_is_at_chance_when_groups_are_lopsided():
     assert surface_baselines(pd.DataFrame(rows)).set_index("baseline").loc[
         "source", "auroc"
     ] == pytest.approx(0.5)
+
+
+# ---- scores without intervals -------------------------------------------------------------------
+
+
+def test_the_probe_is_the_librarys_with_the_scaler_folded_in():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    states = rng.normal(3.0, rng.uniform(0.1, 5.0, 8), size=(80, 8))
+    toxic = (states[:, 0] + rng.normal(size=80) > 3.0).astype(int)
+    theirs = make_pipeline(
+        StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000)
+    ).fit(states, toxic)
+    probe = fit_probe(states, toxic)
+    np.testing.assert_allclose(
+        probe.decision_function(states), theirs.decision_function(states), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_weighted_auroc_is_the_librarys_on_rows_repeated():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(1)
+    toxic, scores = rng.integers(2, size=60), rng.normal(size=60).round(1)
+    weights = rng.integers(0, 4, size=(5, 60))
+    found = auroc(toxic, scores, weights)
+    for row, value in zip(weights, found, strict=True):
+        again = np.repeat(np.arange(60), row)
+        assert value == pytest.approx(roc_auc_score(toxic[again], scores[again]))
+    assert auroc(toxic, scores) == pytest.approx(roc_auc_score(toxic, scores))
+    assert np.isnan(auroc(toxic, scores, toxic)) and auroc([0, 1], [0.0, 0.0]) == 0.5
+
+
+def test_scores_by_layer_are_held_out_and_points_read_them(prompts):
+    scores = layer_scores(planted(prompts, 6.0), prompts)
+    assert scores.shape == (120, 2) and scores.index.equals(prompts.index)
+    table = points(prompts, scores).set_index("name")
+    assert table.loc[1, "auroc"] > 0.97 and 0.3 < table.loc[0, "auroc"] < 0.7
+    assert list(surface_scores(prompts)) == ["question-mark", "length", "source", "tf-idf"]
+
+
+def test_a_request_stays_in_one_fold(prompts):
+    """States that name the request, prompts without pair ids: only the column `request` can hold them together."""
+    rng, rows = np.random.default_rng(0), prompts.assign(request=groups_of(prompts), pair_id="")
+    which = pd.factorize(rows["request"])[0]
+    values = rng.normal(size=(30, 40))[which][None].astype(np.float32)
+    y = (rows["request"].map(dict(zip(rows["request"].unique(), range(30)))) % 2).astype(bool)
+    rows["label"] = np.where(y, "toxic", "seemingly_toxic")
+    held = layer_scores(HiddenStates(values, "last"), rows)
+    assert auroc(y, held[0]) < 0.75
+    free = layer_scores(HiddenStates(values, "last"), rows.assign(request=range(120)))
+    assert auroc(y, free[0]) > 0.9
+
+
+def test_transfer_reads_unseen_sources_with_the_mean_of_the_folds(prompts):
+    other = prompts.assign(pair_id="", id=[f"o{i}" for i in range(120)], source="two")
+    scores = transfer_scores(
+        planted(prompts, 6.0), prompts, planted(other, 6.0, seed=1), other, [1]
+    )
+    assert points(other, scores).loc[0, "auroc"] > 0.97
+
+
+def test_best_layer_finds_the_planted_one_and_breaks_ties_by_loss(prompts):
+    toxic = (prompts["label"] == "toxic").to_numpy()
+    values = np.random.default_rng(0).normal(size=(6, 120, 16)).astype(np.float32)
+    for layer, gap in ((0, 99.0), (2, 20.0), (3, 40.0), (5, 99.0)):  # 0 and 5 are no candidates
+        values[layer, :, :4] += gap * toxic[:, None]
+    layer, table = best_layer(HiddenStates(values, "last"), prompts)
+    assert table.set_index("layer")["auroc"].loc[[2, 3]].tolist() == [1.0, 1.0]
+    assert layer == 3 and table["layer"].tolist() == [1, 2, 3, 4]
