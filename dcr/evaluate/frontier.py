@@ -22,7 +22,6 @@ from dcr.evaluate.rates import (
     is_apart,
     pairs_of,
     same_seeds,
-    weights_in,
 )
 
 TARGETS = (0.80, 0.90)
