@@ -95,7 +95,7 @@ def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None)
             weight_decay=0.0,
             max_grad_norm=1.0,
             optim="adamw_torch",
-            bf16=config.bf16,
+            bf16=True,
             gradient_checkpointing=False,
             use_cpu=True,
             seed=seed,
@@ -147,7 +147,6 @@ def main() -> None:
         batch_size=16,
         max_steps=options.steps,
         warmup=0.0,
-        bf16=True,
         checkpoints="last",
         save_steps=10**6,
     )

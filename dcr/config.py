@@ -1,213 +1,256 @@
-"""Configuration: frozen dataclasses, profiles in YAML, strict overrides.
+"""Configuration: frozen, strict pydantic models, profiles in YAML, dotted overrides.
 
-Nothing is coerced and nothing is guessed: an unknown name or a wrong type raises with the known ones listed.
+Nothing is coerced and nothing is guessed: an unknown name, a wrong type, a value outside its choices
+or bounds raises one DCRError that lists what is known.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
-import typing
+import functools
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dcr.errors import DCRError
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+def _number(value: object) -> object:
+    """YAML reads 1e-5 as text."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Real = Annotated[float, BeforeValidator(_number)]
+Weight = Annotated[float, Ge(0), BeforeValidator(_number)]
+Rate = Annotated[float, Gt(0), BeforeValidator(_number)]
+Share = Annotated[float, Ge(0), Le(1), BeforeValidator(_number)]
+Count = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+
+
+class Section(BaseModel):
+    """Fields that travel together. Raises DCRError, never pydantic's own error."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+    section: ClassVar[str] = ""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise DCRError(_sentence(type(self), values, error)) from None
+
+    def replaced(self, **changes: Any) -> Self:
+        """A validated copy with fields replaced."""
+        return type(self)(**{**dict(self), **changes})
+
+
+class ModelConfig(Section):
     """Which causal LM, and how it is loaded."""
 
+    section: ClassVar[str] = "model"
     name: str = "embedded"  # "embedded", a local folder or a hub id
     revision: str = ""  # commit on the hub; "" for local models
-    dtype: str = "float32"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of training, states, scores and answers
     device: str = "auto"
-    chat_template: str = "auto"  # or "alpaca"
+    chat_template: Literal["auto", "alpaca"] = "auto"
     layers_path: str = ""  # dotted path of the block list, if the resolver does not find it
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where prompts come from: "bundled", a registry name, the path of a CSV or JSONL table, or several joined by "+"."""
+class DataConfig(Section):
+    """Where prompts come from: a registry name, a table's path, or several joined by "+"."""
 
+    section: ClassVar[str] = "data"
     seemingly_toxic: str = "bundled"  # stage 1, harmless side
     toxic: str = "bundled"  # stage 1, toxic side
     align_toxic: str = "bundled"  # stage 2, toxic prompts with safe answers
     general: str = "bundled"  # stage 2, ordinary instructions with answers
-    benchmarks: tuple[str, ...] = (
-        "pairs-safe",
-        "pairs-toxic",
-        "style-safe",
-        "style-toxic",
-        "general-test",
-    )
-    n_seemingly_toxic: int = 250  # paper: XSTest safe; 0 takes all there are
-    n_toxic: int = 500  # paper: HH-RLHF
-    form_mix: float = (
-        0.0  # share of stage 1's published prompts put into the other form (question or imperative)
-    )
-    audited: bool = (
-        False  # drop toxic training prompts that the committed audit marks harmless or ambiguous
-    )
-    limit: int = 0  # prompts a benchmark, stratified; 0 takes all
-    curve_limit: int = 400  # prompts (all benchmarks together) judged at each alignment checkpoint
+    benchmarks: Names = ("pairs-safe", "pairs-toxic", "style-safe", "style-toxic", "general-test")
+    validation: Names = ("validation-safe", "validation-toxic", "general-validation")
+    n_seemingly_toxic: Count = 250  # paper: XSTest safe; 0 takes all there are
+    n_toxic: Count = 500  # paper: HH-RLHF
+    form_mix: Share = 0.0  # stage 1's published prompts put into the other form
+    audited: bool = False  # drop toxic training prompts that the audit calls harmless or ambiguous
+    limit: Count = 0  # prompts a test or validation set; 0 takes all
+    curve_limit: Count = 400  # prompts (all sets together) judged at each alignment checkpoint
 
 
-@dataclass(frozen=True)
-class RefineConfig:
-    """Stage 1, contrastive refinement (paper section "Method"; unknown values are ours, see the comments)."""
+class RefineConfig(Section):
+    """Stage 1, contrastive refinement (paper, "Method"; unknown values are ours, see comments)."""
 
-    layer: float | int | str = (
-        0.75  # ℓ: fraction of depth, number of blocks, or "auto"; the paper says "middle"
-    )
-    loss: str = "circle"  # circle, supcon, infonce, triplet
-    margin: float = (
-        0.4  # m of Circle loss (pytorch-metric-learning's default; unknown in the paper)
-    )
-    gamma: float = 80.0  # γ of Circle loss; temperature⁻¹ for supcon and infonce
-    pooling: str = "last"  # or mean
-    pairing: str = "sources"  # sources (paper), matched (minimal pairs), sham (labels shuffled)
+    section: ClassVar[str] = "refine"
+    # ℓ: number of blocks, share of the depth (the paper says "middle"), or "auto": where a
+    # cross-validated probe on the base model reads the training classes best
+    layer: Size | Annotated[float, Gt(0), Le(1)] | Literal["auto"] = 0.75
+    loss: Literal["circle", "supcon", "infonce", "triplet"] = "circle"
+    margin: Real = 0.4  # m of Circle loss (pytorch-metric-learning's; unknown in the paper)
+    gamma: Rate = 80.0  # γ of Circle loss; temperature⁻¹ for supcon and infonce
+    pooling: Literal["last", "mean"] = "last"
+    # sources (paper), matched (minimal pairs), sham (labels shuffled)
+    pairing: Literal["sources", "matched", "sham"] = "sources"
     balance_forms: bool = False  # draw questions and imperatives equally in both classes
-    toxic_share: float = 0.5  # share of toxic prompts in a batch
-    general_share: float = 0.0  # share of general prompts in the non-toxic class
-    retention: float = 0.0  # weight of holding general prompts' hidden states to the frozen base's
-    batch_size: int = 32
-    accumulation: int = 1
-    epochs: float = 2.0  # passes over the larger class
-    max_steps: int = 0  # 0: from epochs
-    lr: float = 2e-4
-    warmup: float = 0.1  # share of steps
-    lora_rank: int = 16  # 0 trains all parameters below ℓ
-    lora_targets: tuple[str, ...] = ()  # () = every linear layer of the block
-    target: float = -1.0  # stop when held-out cross-class cosine is at or below; -1 never stops
-    patience: int = 0  # evaluations without improvement before stopping; 0 never stops
-    eval_steps: int = 10
-    eval_share: float = 0.15  # share of prompts held out for the stop rule
-    save_steps: int = 20
-    bf16: bool = False
+    toxic_share: Share = 0.5  # of a batch
+    general_share: Share = 0.0  # of the non-toxic class
+    retention: Weight = 0.0  # weight of holding general prompts' states to the frozen base's
+    batch_size: Annotated[int, Ge(2)] = 32
+    accumulation: Size = 1
+    epochs: Rate = 2.0  # passes over the larger class
+    max_steps: Count = 0  # 0: from epochs
+    lr: Weight = 2e-4
+    warmup: Share = 0.1  # share of steps
+    lora_rank: Count = 16  # 0 trains all parameters below ℓ
+    lora_targets: Names = ()  # () = every linear layer of the block
+    target: Real = -1.0  # stop when held-out cross-class cosine is at or below; -1 never stops
+    eval_steps: Size = 10
+    eval_share: Share = 0.15  # share of prompts held out for the stop rule
+    save_steps: Count = 20
     gradient_checkpointing: bool = False
-    max_length: int = 256
-    auto_layers: tuple[float, ...] = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)  # candidates of layer="auto"
-    auto_steps: int = 12  # optimiser steps a candidate
+    max_length: Size = 256
+    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
 
 
-@dataclass(frozen=True)
-class AlignConfig:
-    """Stage 2, safety alignment by SFT (paper section "Method"; Safety-Tuned LLaMAs)."""
+class AlignConfig(Section):
+    """Stage 2, safety alignment by SFT (paper, "Method"; Safety-Tuned LLaMAs)."""
 
-    n_general: int = 600
-    n_safe: int = 600
-    n_augment: int = 0  # STL-aug: seemingly toxic prompts with substantive answers
+    section: ClassVar[str] = "align"
+    n_general: Count = 600
+    n_safe: Count = 600
+    n_augment: Count = 0  # STL-aug: seemingly toxic prompts with substantive answers
     augment_source: str = "pairs"  # or coconot-pref (marks CoCoNot in-distribution)
-    form_mix: float = (
-        0.0  # share of the mix's prompts put into the other form, the same in every role
-    )
-    labels: str = "completion"  # or all (the paper's reading)
-    epochs: float = 1.0
-    max_steps: int = 0
-    batch_size: int = 16
-    accumulation: int = 1
-    lr: float = 3e-4
-    schedule: str = "constant"  # or linear, cosine; constant keeps checkpoints comparable
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    lora_rank: int = 8  # 0 trains all parameters
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    form_mix: Share = 0.0  # prompts put into the other form, the same in every role
+    labels: Literal["completion", "all"] = "completion"  # all: the paper's reading
+    epochs: Rate = 1.0
+    max_steps: Count = 0
+    batch_size: Size = 16
+    accumulation: Size = 1
+    lr: Weight = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # keeps checkpoints comparable
+    warmup: Share = 0.03
+    weight_decay: Weight = 0.0
+    lora_rank: Count = 8  # 0 trains all parameters
+    lora_alpha: Size = 16
+    lora_dropout: Share = 0.0
+    lora_targets: Names = ("q_proj", "k_proj", "v_proj")
     above_layer: bool = False  # adapters only in the blocks from ℓ up
-    max_length: int = 256
-    save_steps: int = 50  # resume points
-    checkpoints: str = "log"  # log-spaced steps (0, 1, 2, 4, ...), "last", or a comma list
-    bf16: bool = False
+    max_length: Size = 256
+    save_steps: Count = 50  # resume points
+    # steps whose weights are kept: log-spaced (0, 1, 2, 4, ...), the last, or these
+    checkpoints: Literal["log", "last"] | Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = (
+        "log"
+    )
     gradient_checkpointing: bool = False
+    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
 
 
-@dataclass(frozen=True)
-class GenerationConfig:
-    """Greedy decoding of answers."""
+class GenerationConfig(Section):
+    """Decoding of answers."""
 
-    max_new_tokens: int = 24
-    batch_size: int = 64
-    dtype: str = "auto"  # bfloat16 where the hardware has it, else float32
-    temperature: float = 0.0  # 0 is greedy
+    section: ClassVar[str] = "generation"
+    max_new_tokens: Size = 24
+    batch_size: Size = 64
+    temperature: Weight = 0.0  # 0 is greedy
     endpoint: str = ""  # OpenAI-compatible base URL; "" generates locally
+    served: dict[str, str] = {}  # method: name under which the endpoint serves its model
+    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
 
 
-@dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Section):
     """Judges, statistics and general ability."""
 
-    judge: str = "phrases"  # or learned, consensus, guard:<id or folder>; consensus measured no better on models left out
+    section: ClassVar[str] = "evaluation"
+    judge: str = "phrases"  # or guard:<id or folder>
     curve_judge: str = "phrases"
-    bootstrap: int = 1000
+    bootstrap: Size = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
-    forms_limit: int = 0  # prompts of each benchmark that are swapped, stratified; 0 swaps all
-    capability_tasks: tuple[str, ...] = ()
-    capability_limit: int = 100  # items a task; 0 takes all
-    robustness_prompts: int = 40  # prompts a class under each wrapper; 0 skips
-    longer_tokens: int = 128  # new tokens of the spot check on what short answers hide; 0 skips it
-    longer_prompts: int = 40  # its prompts a class
-    bias_sweep: bool = True  # refusal-bias frontier of every method
-    quality_endpoint: str = (
-        ""  # OpenAI-compatible base URL of the pairwise judge; "" gives no win rate
-    )
+    forms_limit: Count = 0  # prompts of each benchmark that are swapped; 0 swaps all
+    capability_tasks: Names = ()
+    capability_limit: Count = 100  # items a task; 0 takes all
+    robustness_prompts: Count = 40  # prompts a class under each wrapper; 0 skips
+    longer_tokens: Count = 128  # new tokens of the check on what short answers hide; 0 skips it
+    longer_prompts: Count = 40  # its prompts a class
+    quality_endpoint: str = ""  # OpenAI-compatible URL of the pairwise judge; "": no win rate
     quality_model: str = ""
-    trajectory_prompts: int = (
-        24  # prompts a class for refusal probability and kernel over alignment
-    )
-    probe_pairs: int = 200  # minimal pairs in the analysis of representations
-    kernel_tokens: int = 10  # first tokens the kernel is read on (k of top-k, or probes of all)
-    kernel_prompts: int = 8  # prompts a class for the kernel
-    kernel_steps: int = 0  # recorded alignment steps at which the kernel is taken; 0 takes all
+    trajectory_prompts: Size = 24  # prompts a class: refusal score and kernel over alignment
+    probe_pairs: Size = 200  # minimal pairs in the analysis of representations
+    kernel_tokens: Size = 10  # first tokens the kernel is read on (k of top-k, or probes of all)
+    kernel_prompts: Size = 8  # prompts a class for the kernel
+    kernel_steps: Count = 0  # recorded alignment steps with a kernel; 0 takes all
 
 
-@dataclass(frozen=True)
-class SteeringConfig:
-    """SCANS and Surgical at inference time, on the STL model."""
+class SteeringConfig(Section):
+    """Methods that act at inference time, on the model that methods.yaml names."""
 
-    anchors: int = 64  # prompts a class
-    scans_alpha: float = 3.5
-    scans_threshold: float = 0.0  # 0: chosen once on held-out prompts
-    surgical_lambda: float = 1.0
-    surgical_candidates: int = (
-        48  # (layer, position) pairs tried, drawn by the seed; 0 tries all, as published
-    )
-    selfcd_alpha: float = 2.5
-    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)  # multiples swept for the curve
+    section: ClassVar[str] = "steering"
+    anchors: Size = 64  # prompts a class
+    scans_alpha: Real = 3.5
+    scans_threshold: Real = 0.0  # 0: chosen once on validation prompts
+    surgical_lambda: Real = 1.0
+    surgical_candidates: Count = 48  # (layer, position) pairs tried; 0 tries all, as published
+    strengths: Annotated[tuple[Weight, ...], BeforeValidator(_tuple)] = (0.0, 0.5, 1.0, 2.0)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Everything a run depends on. `seed` reaches data sampling, adapters, batches and bootstraps."""
+class Config(Section):
+    """Everything a run depends on. `seed` reaches sampling, adapters, batches and bootstraps."""
 
     profile: str = "quick"
-    seed: int = 0
-    methods: tuple[str, ...] = ("base", "STL", "DCR")
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    refine: RefineConfig = field(default_factory=RefineConfig)
-    align: AlignConfig = field(default_factory=AlignConfig)
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    steering: SteeringConfig = field(default_factory=SteeringConfig)
+    seed: Count = 0
+    methods: Names = ("base", "STL", "DCR")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    refine: RefineConfig = RefineConfig()
+    align: AlignConfig = AlignConfig()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    steering: SteeringConfig = SteeringConfig()
 
     def to_dict(self) -> dict:
         """Plain nested dict, for manifests and keys."""
-        return asdict(self)
+        return self.model_dump()
 
     def override(self, overrides: str | Mapping[str, object]) -> Config:
-        """A copy with dotted keys replaced: "refine.layer=0.4,align.epochs=2" or the same as a mapping."""
-        config = self
+        """A copy with dotted keys replaced: "refine.layer=0.4,align.epochs=2", or a mapping."""
+        changes: dict[str, Any] = {}
         for key, value in parse_overrides(overrides).items():
-            config = _set(config, key.split("."), value, key)
-        return config
+            name, _, field = key.partition(".")
+            current = getattr(self, name) if name in type(self).model_fields else None
+            if isinstance(current, Section) and not field:
+                example = f"{name}.{next(iter(type(current).model_fields))}"
+                raise DCRError(f"{key}: {name} is a section; set one of its fields: {example}=...")
+            if field and not isinstance(current, Section):
+                known = [n for n, v in self if isinstance(v, Section)]
+                what = "a value" if current is not None else "unknown"
+                raise DCRError(
+                    f"{key}: {name!r} is {what}, not a section; sections: {', '.join(known)}."
+                    + near(name, known)
+                )
+            if field:
+                changes.setdefault(name, {})[field] = value
+            else:
+                changes[name] = value
+        return self.replaced(
+            **{
+                n: getattr(self, n).replaced(**v)
+                if isinstance(getattr(self, n, None), Section)
+                else v
+                for n, v in changes.items()
+            }
+        )
 
 
 def profiles() -> list[str]:
@@ -218,99 +261,82 @@ def profiles() -> list[str]:
 def load_config(
     profile: str, *, seed: int = 0, overrides: str | Mapping[str, object] = ""
 ) -> Config:
-    """The profile's configuration with overrides. Raises DCRError for unknown names and wrong types."""
+    """The profile's configuration with overrides. Raises DCRError for unknown names and values."""
     if profile not in profiles():
         raise DCRError(
-            f"profile {profile!r} is unknown; known: {', '.join(profiles())}.{_near(profile, profiles())}"
+            f"profile {profile!r} is unknown; known: {', '.join(profiles())}."
+            + near(str(profile), profiles())
         )
     path = PROFILE_DIR / f"{profile}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    config = Config(profile=profile)
-    for key, value in _flatten(content):
-        config = _set(config, key.split("."), value, f"{path.name}: {key}")
-    return _set(config, ["seed"], seed, "seed").override(overrides)
+    dotted = {
+        f"{key}.{field}" if field else key: part
+        for key, value in content.items()
+        for field, part in (value.items() if isinstance(value, Mapping) else [("", value)])
+    }
+    try:
+        config = Config(profile=profile).override(dotted)
+    except DCRError as error:
+        raise DCRError(f"{path.name}: {error}") from None
+    return config.replaced(seed=seed).override(overrides)
 
 
 def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
-    """ "a.b=1,c=x" → {"a.b": 1, "c": "x"}; commas inside [...] belong to the value; a mapping passes through."""
+    """ "a.b=1,c=[2,3]" → {"a.b": 1, "c": [2, 3]}; a mapping passes through.
+
+    Values are YAML; commas inside brackets and braces belong to the value.
+    """
     if isinstance(overrides, Mapping):
-        return dict(overrides)
+        return {str(key): value for key, value in overrides.items()}
+    if not isinstance(overrides, str):
+        raise DCRError(f"overrides must be text or a mapping, not {type(overrides).__name__}.")
     parts, depth = [""], 0
     for char in overrides:
-        depth += (char == "[") - (char == "]")
+        depth += (char in "[{") - (char in "]}")
         if char == "," and depth == 0:
             parts.append("")
         else:
             parts[-1] += char
     result: dict[str, object] = {}
     for part in filter(None, (p.strip() for p in parts)):
-        key, equals, value = part.partition("=")
+        key, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
             raise DCRError(
                 f"override {part!r} has no '='; write section.field=value, separated by commas."
             )
-        result[key.strip()] = yaml.safe_load(value) if value.strip() else ""
+        try:
+            result[key] = yaml.safe_load(value) if value else ""
+        except (yaml.YAMLError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise DCRError(f"override {key}={value!r} cannot be read as YAML: {reason}.") from None
     return result
 
 
+@functools.cache
 def methods_file() -> dict[str, dict]:
-    """Method recipes (profiles/methods.yaml): name → dotted overrides on top of the profile."""
+    """Method recipes (profiles/methods.yaml): name → stages and dotted overrides."""
     return yaml.safe_load((PROFILE_DIR / "methods.yaml").read_text(encoding="utf-8"))
 
 
-def _flatten(content: Mapping, prefix: str = "") -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = []
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        rows += _flatten(value, name + ".") if isinstance(value, Mapping) else [(name, value)]
-    return rows
-
-
-def _set(config, path: list[str], value: object, shown: str):
-    names = [f.name for f in dataclasses.fields(config)]
-    if path[0] not in names:
-        raise DCRError(
-            f"{shown}: unknown parameter {path[0]!r}; known here: {', '.join(names)}."
-            + _near(path[0], names)
-        )
-    current = getattr(config, path[0])
-    if dataclasses.is_dataclass(current):
-        if len(path) == 1:
-            raise DCRError(
-                f"{shown}: {path[0]} is a section; set one of its fields, e.g. {path[0]}."
-                f"{dataclasses.fields(current)[0].name}=..."
-            )
-        return dataclasses.replace(config, **{path[0]: _set(current, path[1:], value, shown)})
-    if len(path) > 1:
-        raise DCRError(f"{shown}: {path[0]} is a value, not a section.")
-    wanted = typing.get_type_hints(type(config))[path[0]]
-    return dataclasses.replace(config, **{path[0]: _typed(value, wanted, shown)})
-
-
-def _typed(value: object, wanted, shown: str):
-    """`value` if it has the wanted type; an int may stand for a float, a list for a tuple; text never for a number."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for option in options:
-        if typing.get_origin(option) is tuple:
-            item = typing.get_args(option)[0]
-            if isinstance(value, (list, tuple)):
-                return tuple(_typed(v, item, shown) for v in value)
-        elif option is bool or isinstance(value, bool):
-            if option is bool and isinstance(value, bool):
-                return value
-        elif isinstance(value, option):
-            return value
-        elif option is float and isinstance(value, int):
-            return float(value)
-        elif option is float and isinstance(value, str) and "e" in value.lower():
-            try:  # YAML reads 1e-5 as text
-                return float(value)
-            except ValueError:
-                pass
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
-    raise DCRError(f"{shown}: {value!r} is {type(value).__name__}, expected {names}.")
-
-
-def _near(name: str, known: list[str]) -> str:
+def near(name: str, known: list[str]) -> str:
+    """ " Did you mean 'x'?" where a known name is close, else ""."""
     close = difflib.get_close_matches(name, known, 1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _sentence(cls: type[Section], values: Mapping, error: ValidationError) -> str:
+    """Pydantic's errors about the first wrong field as one sentence."""
+    errors = error.errors()
+    field = str(errors[0]["loc"][0])
+    name = f"{cls.section}.{field}" if cls.section else field
+    if errors[0]["type"] == "extra_forbidden":
+        known = list(cls.model_fields)
+        return f"{name}: unknown parameter; known here: {', '.join(known)}." + near(field, known)
+    wanted = dict.fromkeys(
+        re.sub(r"^Input should be (a valid )?", "", e["msg"]).replace("tuple", "list")
+        for e in errors
+        if e["loc"][0] == field
+    )
+    value = values.get(field)
+    choices = re.findall(r"'([^']+)'", " ".join(wanted))
+    return f"{name}={value!r}: should be {' or '.join(wanted)}." + near(str(value), choices)

@@ -21,16 +21,15 @@ OVERRIDES = {
     "refine.lora_rank": 2,
     "align.max_steps": 2,
     "align.lora_rank": 2,
-    "align.bf16": False,
     "align.batch_size": 8,
     "generation.max_new_tokens": 2,
-    "generation.dtype": "float32",
+    "model.precision": "fp32",
     "data.limit": 6,
     "data.curve_limit": 20,
     "evaluation.trajectory_prompts": 4,
     "evaluation.kernel_prompts": 3,
     "evaluation.kernel_steps": 0,
-    "align.checkpoints": "0,1,2",
+    "align.checkpoints": [0, 1, 2],
 }
 
 

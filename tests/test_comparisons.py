@@ -14,11 +14,10 @@ from dcr.tables.comparisons import matched_safety_table, paired_table
 OVERRIDES = {
     "align.max_steps": 2,
     "align.lora_rank": 2,
-    "align.bf16": False,
     "align.batch_size": 8,
-    "align.checkpoints": "0,1",
+    "align.checkpoints": [0, 1],
     "generation.max_new_tokens": 2,
-    "generation.dtype": "float32",
+    "model.precision": "fp32",
     "data.limit": 6,
     "data.curve_limit": 30,
     "data.benchmarks": ["pairs-safe", "pairs-toxic"],

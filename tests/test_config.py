@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import pickle
 
-from dcr.config import Config, load_config, methods_file, parse_overrides, profiles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcr.config import (
+    AlignConfig,
+    Config,
+    RefineConfig,
+    load_config,
+    methods_file,
+    parse_overrides,
+    profiles,
+)
 from dcr.errors import DCRError
 
 
 def test_every_profile_loads_and_every_method_recipe_applies():
-    assert {"quick", "embedded", "smollm2-135m", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3-8b"} <= set(
-        profiles()
-    )
+    assert {"quick", "embedded", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3-8b"} <= set(profiles())
     for profile in profiles():
         config = load_config(profile, seed=3)
         assert config.seed == 3 and config.profile == profile
@@ -27,31 +37,82 @@ def test_overrides_reach_their_field_and_nothing_else():
     )
     assert (config.refine.layer, config.align.epochs, config.refine.lr) == (0.4, 2.0, 1e-5)
     assert config.data.benchmarks == ("a", "b")
-    assert (
-        config.override({"refine.layer": load_config("quick").refine.layer}).refine.loss
-        == config.refine.loss
-    )
-    assert Config().override("").to_dict() == Config().to_dict()
+    same = config.override({"refine.layer": load_config("quick").refine.layer})
+    assert same.refine == load_config("quick", overrides="refine.lr=1e-5").refine
+    assert Config().override("") == Config() == pickle.loads(pickle.dumps(Config()))
+
+
+@pytest.mark.parametrize(
+    "overrides, value",
+    [
+        ("align.checkpoints=[0,8]", (0, 8)),
+        ("align.checkpoints=last", "last"),
+        ("refine.layer=12", 12),
+        ("refine.layer=auto", "auto"),
+        ("refine.lr=2E-5", 2e-5),
+        ("generation.served={STL: stl, DCR: dcr}", {"STL": "stl", "DCR": "dcr"}),
+        ("refine.balance_forms=yes", True),
+        ("model.name='123'", "123"),
+    ],
+)
+def test_values_are_read_as_their_type(overrides, value):
+    section, field = overrides.partition("=")[0].split(".")
+    got = getattr(getattr(Config().override(overrides), section), field)
+    assert got == value and type(got) is type(value)
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ("refine.layr=1", "unknown parameter 'layr'.*known here.*layer.*Did you mean 'layer'"),
-        ("refin.layer=1", "unknown parameter 'refin'"),
-        ("refine.loss=3", "expected str"),
-        ("refine.layer=true", "bool, expected float or int or str"),
-        ("align.bf16=1", "int, expected bool"),
-        ("align.batch_size=1.5", "float, expected int"),
+        ("refine.loss=foo", "refine.loss='foo': should be 'circle', 'supcon', 'infonce'"),
+        ("refine.loss=cirle", "Did you mean 'circle'"),
+        ("refine.layer=middle", "refine.layer='middle': should be integer or number or 'auto'"),
+        ("refine.layer=0", "refine.layer=0"),
+        ("refine.layer=1.5", "less than or equal to 1"),
+        ("refine.layer=true", "refine.layer=True"),
+        ("refine.batch_size=-3", "refine.batch_size=-3: should be greater than"),
+        ("refine.toxic_share=1.2", "less than or equal to 1"),
+        ("refine.lr=.inf", "finite"),
+        ("refine.lr=.nan", "finite"),
+        ("refine.lr=fast", "should be number"),
+        ("align.schedule=triangle", "should be 'constant', 'linear' or 'cosine'"),
+        ("align.labels=some", "'completion' or 'all'"),
+        ("align.checkpoints=often", "'log' or 'last' or list"),
+        ("align.checkpoints=[0,-1]", "greater than or equal to 0"),
+        ("align.checkpoints=[0,8", "cannot be read as YAML"),
+        ("align.above_layer=1", "should be boolean"),
+        ("align.batch_size=1.5", "should be integer"),
+        ("align.batch_size=true", "should be integer"),
+        ("generation.dtype=int8", "generation.dtype: unknown parameter; known here: max_new"),
+        ("model.precision=int8", "'auto', 'bf16' or 'fp32'"),
+        ("model.name=3", "should be string"),
+        ("data.limit=2020-01-01", "should be integer"),
+        ("data.benchmarks=oktest", "should be list"),
+        ("data.validation=[1]", "should be string"),
+        ("seed=-1", "seed=-1"),
+        ("refine.layr=1", "unknown parameter.*known here.*layer.*Did you mean 'layer'"),
+        ("refin.layer=1", "'refin' is unknown.*Did you mean 'refine'"),
+        ("profil=x", "Did you mean 'profile'"),
         ("refine=3", "is a section"),
         ("seed.x=3", "is a value, not a section"),
-        ("refine.lr=fast", "str, expected float"),
         ("nonsense", "has no '='"),
     ],
 )
-def test_wrong_overrides_are_refused(overrides, message):
+def test_wrong_overrides_are_refused_with_what_is_known(overrides, message):
     with pytest.raises(DCRError, match=message):
         load_config("quick", overrides=overrides)
+
+
+def test_a_section_made_by_hand_is_checked_too():
+    with pytest.raises(DCRError, match="refine.loss='x'"):
+        RefineConfig(loss="x")
+    with pytest.raises(DCRError, match="align.epochs"):
+        AlignConfig().replaced(epochs=0)
+
+
+def test_overrides_of_another_type_are_refused():
+    with pytest.raises(DCRError, match="text or a mapping, not int"):
+        load_config("quick", overrides=123)
 
 
 def test_unknown_profile_lists_the_known_ones():
@@ -59,5 +120,12 @@ def test_unknown_profile_lists_the_known_ones():
         load_config("quikc")
 
 
-def test_yaml_no_is_a_bool_not_text():
-    assert parse_overrides("align.bf16=no") == {"align.bf16": False}
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet="refineal.=,[]{}:'\"0189-!&*%@\n\\ \t", max_size=40))
+def test_any_text_as_overrides_raises_nothing_but_ours(text):
+    for overrides in (text, f"refine.loss={text}", f"align.checkpoints={text}"):
+        try:
+            parsed = parse_overrides(overrides)
+            Config().override(parsed)
+        except DCRError:
+            pass

@@ -22,15 +22,14 @@ OVERRIDES = {
     "refine.lora_rank": 2,
     "align.max_steps": 3,
     "align.lora_rank": 2,
-    "align.bf16": False,
     "align.batch_size": 8,
     "generation.max_new_tokens": 3,
-    "generation.dtype": "float32",
+    "model.precision": "fp32",
     "data.limit": 6,
     "data.curve_limit": 20,
     "evaluation.trajectory_prompts": 4,
     "evaluation.kernel_prompts": 2,
-    "align.checkpoints": "0,2",
+    "align.checkpoints": [0, 2],
 }
 
 
@@ -229,9 +228,7 @@ def test_own_model_and_own_data(folder, tmp_path):
         "seemingly_toxic": str(tmp_path / "mine.csv"),
         "general": str(tmp_path / "general.csv"),
     }
-    text = (
-        "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=1,align.bf16=false"
-    )
+    text = "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=1"
     out = align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
     assert (out / "model.safetensors").exists() and (out / "README.md").exists()
     with pytest.raises(DCRError, match="is not empty"):

@@ -16,7 +16,9 @@ from dcr.errors import DCRError
 from dcr.run import own
 from dcr.run.store import Store
 
-SMALL = "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=2,align.bf16=false,align.max_length=64"
+SMALL = (
+    "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=2,align.max_length=64"
+)
 
 
 @pytest.fixture

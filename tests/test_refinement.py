@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -52,7 +51,13 @@ def texts(n: int) -> dict:
 
 
 def run(model, config=FAST, **kwargs):
-    return refine(model, make_tokenizer(), **{**texts(20), **kwargs}, config=config, seed=1)
+    return refine(
+        model,
+        make_tokenizer(),
+        **{**texts(20), "precision": "fp32", **kwargs},
+        config=config,
+        seed=1,
+    )
 
 
 def weights(model):
@@ -64,7 +69,7 @@ def weights(model):
 def test_every_block_below_moves_and_none_above(family, rank):
     model = make_model(family)
     before = weights(model)
-    result = run(model, replace(FAST, lora_rank=rank))
+    result = run(model, FAST.replaced(lora_rank=rank))
     path = next(n for n, m in result.model.named_modules() if m is decoder_layers(result.model))
     changed = {n for n, p in result.model.named_parameters() if not torch.equal(p, before[n])}
     moved = {n.removeprefix(path + ".").split(".")[0] for n in changed if n.startswith(path + ".")}
@@ -73,7 +78,7 @@ def test_every_block_below_moves_and_none_above(family, rank):
 
 
 def test_it_pulls_the_classes_apart():
-    result = run(make_model(), replace(FAST, max_steps=40, eval_steps=20))
+    result = run(make_model(), FAST.replaced(max_steps=40, eval_steps=20))
     similarity = [row["cross_similarity"] for row in result.evaluations]
     assert similarity[-1] < similarity[0] - 0.2
     assert result.history[-1]["loss"] < result.history[0]["loss"]
@@ -99,14 +104,14 @@ def test_the_refined_model_is_an_ordinary_one(tmp_path):
 
 @pytest.mark.parametrize("loss", ["supcon", "infonce", "triplet"])
 def test_other_losses_train(loss):
-    assert len(run(make_model(), replace(FAST, loss=loss, max_steps=2)).history) == 2
+    assert len(run(make_model(), FAST.replaced(loss=loss, max_steps=2)).history) == 2
 
 
 def test_retention_holds_general_prompts_still():
     loose, held = (
         run(
             make_model(),
-            replace(FAST, max_steps=30, general_share=0.0, retention=w),
+            FAST.replaced(max_steps=30, general_share=0.0, retention=w),
             general=GENERAL,
         )
         for w in (1e-6, 30.0)
@@ -115,27 +120,9 @@ def test_retention_holds_general_prompts_still():
 
 
 def test_target_stops_early_and_says_why():
-    result = run(make_model(), replace(FAST, max_steps=60, eval_steps=2, target=0.6))
+    result = run(make_model(), FAST.replaced(max_steps=60, eval_steps=2, target=0.6))
     assert "reached 0.6" in result.stop_reason and len(result.history) < 60
     assert min(r["cross_similarity"] for r in result.evaluations) <= 0.6
-
-
-def test_patience_restores_the_best_step():
-    result = run(
-        make_model(), replace(FAST, max_steps=200, eval_steps=1, lr=0.5, warmup=0.0, patience=3)
-    )
-    assert "no improvement" in result.stop_reason and len(result.history) < 200
-    values = [r["cross_similarity"] for r in result.evaluations]
-    assert values.index(min(values)) == len(values) - 4
-    last = result.history[-1]
-    assert (
-        last["stop_reason"] == result.stop_reason and last["best_step"] == len(result.history) - 3
-    )
-    best = run(
-        make_model(), replace(FAST, max_steps=last["best_step"], eval_steps=1, lr=0.5, warmup=0.0)
-    )
-    kept, wanted = weights(result.model), weights(best.model)
-    assert all(torch.equal(kept[n], wanted[n]) for n in kept)
 
 
 def test_hold_out_keeps_pairs_together_and_shares_nothing():
@@ -155,9 +142,8 @@ def test_hold_out_keeps_pairs_together_and_shares_nothing():
         ({"toxic": ["how ?"] * 20}, {}, "all 20 prompts are identical"),
         ({"toxic": ["a", "b", "c"]}, {}, "batch needs"),
         ({}, {"layer": 9}, "out of range.*4 blocks"),
-        ({}, {"loss": "cosine"}, "circle, supcon"),
         ({}, {"lora_targets": ("nope",)}, "match no linear layer.*q_proj"),
-        ({}, {"lr": float("inf")}, "nan at step 2, batch 2 of 6.*No checkpoint had been written"),
+        ({}, {"lr": 1e38}, "nan at step 2, batch 2 of 6.*No checkpoint had been written"),
         (
             {"seemingly_toxic": texts(20)["toxic"]},
             {},
@@ -168,7 +154,7 @@ def test_hold_out_keeps_pairs_together_and_shares_nothing():
 )
 def test_bad_input_is_one_clear_error(change, config, message):
     with pytest.raises(DCRError, match=message):
-        run(make_model(), replace(FAST, warmup=0.0, **config), **change)
+        run(make_model(), FAST.replaced(warmup=0.0, **config), **change)
 
 
 KILLED = """
@@ -187,7 +173,7 @@ whole_run({folder!r})
 def whole_run(folder):
     return run(
         make_model(),
-        replace(FAST, max_steps=12, save_steps=3, retention=0.5),
+        FAST.replaced(max_steps=12, save_steps=3, retention=0.5),
         work_dir=folder,
         general=GENERAL,
     )
@@ -219,7 +205,7 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
 def test_a_work_folder_of_other_settings_is_refused(tmp_path):
     whole_run(tmp_path)
     with pytest.raises(DCRError, match="other settings"):
-        run(make_model(), replace(FAST, save_steps=3), work_dir=tmp_path)
+        run(make_model(), FAST.replaced(save_steps=3), work_dir=tmp_path)
 
 
 def test_nan_stops_with_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
@@ -231,7 +217,7 @@ def test_nan_stops_with_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_pa
         return loss(self, hidden, labels) * (float("nan") if len(calls) == 10 else 1.0)
 
     monkeypatch.setattr(ContrastiveLoss, "forward", poisoned)
-    config = replace(FAST, max_steps=8, save_steps=2, accumulation=2)
+    config = FAST.replaced(max_steps=8, save_steps=2, accumulation=2)
     with pytest.raises(
         DCRError, match=r"nan at step 5, batch 10 of 16 \(rows \[.*checkpoint-4, is kept"
     ):
@@ -244,7 +230,9 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint(tmp_path):
     with pytest.raises(DCRError, match="weights are no longer finite at step 1, batch 1 of 2"):
         run(
             make_model(),
-            replace(FAST, lr=float("inf"), warmup=0.0, save_steps=1, max_steps=2),
+            FAST.replaced(warmup=0.0, save_steps=1, max_steps=2).model_copy(
+                update={"lr": float("inf")}
+            ),
             work_dir=tmp_path,
         )
     assert not list(tmp_path.glob("checkpoint-*/trained.safetensors"))
@@ -267,10 +255,10 @@ def gradients_of(config, monkeypatch, **kwargs):
 
 
 def test_accumulated_gradient_is_the_mean_of_the_batches(monkeypatch):
-    frozen = replace(FAST, lr=0.0, retention=0.5)  # so that both batches meet the same weights
-    single, one = gradients_of(replace(frozen, max_steps=2), monkeypatch, general=GENERAL)
+    frozen = FAST.replaced(lr=0.0, retention=0.5)  # so that both batches meet the same weights
+    single, one = gradients_of(frozen.replaced(max_steps=2), monkeypatch, general=GENERAL)
     double, two = gradients_of(
-        replace(frozen, max_steps=1, accumulation=2), monkeypatch, general=GENERAL
+        frozen.replaced(max_steps=1, accumulation=2), monkeypatch, general=GENERAL
     )
     assert two.history[0]["loss"] == pytest.approx(
         (one.history[0]["loss"] + one.history[1]["loss"]) / 2
@@ -286,10 +274,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(rank, monkeypatch):
     monkeypatch.setattr(
         LlamaMLP, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
     )
-    config = replace(FAST, lora_rank=rank, max_steps=3)
+    config = FAST.replaced(lora_rank=rank, max_steps=3)
     plain = run(make_model(), config)
     once = len(calls)
-    saving = run(make_model(), replace(config, gradient_checkpointing=True))
+    saving = run(make_model(), config.replaced(gradient_checkpointing=True))
     assert (
         len(calls) - once == once + 3 * 2
     )  # each of two blocks runs again in each of three backward passes
@@ -300,8 +288,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(rank, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bf16_trains_near_fp32(dtype):
-    plain = run(make_model(), replace(FAST, max_steps=20))
-    mixed = run(make_model().to(dtype), replace(FAST, max_steps=20, bf16=True))
+    plain = run(make_model(), FAST.replaced(max_steps=20))
+    mixed = run(make_model().to(dtype), FAST.replaced(max_steps=20), precision="bf16")
     assert mixed.history[-1]["loss"] == pytest.approx(plain.history[-1]["loss"], rel=0.15)
     assert next(mixed.model.parameters()).dtype == dtype
 
@@ -335,18 +323,18 @@ def test_leakage_is_reported_before_training(caplog):
         "what is this ?",
     ]
     with caplog.at_level("WARNING", logger="dcr"):
-        result = run(make_model(), replace(FAST, max_steps=1), evaluation=evaluation)
+        result = run(make_model(), FAST.replaced(max_steps=1), evaluation=evaluation)
     assert set(zip(result.leakage["test_id"], result.leakage["kind"], strict=True)) >= {
         ("row 0", "exact")
     }
     assert "evaluation prompts overlap" in caplog.text
     assert run(
-        make_model(), replace(FAST, max_steps=1), evaluation=["what is this ?"]
+        make_model(), FAST.replaced(max_steps=1), evaluation=["what is this ?"]
     ).leakage.empty
 
 
 def test_the_model_can_train_on_afterwards():
-    model = run(make_model(), replace(FAST, max_steps=1)).model
+    model = run(make_model(), FAST.replaced(max_steps=1)).model
     assert all(p.requires_grad for p in model.parameters())
     model.train()(
         input_ids=torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
@@ -380,7 +368,7 @@ from test_refinement import *
 patch = pytest.MonkeyPatch()
 for number, change in enumerate(PARALLEL_CONFIGS):
     folder = Path({folder!r}) / str(number)
-    taken, result = gradients_of(replace(WIDE, **change), patch, general=GENERAL, work_dir=folder, **texts(40))
+    taken, result = gradients_of(WIDE.replaced(**change), patch, general=GENERAL, work_dir=folder, **texts(40))
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save([taken, result.history, result.evaluations, int(os.environ.get("WORLD_SIZE", 1))], folder / "out.pt")
 """
@@ -401,7 +389,7 @@ LAUNCH = [
     "--main_process_port",
     "0",
 ]
-WIDE = replace(FAST, batch_size=32, max_steps=3, eval_steps=1, patience=5)
+WIDE = FAST.replaced(batch_size=32, max_steps=3, eval_steps=1, target=-0.999)
 PARALLEL_CONFIGS = [
     {"general_share": 0.25},
     {"loss": "supcon", "general_share": 0.25, "retention": 0.5},
@@ -451,14 +439,14 @@ def test_only_the_first_process_writes_a_resume_point(tmp_path, monkeypatch):
     monkeypatch.setattr(
         TrainingArguments, "should_save", False
     )  # as the library's property is in every other process
-    run(make_model(), replace(FAST, max_steps=2, save_steps=1), work_dir=tmp_path)
+    run(make_model(), FAST.replaced(max_steps=2, save_steps=1), work_dir=tmp_path)
     assert list(tmp_path.glob("checkpoint-2/rng_state*")) and not list(
         tmp_path.glob("checkpoint-*/*.safetensors*")
     )
 
 
 def test_a_resume_point_cut_off_while_saving_is_set_aside(tmp_path):
-    config = replace(FAST, max_steps=2, save_steps=1)
+    config = FAST.replaced(max_steps=2, save_steps=1)
     whole = run(make_model(), config, work_dir=tmp_path)
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
     again = run(make_model(), config, work_dir=tmp_path)
@@ -471,4 +459,4 @@ def test_a_resume_point_cut_off_while_saving_is_set_aside(tmp_path):
 
 def test_families_can_be_refined():
     for family in FAMILIES:
-        assert len(run(make_model(family), replace(FAST, max_steps=1)).history) == 1
+        assert len(run(make_model(family), FAST.replaced(max_steps=1)).history) == 1

@@ -23,7 +23,7 @@ from dcr.tables.robustness import WRAPPERS, robustness_rows, robustness_table, w
 
 OVERRIDES = {
     "generation.max_new_tokens": 3,
-    "generation.dtype": "float32",
+    "model.precision": "fp32",
     "data.limit": 8,
     "data.curve_limit": 40,
     "evaluation.bootstrap": 40,

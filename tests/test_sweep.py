@@ -27,11 +27,10 @@ SMALL = {
     "refine.lora_rank": 2,
     "align.max_steps": 1,
     "align.lora_rank": 2,
-    "align.bf16": False,
     "align.batch_size": 8,
     "align.checkpoints": "last",
     "generation.max_new_tokens": 2,
-    "generation.dtype": "float32",
+    "model.precision": "fp32",
 }
 
 

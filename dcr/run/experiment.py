@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -43,14 +42,14 @@ class Experiment(Training):
         dependencies = {
             "weights": self.weights_key(method, step),
             "prompts": table_hash(prompts),
-            "generation": asdict(self.config.generation),
+            "generation": self.config.generation.model_dump(),
             "seed": self.config.seed,
         }
         name, steering = method if step < 0 else f"{method}@{step}", None
         if "steer" in self.stages(method):
             from dcr.run.steer import steering_of
 
-            if step == 0 and method != "SelfCD":  # strength 0 is the model that is steered
+            if step == 0:  # strength 0 is the model that is steered
                 on = methods_file()[method]["steers"]
                 return self.generations(on, self.steps(on)[-1]).assign(method=method)
             steering = steering_of(self, method, step)
@@ -83,7 +82,7 @@ class Experiment(Training):
                     "endpoint": options.endpoint,
                 }
             model, tokenizer = self.model(method, step)
-            model = model.to(inference_dtype(options.dtype, str(model.device)))
+            model = model.to(inference_dtype(self.config.model.precision, str(model.device)))
             rows = generate(
                 model,
                 tokenizer,
@@ -279,7 +278,7 @@ def run_methods(experiment: Experiment) -> Iterator[tuple[str, str]]:
         if "align" in stages:
             experiment.aligned(method)
             yield method, "aligned"
-        if "steer" in stages and method != "SelfCD":
+        if "steer" in stages:
             from dcr.run.steer import fitted
 
             fitted(experiment, method)

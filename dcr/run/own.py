@@ -94,7 +94,6 @@ def _train_own(
     base, tokenizer = models.load(
         config.model.name,
         revision=config.model.revision,
-        dtype=config.model.dtype,
         device=config.model.device,
         chat_template=config.model.chat_template,
     )
@@ -107,9 +106,20 @@ def _train_own(
             config=config.refine,
             seed=seed,
             work_dir=work / "refine",
+            precision=config.model.precision,
+            layers_path=config.model.layers_path,
         ).model
     mix = pd.concat([tables["general"], tables["toxic"]], ignore_index=True)
-    result = align(base, tokenizer, mix, config=config.align, seed=seed, work_dir=work / "align")
+    result = align(
+        base,
+        tokenizer,
+        mix,
+        config=config.align,
+        seed=seed,
+        work_dir=work / "align",
+        precision=config.model.precision,
+        layers_path=config.model.layers_path,
+    )
     data = _data({"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}, tables)
     return (
         result.model,
@@ -167,7 +177,6 @@ def refine_own(
     base, tokenizer = models.load(
         config.model.name,
         revision=config.model.revision,
-        dtype=config.model.dtype,
         device=config.model.device,
         chat_template=config.model.chat_template,
     )
@@ -178,6 +187,7 @@ def refine_own(
         config=config.refine,
         seed=seed,
         work_dir=out.with_name(out.name + ".work"),
+        precision=config.model.precision,
         layers_path=config.model.layers_path,
     )
     if PartialState().is_main_process:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,6 @@ from dcr.config import Config
 from dcr.errors import DCRError
 from dcr.lm.generate import inference_dtype
 from dcr.steering.scans import Scans, choose_threshold, fit_scans
-from dcr.steering.selfcd import SelfCD
 from dcr.steering.surgical import Surgical, fit_surgical
 
 HELD_OUT = 8  # prompts a class on which Surgical compares directions: every one costs a forward pass a candidate
@@ -90,19 +88,19 @@ def fitted(experiment, method: str):
         role: anchor_table(role, recipe, exclude=tested, n=options.anchors + held)
         for role in roles[method]
     }
-    chosen = asdict(options) | {"strengths": None, "selfcd_alpha": None}
+    chosen = options.model_dump() | {"strengths": None}
     dependencies = {
         "weights": experiment.weights_key(method, -1),
         "steering": chosen,
         "anchors": {role: table_hash(rows) for role, rows in anchors.items()},
-        "dtype": recipe.generation.dtype,
+        "dtype": recipe.model.precision,
         "version": 1,
     }
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method)
         model = model.to(
-            inference_dtype(recipe.generation.dtype, str(model.device))
+            inference_dtype(recipe.model.precision, str(model.device))
         )  # as it will be steered
         texts = {role: rows["text"].tolist() for role, rows in anchors.items()}
         path = recipe.model.layers_path
@@ -165,11 +163,9 @@ def fitted(experiment, method: str):
     return experiment.store.get("steer", method, dependencies, build)
 
 
-def steering_of(experiment, method: str, step: int = -1) -> Scans | Surgical | SelfCD:
+def steering_of(experiment, method: str, step: int = -1) -> Scans | Surgical:
     """The steering object of a method at curve point `step` (strength in per cent of the nominal one; -1: nominal)."""
     strength, options = strength_of(step), experiment.recipe(method).steering
-    if method == "SelfCD":
-        return SelfCD(options.selfcd_alpha, strength)
     kept = experiment.__dict__.setdefault(
         "_steering", {}
     )  # one object a method, so that SCANS classifies a prompt once

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -113,7 +112,7 @@ class Training:
         """What identifies the base model: its name, revision, dtype, template and, for folders, a checksum."""
         from dcr.lm import embedded
 
-        model = asdict(self.config.model)
+        model = self.config.model.model_dump()
         if model["name"] == "embedded":
             receipt = json.loads((embedded.ensure() / "receipt.json").read_text())
             return {**model, "sha256": receipt["model_sha256"]}
@@ -132,7 +131,6 @@ class Training:
         return models.load(
             model.name,
             revision=model.revision,
-            dtype=model.dtype,
             device=model.device,
             chat_template=model.chat_template,
         )
@@ -200,7 +198,7 @@ class Training:
         dependencies = {
             "model": self.model_key,
             "data": data,
-            "refine": asdict(recipe.refine),
+            "refine": recipe.refine.model_dump(),
             "seed": recipe.seed,
         }
 
@@ -217,6 +215,7 @@ class Training:
                 seed=recipe.seed,
                 work_dir=folder,
                 merge=False,
+                precision=recipe.model.precision,
                 layers_path=recipe.model.layers_path,
             )
             save_trained(result.model, folder / "model")
@@ -246,7 +245,7 @@ class Training:
             "model": self.model_key,
             "refine": first.path.name if first else "",
             "mix": table_hash(mix),
-            "align": asdict(recipe.align),
+            "align": recipe.align.model_dump(),
             "seed": recipe.seed,
         }
         layer = (
@@ -268,6 +267,7 @@ class Training:
                 seed=recipe.seed,
                 work_dir=folder,
                 merge=False,
+                precision=recipe.model.precision,
                 layer=layer if recipe.align.above_layer else None,
                 layers_path=recipe.model.layers_path,
             )
@@ -317,8 +317,7 @@ class Training:
         if "steer" in self.stages(method):
             from dcr.run.steer import fitted
 
-            if method != "SelfCD":
-                names |= set(fitted(self, method).manifest["in_distribution"])
+            names |= set(fitted(self, method).manifest["in_distribution"])
             method = methods_file()[method]["steers"]
         if "refine" in self.stages(method):
             names |= set(self.refined(method).manifest["in_distribution"])

@@ -11,7 +11,6 @@ import json
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +203,7 @@ def measure(experiment, method: str) -> pd.DataFrame:
         "version": 1,
         "held_out": held_out["id"].tolist(),
         "data": {t: _size(t) for t in tasks},
-        "model": asdict(experiment.config.model),
+        "model": experiment.config.model.model_dump(),
     }
 
     def build(folder: Path) -> dict:

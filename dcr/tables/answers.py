@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -38,12 +37,12 @@ def judged_answers(
         experiment.config.evaluation.curve_judge,
         {},
     )
-    options = replace(options, max_new_tokens=max_new_tokens or options.max_new_tokens)
+    options = options.replaced(max_new_tokens=max_new_tokens or options.max_new_tokens)
     dependencies = {
         "weights": experiment.weights_key(method, -1),
         "prompts": table_hash(prompts),
         "settings": settings or {},
-        "generation": asdict(options),
+        "generation": options.model_dump(),
         "judge": judge_name,
         "seed": experiment.config.seed,
     }
@@ -55,7 +54,7 @@ def judged_answers(
 
     def build(folder: Path) -> dict:
         model, tokenizer = experiment.model(method)
-        model = model.to(inference_dtype(options.dtype, str(model.device)))
+        model = model.to(inference_dtype(experiment.config.model.precision, str(model.device)))
         with around(model, tokenizer) if around else contextlib.nullcontext():
             rows = generate(
                 model,

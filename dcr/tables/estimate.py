@@ -153,11 +153,16 @@ def _training(stage: str, config: Config, model, tokenizer, depth: int, rates: d
         4 if options.lora_rank else 6
     )  # FLOP a parameter and token: forward 2, gradients of activations 2, of weights 2
     flops = tokens * (passes * below + 4 * head * size["head"])
-    rate = rates[torch.bfloat16 if options.bf16 else torch.float32] * SHARE[stage]
-    hidden, width = model.config.get_text_config().hidden_size, 2 if options.bf16 else 4
+    rate = (
+        rates[torch.bfloat16 if config.model.precision != "fp32" else torch.float32] * SHARE[stage]
+    )
+    hidden, width = (
+        model.config.get_text_config().hidden_size,
+        2 if config.model.precision != "fp32" else 4,
+    )
     activations = batch * max(lengths) * (last - first) * hidden * TENSORS_A_TOKEN * width
     logits = batch * max(lengths) * head * model.config.get_text_config().vocab_size * 12
-    weights = size["all"] * (2 if config.model.dtype != "float32" else 4) + size["trainable"] * 16
+    weights = size["all"] * 4 + size["trainable"] * 16
     return {
         "stage": stage,
         "parameters": size["all"],

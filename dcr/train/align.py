@@ -24,6 +24,7 @@ from transformers import TrainerCallback, set_seed
 from dcr.config import AlignConfig
 from dcr.errors import DCRError
 from dcr.lm.chat import render
+from dcr.lm.generate import inference_dtype
 from dcr.lm.load import decoder_layers, resolve_layer
 from dcr.train.adapters import merged, train_blocks
 from dcr.train.loop import StageTrainer, load_trained_state, run, trained_state, training_arguments
@@ -53,6 +54,7 @@ def align(
     work_dir: str | Path | None = None,
     merge: bool = True,
     layer: int | float | None = None,
+    precision: str = "auto",
     layers_path: str = "",
 ) -> AlignResult:
     """Fine-tune `model` on `mix` (columns text, response).
@@ -112,7 +114,7 @@ def align(
             schedule=config.schedule,
             accumulation=config.accumulation,
             save_steps=config.save_steps if work_dir else 0,
-            bf16=config.bf16,
+            bf16=inference_dtype(precision, str(model.device)) is torch.bfloat16,
             seed=seed,
             weight_decay=config.weight_decay,
         )
@@ -136,19 +138,14 @@ def align(
     return AlignResult(done, history, wanted, examples.truncated)
 
 
-def recorded_steps(rule: str, steps: int) -> list[int]:
-    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ... and the last; "last"; or "0,10,50"."""
+def recorded_steps(rule: str | Sequence[int], steps: int) -> list[int]:
+    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ... and the last; "last"; or these."""
     if rule == "log":
         return sorted({0, steps, *(2**i for i in range(steps.bit_length()) if 2**i <= steps)})
     if rule == "last":
         return [steps]
-    try:
-        chosen = sorted({int(s) for s in str(rule).split(",")} | {steps})
-    except ValueError as error:
-        raise DCRError(
-            f"align.checkpoints={rule!r}: use log, last or whole numbers with commas."
-        ) from error
-    if chosen[0] < 0 or chosen[-1] > steps:
+    chosen = sorted({*rule, steps})
+    if chosen[-1] > steps:
         raise DCRError(f"align.checkpoints={rule!r}: steps must lie in 0..{steps}.")
     return chosen
 

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +26,9 @@ log = logging.getLogger("dcr")
 SWEEP = "layer_sweep.jsonl"
 GENERAL_PROMPTS = 16  # prompts that drift is measured on
 SWEEP_RANK = 16  # LoRA rank of the candidates when the refinement itself trains all parameters
+
+
+AUTO_LAYERS, AUTO_STEPS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9), 12
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def choose_layer(
     layers_path: str = "",
     drift_weight: float = 1.0,
 ) -> LayerChoice:
-    """Sweep `config.auto_layers` with `config.auto_steps` steps each and pick the layer with the best score.
+    """Sweep AUTO_LAYERS with AUTO_STEPS steps each and pick the layer with the best score.
 
     score = (within − across) − drift_weight · drift: the held-out cosine within the classes less the one across them
     at ℓ, and how far general prompts' last hidden state moved, ‖h − h₀‖²/‖h₀‖² (the whole model runs, so that layers
@@ -59,19 +62,17 @@ def choose_layer(
     from dcr.train.refine import refine
 
     depth = len(decoder_layers(model, layers_path))
-    layers = sorted({resolve_layer(x, depth) for x in config.auto_layers})
+    layers = sorted({resolve_layer(x, depth) for x in AUTO_LAYERS})
     folder = Path(work_dir) if work_dir is not None else None
     done = {r["layer"]: r for r in read_jsonl(folder / SWEEP)} if folder else {}
     rows, watched = [], _general_rows(general, tokenizer, config)
     before: Tensor | None = None
     for layer in layers:
-        short = replace(
-            config,
+        short = config.replaced(
             layer=layer,
-            max_steps=config.auto_steps,
-            eval_steps=config.auto_steps,
+            max_steps=AUTO_STEPS,
+            eval_steps=AUTO_STEPS,
             target=-1.0,
-            patience=0,
             lora_rank=config.lora_rank or SWEEP_RANK,
         )
         if layer not in done:

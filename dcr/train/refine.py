@@ -12,11 +12,12 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 from transformers import set_seed
 
@@ -25,6 +26,7 @@ from dcr.data.files import content_key, write_atomic
 from dcr.data.forms import form_of
 from dcr.data.pairs import leakage_report, normalised
 from dcr.errors import DCRError
+from dcr.lm.generate import inference_dtype
 from dcr.lm.load import decoder_layers, resolve_layer
 from dcr.train.adapters import merged, train_blocks
 from dcr.train.contrast import PromptRows, RefineTrainer, StageOneModel, reference_states
@@ -65,6 +67,7 @@ def refine(
     evaluation: Sequence[str] | pd.DataFrame | None = None,
     work_dir: str | Path | None = None,
     merge: bool = True,
+    precision: str = "auto",
     layers_path: str = "",
 ) -> RefineResult:
     """Refine `model` so that toxic and seemingly toxic prompts part at hidden state ℓ.
@@ -96,7 +99,7 @@ def refine(
             work_dir=work_dir,
             layers_path=layers_path,
         )
-        config, sweep = replace(config, layer=choice.layer), choice.table
+        config, sweep = config.replaced(layer=choice.layer), choice.table
     layer = resolve_layer(config.layer, len(decoder_layers(model, layers_path)))
     train, held_out = hold_out(table, config.eval_share, seed)
     if config.pairing == "sham":
@@ -125,7 +128,7 @@ def refine(
             schedule="constant",
             accumulation=config.accumulation,
             save_steps=config.save_steps if work_dir else 0,
-            bf16=config.bf16,
+            bf16=inference_dtype(precision, str(model.device)) is torch.bfloat16,
             seed=seed,
         )
         if args.world_size > 1 and (work_dir is None or len(batches[0]) % args.world_size):
@@ -190,7 +193,7 @@ def _work_folder(work_dir: str | Path | None) -> Iterator[Path]:
 
 def _claim(folder: Path, config: RefineConfig, table: pd.DataFrame, seed: int) -> None:
     """Note whose checkpoints the folder holds; refuse to go on from those of other settings or prompts."""
-    key = content_key([str(asdict(config)), seed, table.to_dict("records")])
+    key = content_key([str(config.model_dump()), seed, table.to_dict("records")])
     note = folder / "refine.json"
     held = json.loads(note.read_text(encoding="utf-8")).get("key") if note.exists() else key
     if held != key and any(folder.glob("checkpoint-*")):

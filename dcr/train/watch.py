@@ -1,4 +1,4 @@
-"""When to stop stage 1: held-out similarity and probe, a target, a patience, and the best step restored."""
+"""When to stop stage 1: held-out similarity and probe, a target, and the best step restored."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def held_out_measures(
 
 
 class HeldOutWatcher(TrainerCallback):
-    """Held-out similarity and probe every few steps; stops on target or patience; keeps and restores the best step."""
+    """Held-out similarity and probe every few steps; stops on target; keeps and restores the best step."""
 
     PROBE_ROWS = 64  # training prompts a class that the probe is fitted on
 
@@ -83,7 +83,7 @@ class HeldOutWatcher(TrainerCallback):
     @property
     def stops_early(self) -> bool:
         """Whether a stop rule is on (then the best step is restored; otherwise the last one stays)."""
-        return self.config.target > -1 or self.config.patience > 0
+        return self.config.target > -1
 
     def measure(self, step: int) -> dict:
         fitted = pooled_states(self.stage, self.train, self.sample)
@@ -114,16 +114,8 @@ class HeldOutWatcher(TrainerCallback):
         best = min(r["cross_similarity"] for r in self.rows)
         if row["cross_similarity"] <= best:
             self._keep()
-        since = [r["cross_similarity"] for r in self.rows][::-1].index(
-            best
-        )  # evaluations since the best
         if self.config.target > -1 and row["cross_similarity"] <= self.config.target:
             self.reason = f"held-out cross-class cosine {row['cross_similarity']:.3f} reached {self.config.target}"
-            control.should_training_stop = True
-        elif self.config.patience and since >= self.config.patience:
-            self.reason = (
-                f"no improvement of the held-out cross-class cosine in {since} evaluations"
-            )
             control.should_training_stop = True
 
     def _keep(self) -> None:
