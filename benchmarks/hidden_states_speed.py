@@ -48,8 +48,8 @@ def naive(model, tokenizer, prompts: list[str], batch: int, out: str) -> np.ndar
     """[layers + 1, n, hidden] by the library's own flag, batch by batch in the given order."""
     import torch
 
+    from dcr.lm.batches import position_ids
     from dcr.lm.chat import render
-    from dcr.lm.load import position_ids
 
     parts, rendered = [], render(tokenizer, prompts)
     for start in range(0, len(rendered), batch):

@@ -32,7 +32,7 @@ def texts(n: int) -> tuple[list[str], list[str]]:
 
 def parameters_of(model, which: str) -> list:
     """The parameters the kernel is over."""
-    from dcr.lm.load import decoder_layers
+    from dcr.lm.blocks import decoder_layers
 
     return list(model.parameters() if which == "all" else decoder_layers(model).parameters())
 

@@ -21,7 +21,9 @@ import torch
 
 from dcr import load_model
 from dcr.data.sets import contrastive_sets
-from dcr.lm.load import DTYPES, decoder_layers, pool, position_ids, resolve_layer
+from dcr.lm.batches import position_ids
+from dcr.lm.blocks import decoder_layers, pool, resolve_layer
+from dcr.lm.load import DTYPES
 from dcr.run.store import environment, write_atomic
 from dcr.train.adapters import train_blocks
 from dcr.train.contrast import PromptRows, StageOneModel

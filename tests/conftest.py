@@ -52,8 +52,9 @@ def make_model(
     vocab: int = 128,
     tied: bool = True,
     seed: int = 0,
+    window: int = 64,
 ):
-    """A tiny random causal LM of one family, fp32, eval mode."""
+    """A tiny random causal LM of one family, fp32, eval mode; `window` is that of sliding attention."""
     import transformers as tf
 
     torch.manual_seed(seed)
@@ -72,10 +73,12 @@ def make_model(
     configs = {
         "llama": lambda: tf.LlamaConfig(**gated),
         "qwen2": lambda: tf.Qwen2Config(**gated),
-        "mistral": lambda: tf.MistralConfig(**gated),
+        "qwen3": lambda: tf.Qwen3Config(**dict(gated, head_dim=hidden // 4)),
+        "mistral": lambda: tf.MistralConfig(**dict(gated, sliding_window=window)),
+        "phi3": lambda: tf.Phi3Config(**dict(gated, sliding_window=window)),
         "phi": lambda: tf.PhiConfig(**dict(common, intermediate_size=2 * hidden)),
         "gemma3": lambda: tf.Gemma3TextConfig(
-            **dict(gated, head_dim=hidden // 4, sliding_window=64)
+            **dict(gated, head_dim=hidden // 4, sliding_window=window)
         ),
         "gpt_neox": lambda: tf.GPTNeoXConfig(**dict(common, intermediate_size=2 * hidden)),
         "gpt2": lambda: tf.GPT2Config(
@@ -89,12 +92,19 @@ def make_model(
             eos_token_id=2,
             bos_token_id=2,
         ),
+        "opt": lambda: tf.OPTConfig(**dict(common, ffn_dim=2 * hidden, word_embed_proj_dim=hidden)),
+        "granite": lambda: tf.GraniteConfig(
+            **dict(gated, embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.7)
+        ),
     }
     model = tf.AutoModelForCausalLM.from_config(configs[family]())
     return model.float().eval()
 
 
-FAMILIES = ("llama", "qwen2", "gemma3", "mistral", "phi", "gpt_neox", "gpt2")
+# The families that every part of the kit is tested on (see test_families.py).
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "granite"),
+)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcr.data import sets
-from dcr.lm import embedded
+from dcr.lm import blocks, embedded
 from dcr.lm import load as models
 from dcr.lm.chat import encode, render
 from dcr.lm.generate import generate
@@ -24,7 +24,7 @@ def test_receipt_names_the_checked_files(loaded):
     folder = embedded.ensure()
     assert embedded.is_complete(folder) and not list(folder.parent.glob("*.whl"))
     assert (
-        len(models.decoder_layers(loaded[0])) == 30 and loaded[1].pad_token != loaded[1].eos_token
+        len(blocks.decoder_layers(loaded[0])) == 30 and loaded[1].pad_token != loaded[1].eos_token
     )
 
 
@@ -48,8 +48,8 @@ def test_hidden_state_at_a_layer_is_the_librarys(loaded):
         render(tokenizer, ["How do I bake bread?", "List three birds that can swim well."]),
     )
     with torch.no_grad():
-        ours = models.pool(
-            models.truncated_forward(model, **batch, layer=22), batch["attention_mask"]
+        ours = blocks.pool(
+            blocks.truncated_forward(model, **batch, layer=22), batch["attention_mask"]
         )
         alone = encode(tokenizer, render(tokenizer, ["How do I bake bread?"]))
         expected = model(**alone, output_hidden_states=True).hidden_states[22][0, -1]

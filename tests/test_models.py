@@ -9,8 +9,9 @@ import torch
 from conftest import FAMILIES, make_model
 
 from dcr.errors import DCRError
-from dcr.lm import embedded
+from dcr.lm import blocks, embedded
 from dcr.lm import load as models
+from dcr.lm.batches import token_batches
 from dcr.lm.chat import ALPACA_TEMPLATE, encode, render, turn_end
 
 
@@ -22,22 +23,22 @@ def test_truncated_forward_equals_the_library(family, side, tiny_tokenizer, prom
     batch = encode(tiny_tokenizer, render(tiny_tokenizer, prompts), padding_side=side)
     with torch.no_grad():
         for layer in (1, 3):
-            pooled = models.pool(
-                models.truncated_forward(model, **batch, layer=layer), batch["attention_mask"]
+            pooled = blocks.pool(
+                blocks.truncated_forward(model, **batch, layer=layer), batch["attention_mask"]
             )
             for i, text in enumerate(render(tiny_tokenizer, prompts)):
                 alone = encode(tiny_tokenizer, [text])
                 expected = model(**alone, output_hidden_states=True).hidden_states[layer][0, -1]
                 torch.testing.assert_close(pooled[i], expected, rtol=1e-4, atol=1e-5)
-    assert len(models.decoder_layers(model)) == 4  # restored
+    assert len(blocks.decoder_layers(model)) == 4  # restored
 
 
 def test_truncated_forward_does_not_run_the_tail(tiny_llama, tiny_tokenizer, prompts):
     ran = []
-    for i, block in enumerate(models.decoder_layers(tiny_llama)):
+    for i, block in enumerate(blocks.decoder_layers(tiny_llama)):
         block.register_forward_hook(lambda *_a, i=i: ran.append(i))
     tiny_llama.lm_head.register_forward_hook(lambda *_a: ran.append("head"))
-    models.truncated_forward(
+    blocks.truncated_forward(
         tiny_llama, **encode(tiny_tokenizer, render(tiny_tokenizer, prompts)), layer=2
     )
     assert ran == [0, 1]
@@ -45,16 +46,16 @@ def test_truncated_forward_does_not_run_the_tail(tiny_llama, tiny_tokenizer, pro
 
 def test_last_layer_is_before_the_final_norm(tiny_llama, tiny_tokenizer, prompts):
     batch = encode(tiny_tokenizer, render(tiny_tokenizer, prompts[:1]))
-    raw = models.truncated_forward(tiny_llama, **batch, layer=4)
+    raw = blocks.truncated_forward(tiny_llama, **batch, layer=4)
     final = tiny_llama(**batch, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(tiny_llama.model.norm(raw), final)
     assert not torch.allclose(raw, final)
 
 
 def test_layer_override_and_its_error(tiny_llama):
-    assert models.decoder_layers(tiny_llama, "model.layers") is tiny_llama.model.layers
+    assert blocks.decoder_layers(tiny_llama, "model.layers") is tiny_llama.model.layers
     with pytest.raises(DCRError, match="layer override.*model.layers"):
-        models.decoder_layers(tiny_llama, "nowhere.blocks")
+        blocks.decoder_layers(tiny_llama, "nowhere.blocks")
 
 
 @pytest.mark.parametrize(
@@ -77,22 +78,22 @@ def test_layer_override_and_its_error(tiny_llama):
 def test_resolve_layer(layer, expected):
     if expected is None:
         with pytest.raises(DCRError, match="refine.layer"):
-            models.resolve_layer(layer, 30)
+            blocks.resolve_layer(layer, 30)
     else:
-        assert models.resolve_layer(layer, 30) == expected
+        assert blocks.resolve_layer(layer, 30) == expected
 
 
 def test_pooling_by_mask():
     hidden = torch.arange(2 * 3 * 1.0).reshape(2, 3, 1)
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
-    assert models.pool(hidden, mask).flatten().tolist() == [2.0, 4.0]
-    assert models.pool(hidden, mask, "mean").flatten().tolist() == [1.5, 3.5]
+    assert blocks.pool(hidden, mask).flatten().tolist() == [2.0, 4.0]
+    assert blocks.pool(hidden, mask, "mean").flatten().tolist() == [1.5, 3.5]
     with pytest.raises(DCRError, match="pooling"):
-        models.pool(hidden, mask, "first")
+        blocks.pool(hidden, mask, "first")
 
 
 def test_length_sorted_batches_cover_every_row_once():
-    batches = models.length_sorted_batches([3, 9, 1, 9, 4], 2)
+    batches = token_batches([3, 9, 1, 9, 4], 2)
     assert batches == [[1, 3], [4, 0], [2]]
 
 

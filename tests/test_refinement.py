@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from dcr.config import RefineConfig
 from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
-from dcr.lm.load import decoder_layers
+from dcr.lm.blocks import decoder_layers
 from dcr.train.adapters import train_blocks
 from dcr.train.contrast import (
     PromptRows,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dcr.lm.load import _layers_holder
+from dcr.lm.blocks import is_linear, layers_holder
 
 
 @dataclass
@@ -40,16 +40,11 @@ class Trace:
     )  # [k, size] gradients of small top parameters
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Linear layers, and GPT-2's Conv1D (weight stored transposed; gradient inner products are the same)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
 def trace(
     model, input_ids: Tensor, cotangents: Tensor, wanted: set[str], layers_path: str = ""
 ) -> Trace:
     """Run one prompt [1, seq] and pull `cotangents` [k, vocab] on the last logits back to the top block's output."""
-    holder, name = _layers_holder(model, layers_path)
+    holder, name = layers_holder(model, layers_path)
     blocks = getattr(holder, name)
     inputs, arguments, kept, leaf = [], [], {}, {}
 
@@ -126,7 +121,7 @@ def at_embeddings(
     model, state: Trace, wanted: set[str], layers_path: str = ""
 ) -> dict[str, Factors | Tensor]:
     """Pull the border gradient from the first block's input to the embedding tables (and what lies between)."""
-    holder, name = _layers_holder(model, layers_path)
+    holder, name = layers_holder(model, layers_path)
     first = getattr(holder, name)[0]
     tables = {
         n: m

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from dcr.analysis.gradients import Factors, at_embeddings, step_down, trace
 from dcr.analysis.refusal import opening_tokens
 from dcr.errors import DCRError
+from dcr.lm.batches import common_prefix
+from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import render
-from dcr.lm.generate import _common_prefix
-from dcr.lm.load import decoder_layers
 from dcr.lm.states import check_lengths
 
 log = logging.getLogger("dcr")
@@ -231,7 +231,7 @@ def _gram(
     path = next(n for n, m in model.named_modules() if m is blocks)
     n, k = len(ids), len(cotangents)
     total = torch.zeros(n, n, k, k)
-    shared = _common_prefix([row[0].tolist() for row in ids])
+    shared = common_prefix([row[0].tolist() for row in ids], at_least=1)
     states = [
         trace(model, row, cotangents, wanted, layers_path)
         for row in tqdm(ids, desc="kernel: forward", leave=False)

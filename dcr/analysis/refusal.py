@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dcr.errors import DCRError
+from dcr.lm.batches import position_ids, token_batches
 from dcr.lm.chat import encode, render
-from dcr.lm.load import length_sorted_batches, position_ids
 from dcr.lm.states import check_lengths
 
 log = logging.getLogger("dcr")
@@ -86,7 +86,7 @@ def refusal_probability(
     lengths = [len(r) for r in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     limit = check_lengths(model, lengths, prompts, max_length, truncate)
     device, result = next(model.parameters()).device, np.zeros(len(texts))
-    batches = length_sorted_batches(lengths, batch_size)
+    batches = token_batches(lengths, batch_size)
     for batch in tqdm(batches, desc="refusal probability", unit="batch", leave=False):
         inputs = encode(
             tokenizer, [texts[i] for i in batch], max_length=limit, truncate=truncate, device=device

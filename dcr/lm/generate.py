@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from dcr.data.files import append_jsonl, read_jsonl, write_atomic
 from dcr.errors import DCRError
+from dcr.lm.batches import common_prefix, token_batches
 from dcr.lm.chat import render
-from dcr.lm.load import length_sorted_batches
 
 log = logging.getLogger("dcr")
 COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]
@@ -88,7 +88,7 @@ def generate(
             unit="prompt",
             leave=False,
         ) as bar:
-            for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
+            for batch in token_batches([len(r) for r in decoder.rows], batch_size):
                 for i, tokens in zip(batch, decoder.run(batch), strict=True):
                     stopped = bool(tokens) and tokens[-1] in decoder.stops
                     text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -162,7 +162,7 @@ def decode(
     """Greedy new token ids after each rendered text, in the texts' order (stop token included)."""
     decoder = _Decoder(model, tokenizer, texts, max_new_tokens, 0.0, 0, None)
     out: list[list[int]] = [[] for _ in texts]
-    for batch in length_sorted_batches([len(r) for r in decoder.rows], batch_size):
+    for batch in token_batches([len(r) for r in decoder.rows], batch_size):
         for i, tokens in zip(batch, decoder.run(batch), strict=True):
             out[i] = tokens
     return out
@@ -201,7 +201,7 @@ class _Decoder:
         eos = model.generation_config.eos_token_id
         self.stops = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
         self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.shared = _common_prefix(self.rows) if len(self.rows) > 1 else 0
+        self.shared = common_prefix(self.rows) if len(self.rows) > 1 else 0
         self.cache = None
 
     @torch.no_grad()
@@ -284,13 +284,3 @@ class State:
     ids: Tensor
     mask: Tensor
     cache: object
-
-
-def _common_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """Length of the longest prefix that all rows share, leaving each at least one token."""
-    first, last = min(rows), max(rows)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
-    return min(shared, min(map(len, rows)) - 1)

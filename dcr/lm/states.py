@@ -19,9 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from dcr.errors import DCRError
+from dcr.lm.batches import common_prefix, position_ids, token_batches
+from dcr.lm.blocks import layers_holder, pool
 from dcr.lm.chat import render
-from dcr.lm.generate import _common_prefix
-from dcr.lm.load import _layers_holder, length_sorted_batches, pool, position_ids
 
 log = logging.getLogger("dcr")
 MIN_SHARED = 8  # common first tokens from which running them once pays
@@ -91,9 +91,8 @@ def hidden_states(
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     limit = check_lengths(model, [len(r) for r in rows], prompts, max_length, truncate)
     rows = [r[-limit:] if padding_side == "left" else r[:limit] for r in rows]
-    shared = _common_prefix(rows)
-    shared = shared if shared >= MIN_SHARED and len(rows) > 1 else 0
-    holder, name = _layers_holder(model, layers_path)
+    shared = common_prefix(rows, at_least=MIN_SHARED)
+    holder, name = layers_holder(model, layers_path)
     blocks = getattr(holder, name)
     values, done = _buffers(
         out,
@@ -116,9 +115,7 @@ def hidden_states(
     ]
     try:
         batches = [
-            b
-            for b in length_sorted_batches([len(r) for r in rows], batch_size)
-            if not done[b].all()
+            b for b in token_batches([len(r) for r in rows], batch_size) if not done[b].all()
         ]
         state["pooling"], cache, head = "mean", None, 0.0
         if shared and batches:

@@ -111,7 +111,7 @@ def _screen(
 ) -> dict:
     from dcr.analysis.refusal import auroc_by_form
     from dcr.data.sets import table
-    from dcr.lm.load import decoder_layers, resolve_layer
+    from dcr.lm.blocks import decoder_layers, resolve_layer
     from dcr.train.adapters import apply_trained
     from dcr.train.contrast import PromptRows, StageOneModel, pooled_states
     from dcr.train.losses import drift

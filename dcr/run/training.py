@@ -162,7 +162,7 @@ class Training:
 
     @cached_property
     def _depth(self) -> int:
-        from dcr.lm.load import decoder_layers
+        from dcr.lm.blocks import decoder_layers
 
         return len(decoder_layers(self.base()[0], self.config.model.layers_path))
 
@@ -285,7 +285,7 @@ class Training:
 
     def _facts(self) -> dict:
         """What every manifest carries beside the artifact's own facts."""
-        from dcr.lm.load import rendered_example
+        from dcr.lm.chat import rendered_example
 
         if self._loaded is None:
             self._loaded = self.base()

@@ -1,6 +1,6 @@
 """Forward hooks for steering: context managers only. Hooks come off on exit; no weight is ever written.
 
-Blocks are those of `dcr.lm.load.decoder_layers`. Everything a decoder block reads and writes passes here, so SCANS and
+Blocks are those of `dcr.lm.blocks.decoder_layers`. Everything a decoder block reads and writes passes here, so SCANS and
 Surgical are a few lines each.
 """
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dcr.errors import DCRError
+from dcr.lm.batches import position_ids, token_batches
+from dcr.lm.blocks import decoder_layers, layers_holder
 from dcr.lm.chat import render
-from dcr.lm.load import _layers_holder, decoder_layers, length_sorted_batches, position_ids
 
 Edit = Callable[[Tensor], Tensor]
 ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn")
@@ -167,7 +168,7 @@ def residuals(
 
     The output of the last block is before the final norm. The LM head does not run.
     """
-    holder, _ = _layers_holder(model, layers_path)
+    holder, _ = layers_holder(model, layers_path)
     blocks, device = decoder_layers(model, layers_path), next(model.parameters()).device
     result, seen = None, {}
 
@@ -176,7 +177,7 @@ def residuals(
 
     hooks = [(block, keep(i)) for i, block in enumerate(blocks)]
     with edited(**{"outputs" if at == "output" else "inputs": hooks}):
-        for batch in length_sorted_batches([len(r) for r in rows], batch_size):
+        for batch in token_batches([len(r) for r in rows], batch_size):
             holder(**left_padded([rows[i] for i in batch], pad, device), use_cache=False)
             block = torch.stack([seen[i] for i in range(len(blocks))])
             if result is None:
@@ -191,7 +192,7 @@ def last_logits(
 ) -> Tensor:
     """[n, vocabulary] fp32 logits of the first answer token."""
     device, parts = next(model.parameters()).device, [None] * len(rows)
-    for batch in length_sorted_batches([len(r) for r in rows], batch_size):
+    for batch in token_batches([len(r) for r in rows], batch_size):
         logits = model(
             **left_padded([rows[i] for i in batch], pad, device), use_cache=False, logits_to_keep=1
         ).logits[:, -1]

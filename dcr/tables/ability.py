@@ -146,8 +146,8 @@ def answer_losses(
     model, tokenizer, prompts: pd.DataFrame, *, batch_size: int = 16, max_length: int = 512
 ) -> pd.DataFrame:
     """Per prompt: summed negative log likelihood (nats) of `response` after the rendered prompt, and its tokens."""
+    from dcr.lm.batches import position_ids, token_batches
     from dcr.lm.chat import encode, render
-    from dcr.lm.load import length_sorted_batches, position_ids
 
     rows = prompts[prompts["response"].str.strip() != ""]
     if rows.empty:
@@ -163,7 +163,7 @@ def answer_losses(
         np.zeros(len(rows)),
         np.zeros(len(rows), dtype=int),
     )
-    for batch in length_sorted_batches(lengths, batch_size):
+    for batch in token_batches(lengths, batch_size):
         inputs = encode(
             tokenizer,
             [texts[i] for i in batch],

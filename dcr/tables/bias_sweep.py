@@ -77,8 +77,8 @@ def refusal_gaps(
     model, tokenizer, prompts: Sequence[str], tokens: Sequence[int], *, batch_size: int = 16
 ) -> np.ndarray:
     """[n] largest refusal-token logit minus largest other logit at the first answer token."""
+    from dcr.lm.batches import position_ids, token_batches
     from dcr.lm.chat import encode, render
-    from dcr.lm.load import length_sorted_batches, position_ids
 
     if not len(prompts):
         raise DCRError("refusal gaps: no prompts given.")
@@ -86,7 +86,7 @@ def refusal_gaps(
     lengths = [len(r) for r in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     gaps, other = np.zeros(len(texts)), torch.ones(model.config.vocab_size, dtype=torch.bool)
     other[list(tokens)] = False
-    for batch in length_sorted_batches(lengths, batch_size):
+    for batch in token_batches(lengths, batch_size):
         inputs = encode(
             tokenizer, [texts[i] for i in batch], device=str(next(model.parameters()).device)
         )

@@ -65,8 +65,7 @@ def counts(
     model, first: int, last: int, *, rank: int, targets=(), layers_path: str = ""
 ) -> dict[str, int]:
     """Parameters: all, in blocks first..last-1 (`blocks`), of the LM head, and trainable by LoRA of `rank` (0: all of the blocks)."""
-    from dcr.lm.load import decoder_layers
-    from dcr.train.adapters import _is_linear
+    from dcr.lm.blocks import decoder_layers, is_linear
 
     blocks = decoder_layers(model, layers_path)[first:last]
     inside = sum(p.numel() for p in blocks.parameters())
@@ -74,7 +73,7 @@ def counts(
         m.weight.shape
         for b in blocks
         for n, m in b.named_modules()
-        if _is_linear(m) and (not targets or n.rsplit(".", 1)[-1] in targets)
+        if is_linear(m) and (not targets or n.rsplit(".", 1)[-1] in targets)
     ]
     return {
         "all": sum(p.numel() for p in model.parameters()),
@@ -86,7 +85,8 @@ def counts(
 
 def estimate(config: Config, methods: tuple[str, ...] = ()) -> pd.DataFrame:
     """One row a method and stage: parameters, trainable, tokens, memory (MiB), seconds on the hardware at hand."""
-    from dcr.lm.load import decoder_layers, pick_device
+    from dcr.lm.blocks import decoder_layers
+    from dcr.lm.load import pick_device
 
     model, tokenizer = skeleton(config)
     depth, device = (
@@ -111,8 +111,8 @@ def estimate(config: Config, methods: tuple[str, ...] = ()) -> pd.DataFrame:
 
 def _training(stage: str, config: Config, model, tokenizer, depth: int, rates: dict) -> dict:
     from dcr.data import sets
+    from dcr.lm.blocks import resolve_layer
     from dcr.lm.chat import render
-    from dcr.lm.load import resolve_layer
     from dcr.train.align import Examples
 
     layer = (

@@ -125,7 +125,7 @@ def kernel_table(
 
 def refinement_layer(experiment: Experiment, method: str = "DCR") -> int:
     """ℓ of a method's recipe as a number of blocks (0.75 of the depth where the recipe says "auto")."""
-    from dcr.lm.load import resolve_layer
+    from dcr.lm.blocks import resolve_layer
 
     layer = experiment.recipe(method).refine.layer
     return resolve_layer(0.75 if layer == "auto" else layer, experiment.layers(1)[-1])

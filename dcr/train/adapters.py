@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from dcr.errors import DCRError
-from dcr.lm.load import decoder_layers
+from dcr.lm.blocks import decoder_layers, is_linear
 
 
 def train_blocks(
@@ -39,7 +39,7 @@ def train_blocks(
         f"{path}.{i}.{n}"
         for i in range(first, last)
         for n, m in blocks[i].named_modules()
-        if _is_linear(m)
+        if is_linear(m)
     ]
     wanted = [n for n in linear if not targets or n.rsplit(".", 1)[-1] in targets]
     if not wanted:
@@ -58,12 +58,6 @@ def train_blocks(
             task_type="CAUSAL_LM",
         ),
     )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return (
-        isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    )  # GPT-2's linear layer
 
 
 def merged(model: nn.Module) -> nn.Module:

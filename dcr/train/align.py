@@ -23,9 +23,9 @@ from transformers import TrainerCallback, set_seed
 
 from dcr.config import AlignConfig
 from dcr.errors import DCRError
+from dcr.lm.blocks import decoder_layers, resolve_layer
 from dcr.lm.chat import render
 from dcr.lm.generate import inference_dtype
-from dcr.lm.load import decoder_layers, resolve_layer
 from dcr.train.adapters import merged, train_blocks
 from dcr.train.loop import StageTrainer, load_trained_state, run, trained_state, training_arguments
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dcr.config import RefineConfig
 from dcr.errors import DCRError
+from dcr.lm.batches import token_batches
+from dcr.lm.blocks import pool, truncated_forward
 from dcr.lm.chat import encode, render
-from dcr.lm.load import length_sorted_batches, pool, truncated_forward
 from dcr.train.loop import StageTrainer, trained_state
 from dcr.train.losses import ContrastiveLoss, drift
 from dcr.train.sampling import GENERAL, SEEMINGLY_TOXIC, TOXIC
@@ -76,7 +77,7 @@ def pooled_states(
     was_training = stage.training
     stage.eval()
     out: Tensor | None = None
-    for batch in length_sorted_batches([len(rows.ids[r]) for r in which], batch_size):
+    for batch in token_batches([len(rows.ids[r]) for r in which], batch_size):
         inputs = rows.collate([which[i] for i in batch])
         hidden = (
             stage(inputs["input_ids"].to(device), inputs["attention_mask"].to(device)).float().cpu()

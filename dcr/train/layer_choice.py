@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dcr.config import RefineConfig
 from dcr.data.files import append_jsonl, read_jsonl
-from dcr.lm.load import decoder_layers, resolve_layer
+from dcr.lm.blocks import decoder_layers, resolve_layer
 from dcr.train.contrast import PromptRows, StageOneModel, pooled_states
 from dcr.train.losses import drift
 

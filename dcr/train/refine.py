@@ -26,8 +26,8 @@ from dcr.data.files import content_key, write_atomic
 from dcr.data.forms import form_of
 from dcr.data.pairs import leakage_report, normalised
 from dcr.errors import DCRError
+from dcr.lm.blocks import decoder_layers, resolve_layer
 from dcr.lm.generate import inference_dtype
-from dcr.lm.load import decoder_layers, resolve_layer
 from dcr.train.adapters import merged, train_blocks
 from dcr.train.contrast import PromptRows, RefineTrainer, StageOneModel, reference_states
 from dcr.train.loop import run, training_arguments

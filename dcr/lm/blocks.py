@@ -1,0 +1,126 @@
+"""Decoder blocks of any causal LM: where they stand, the forward pass cut off at layer ℓ, pooling over tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dcr.errors import DCRError
+from dcr.lm.batches import repeated, shared_inputs
+
+# Where the decoder blocks stand in the families we test; the resolver tries them in turn.
+LAYER_PATHS = (
+    "model.layers",
+    "model.language_model.layers",
+    "language_model.layers",
+    "model.decoder.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "layers",
+    "h",
+)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Linear layers, and GPT-2's Conv1D (weight stored transposed)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def decoder_layers(model: nn.Module, override: str = "") -> nn.ModuleList:
+    """The decoder blocks, first to last. `override` is a dotted path from the model, e.g. "model.layers"."""
+    holder, name = layers_holder(model, override)
+    return getattr(holder, name)
+
+
+def decoder_stack(model: nn.Module, override: str = "") -> nn.Module:
+    """The module that runs embeddings, blocks and final norm: the model without its head."""
+    return layers_holder(model, override)[0]
+
+
+def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]:
+    """(decoder stack, attribute under which it holds the blocks). Raises DCRError naming the lists that were found."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path in (override,) if override else LAYER_PATHS:
+        *parents, name = path.split(".")
+        holder = base
+        for part in parents:
+            holder = getattr(holder, part, None)
+        if isinstance(getattr(holder, name, None), nn.ModuleList):
+            return holder, name
+    lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList)]
+    raise DCRError(
+        f"{type(base).__name__}: no decoder blocks at {override or ', '.join(LAYER_PATHS)}. Pass the dotted "
+        f"path of the block list as the layer override (model.layers_path); lists found: {lists or 'none'}."
+    )
+
+
+def resolve_layer(layer: int | float, n_layers: int) -> int:
+    """Number of blocks ℓ that run: an index 1..n_layers, or a fraction of depth in (0, 1).
+
+    Hidden state ℓ is the output of the ℓ-th block (`hidden_states[ℓ]`), before any final norm.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, (int, float)):
+        raise DCRError(
+            f"refine.layer={layer!r}: give a whole number of blocks or a fraction of depth."
+        )
+    index = round(layer * n_layers) if isinstance(layer, float) and 0 < layer < 1 else int(layer)
+    if isinstance(layer, float) and layer >= 1 and layer != index or not 1 <= index <= n_layers:
+        raise DCRError(
+            f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give 1..{n_layers} "
+            "or a fraction between 0 and 1."
+        )
+    return index
+
+
+@contextlib.contextmanager
+def truncated(model: nn.Module, layer: int, override: str = "") -> Iterator[nn.Module]:
+    """The model's decoder stack with only the first `layer` blocks, restored on exit."""
+    holder, name = layers_holder(model, override)
+    blocks = getattr(holder, name)
+    setattr(holder, name, blocks[:layer])
+    try:
+        yield holder
+    finally:
+        setattr(holder, name, blocks)
+
+
+def truncated_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    layer: int,
+    override: str = "",
+    shared: int = 0,
+) -> Tensor:
+    """Output of block ℓ, [batch, seq, hidden], before any final norm. Blocks from ℓ up and the LM head do not run.
+
+    shared: first tokens that all rows have in common; they run once, as one row, and gradients reach them from every row.
+    """
+    kept: list[Tensor] = []
+    with truncated(model, layer, override) as stack:
+        last = decoder_layers(model, override)[-1]
+        handle = last.register_forward_hook(
+            lambda _m, _a, out: kept.append(out if torch.is_tensor(out) else out[0])
+        )
+        try:
+            stack(**shared_inputs(stack, input_ids, attention_mask, shared))
+        finally:
+            handle.remove()
+    if len(kept) == 1:
+        return kept[0]
+    return torch.cat([repeated(kept[0], attention_mask), kept[1]], 1)
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tensor:
+    """[batch, seq, hidden] → [batch, hidden]: the last real token ("last", by the mask) or their mean ("mean")."""
+    if pooling == "last":
+        seq = attention_mask.shape[1]
+        index = (attention_mask * torch.arange(seq, device=attention_mask.device)).argmax(dim=1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+    if pooling == "mean":
+        weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+    raise DCRError(f"pooling={pooling!r} is unknown; use last or mean.")
