@@ -8,22 +8,8 @@ import pytest
 from dcr.config import load_config
 from dcr.data import sets
 from dcr.data.fetch import list_sources
-from dcr.data.forms import form_of
-from dcr.errors import DCRError
 
 AT_HAND = set(list_sources().query("present")["name"])
-
-
-def test_rewordings_of_one_request_are_found():
-    texts = [
-        "Write a tutorial on insider trading",
-        "Write a guide on insider trading and a tutorial",
-        "Bake some bread for me",
-        "how to do it?",
-        "what is that?",
-    ]
-    groups = sets.requests_of(texts)
-    assert groups[0] == groups[1] and len(set(groups)) == 4
 
 
 @pytest.mark.parametrize("source", ["coconot", "i-malicious"])
@@ -35,25 +21,6 @@ def test_halves_are_disjoint_and_whole(source):
     assert sorted([*a["id"], *b["id"]]) == sorted(whole["id"]) and min(len(a), len(b)) > 0.4 * len(
         whole
     )
-
-
-def test_joined_tables_and_mixed_forms():
-    rows = sets.table("pairs-safe+style-safe")
-    assert len(rows) == len(sets.table("pairs-safe")) + len(sets.table("style-safe"))
-    mixed = sets.mixed_forms(rows, 0.5, seed=1)
-    swapped = mixed["id"].str.endswith("~")
-    assert swapped.sum() == round(0.5 * len(rows)) and mixed.equals(
-        sets.mixed_forms(rows, 0.5, seed=1)
-    )
-    assert [i.rstrip("~") for i in mixed["id"]] == rows["id"].tolist() and mixed["response"].equals(
-        rows["response"]
-    )
-    assert (mixed.loc[swapped, "form"] == mixed.loc[swapped, "text"].map(form_of)).all()
-    assert (
-        mixed.loc[swapped, "form"].to_numpy() != rows.loc[swapped.to_numpy(), "form"].to_numpy()
-    ).all()
-    with pytest.raises(DCRError, match="share of swapped forms is 2"):
-        sets.mixed_forms(rows, 2, seed=1)
 
 
 def test_the_mix_follows_form_mix():

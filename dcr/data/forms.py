@@ -4,9 +4,8 @@ Published benchmarks are nearly all questions on one side and imperatives on the
 every benchmark is also judged with its forms swapped. A template can bring a bias of its own ("Can you ...?"
 raises refusal), so there are several, dealt by a hash of the text.
 
-Read by us: 120 swaps (20 of the bundled prompts in each of two editions, 8 from each of ten published sets). 115 kept meaning and
-grammar; the five that did not (a split after "Mr.", "Would you rather", a question without its mark, a salutation before the
-request, "Whom") led to the rules below that mend them. Ids, marks and hashes of the 100 still in use: `bundled/form_check.csv`.
+Of 120 swaps that were read, 115 kept meaning and grammar; the other five led to the rules that mend them. Marks of the 100 still
+in use: `bundled/form_check.csv`.
 """
 
 from __future__ import annotations
@@ -111,9 +110,34 @@ def _to_question(text: str) -> str:
     return _pick(TO_QUESTION, text).format(x=re.sub(r"^(?:please|kindly) ", "", body, flags=re.I))
 
 
+_ASK = re.compile(
+    r"^(?:(?:can|could|would|will) you|please|kindly|be able to|(?:answer|tell me|explain) this)(?: |$)"
+)
+_HOW = re.compile(
+    r"^(?:(?:explain|describe|tell me|show me) how to|"
+    r"how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people)(?: best)?|"
+    r"what(?: is|'s) the best way to|what are (?:some |good )?ways to) "
+)
+
+
+def core(text: str) -> str:
+    """The words of a prompt without what makes it a question or an order: one for a prompt and its swapped twin.
+
+    "How do I fix a bike?" and "Show me how to fix a bike." are both "how to fix a bike".
+    """
+    parts = []
+    text = re.sub(r"\s+", " ", text.strip()).removesuffix(" Can you help with that?")
+    for sentence in _SENTENCE_END.split(text):
+        words = " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", sentence.lower().replace("’", "'")))
+        before = None
+        while words != before:
+            before, words = words, _HOW.sub("how to ", _ASK.sub("", words))
+        parts.append(words)
+    return " ".join(filter(None, parts))
+
+
 def swap_table(prompts: pd.DataFrame) -> pd.DataFrame:
     """The prompt table with every text swapped: ids get "~", form is read anew, answers stay."""
     texts = [swap_form(t) for t in prompts["text"]]
-    return prompts.assign(
-        text=texts, form=[form_of(t) for t in texts], id=[f"{i}~" for i in prompts["id"]]
-    )
+    forms = [form_of(t) for t in texts]
+    return prompts.assign(text=texts, form=forms, id=[f"{i}~" for i in prompts["id"]])

@@ -1,303 +1,229 @@
-"""Which prompts each stage sees: contrastive sets, the alignment mix and the benchmarks of one configuration.
+"""What each stage and each question sees: prompts drawn from the ledger, the same way for every method.
 
-Contrastive, alignment and evaluation prompts are disjoint by construction, and checked (see `leakage`).
+`of` is everywhere as for `ledger`: an experiment gives its own configuration, so that its recipes share one ledger.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from dcr.config import Config
-from dcr.data import loaders
+from dcr.data import legacy
 from dcr.data.forms import swap_table
-from dcr.data.pairs import leakage_report
+from dcr.data.ledger import ANCHORS, BUNDLED_SETS, hash_of, ledger, names_in
+from dcr.data.legacy import (  # noqa: F401  until its callers have switched
+    BUNDLED_BENCHMARKS,
+    alignment_mix,
+    benchmark,
+    benchmarks_of,
+    contrastive_sets,
+    general_prompts,
+    leakage,
+    load_sets,
+    sources_of,
+    table,
+)
+from dcr.data.sources import SOURCES, audit
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-# Benchmark name → bundled table, split, label.
-BUNDLED_BENCHMARKS = {
-    f"{name}-{side}": ("pairs", split, label)
-    for name, split in (("pairs", "test"), ("style", "style"), ("validation", "validation"))
-    for side, label in (("safe", "seemingly_toxic"), ("toxic", "toxic"))
-} | {
-    "general-test": ("general", "test", "general"),
-    "general-validation": ("general", "validation", "general"),
-}
-# Parts of a published set: one half for choosing a recipe, the other untouched until the end; AdvBench without its many
-# rewordings of one request. name → (source, part).
-PARTS = {
-    "coconot-validation": ("coconot", "first"),
-    "coconot-test": ("coconot", "second"),
-    "i-malicious-validation": ("i-malicious", "first"),
-    "i-malicious-test": ("i-malicious", "second"),
-    "advbench-distinct": ("advbench", "distinct"),
-}
-PLAIN_REFUSAL = "I'm sorry, but I can't help with that."  # for toxic prompts that come without an answer (XSTest's contrasts)
-SAME_REQUEST = 0.5  # cosine of TF-IDF vectors from which prompts count as rewordings of one request
+_bundled, _bundled_half, _general = legacy._bundled, legacy._bundled_half, legacy._general
+PLAIN_REFUSAL = "I'm sorry, but I can't help with that."  # for toxic prompts without an answer
+TRAINING = ("refine", "align", "anchor")
+GENERAL = 128  # general prompts of stage 1 (harmless class, retention)
+LABEL_OF = {"harmful": "toxic", "pseudo": "seemingly_toxic", "harmless": "general"}
+SIDES = {"toxic": "toxic", "seemingly_toxic": "safe", "general": "general"}
 
 
 @dataclass(frozen=True)
-class Sets:
-    """Prompt tables of one configuration."""
+class TrainingSets:
+    """Prompt tables of one recipe. `mix` has a column `part`: general, safe (toxic prompt, refusal) or augment."""
 
     toxic: pd.DataFrame  # stage 1
     seemingly_toxic: pd.DataFrame  # stage 1
     general: pd.DataFrame  # stage 1: joined to the harmless class, or held by retention
-    mix: pd.DataFrame  # stage 2: text, response, role {general, safe, augment}
-    benchmarks: dict[str, pd.DataFrame] = field(default_factory=dict)
+    mix: pd.DataFrame  # stage 2
 
 
-@cache
-def _bundled(name: str) -> pd.DataFrame:
-    return loaders.load_bundled(name)
+def training_sets(config: Config, of: Sequence[Config] = ()) -> TrainingSets:
+    """What a recipe trains on.
+
+    Prompts are ranked by sha256(seed:request) and the first n taken; only then does an audit filter them, so
+    that an audited set is a part of the other. Raises DCRError where n exceeds what there is.
+    """
+    data, every = config.data, ledger(config, of)
+    sizes = {"toxic": data.n_toxic, "seemingly_toxic": data.n_seemingly_toxic}
+    if data.toxic == data.seemingly_toxic == "bundled":  # both members of a pair
+        least = min(filter(None, sizes.values()), default=0)
+        sizes = {label: least for label in sizes}
+    stage_one = [
+        _drawn(_rows(every, getattr(data, label), "refine", label), n, config, data.form_mix)
+        for label, n in sizes.items()
+    ]
+    general = _drawn(_rows(every, "bundled", "refine", "general"), GENERAL, config, 0)
+    return TrainingSets(*stage_one, general, _mix(config, every))
 
 
-def table(name: str, *, label: str = "", audited: bool = False) -> pd.DataFrame:
-    """A prompt table by registry name, bundled benchmark name, or path of the user's CSV or JSONL."""
-    if name in BUNDLED_BENCHMARKS:
-        which, split, wanted = BUNDLED_BENCHMARKS[name]
-        rows = _bundled(which)
-        return rows[(rows["split"] == split) & (rows["label"] == wanted)].reset_index(drop=True)
-    if name in PARTS:
-        return _part(*PARTS[name])
-    if len(parts := sources_of(name)) > 1:
-        return pd.concat([table(n, label=label, audited=audited) for n in parts], ignore_index=True)
-    if name.endswith((".csv", ".jsonl", ".json")):
-        return loaders.read_user_table(name, label=label or None)
-    return loaders.load(name, audited=audited) if name == "safety-only" else loaders.load(name)
-
-
-def sources_of(name: str) -> list[str]:
-    """The sources of a setting: "safety-only+xstest-unsafe" names two tables read as one; a file's path stays whole."""
-    return [name] if Path(name).is_file() else [n.strip() for n in name.split("+")]
-
-
-@cache
-def _part(source: str, part: str) -> pd.DataFrame:
-    """A half (rewordings of one request on the same side, dealt by a hash) or one prompt of each request."""
-    rows = loaders.load(source)
-    request = requests_of(rows["text"].tolist())
-    if part == "distinct":
-        return rows[~pd.Series(request).duplicated()].reset_index(drop=True)
-    leader = [rows["text"].iloc[request.index(r)] for r in request]
-    first = np.array([in_first_half(text) for text in leader])
-    return rows[first if part == "first" else ~first].reset_index(drop=True)
-
-
-def requests_of(texts: list[str]) -> list[int]:
-    """Number of the request that each text words: average-linkage clusters of TF-IDF vectors, cut at SAME_REQUEST."""
-    from sklearn.cluster import AgglomerativeClustering
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    vectors = (
-        TfidfVectorizer(stop_words="english", sublinear_tf=True).fit_transform(texts).toarray()
-    )
-    empty = ~vectors.any(axis=1)  # only stop words: each such text is a request of its own
-    vectors = np.hstack([vectors, np.diag(empty.astype(float))[:, empty]])
-    clusters = AgglomerativeClustering(
-        n_clusters=None, metric="cosine", linkage="average", distance_threshold=1 - SAME_REQUEST
-    )
-    return clusters.fit_predict(vectors).tolist()
-
-
-def in_first_half(topic: str) -> bool:
-    """Bundled topics are dealt to refinement (True) or alignment by a hash, so the two never share a topic."""
-    return hashlib.sha256(f"dcr:{topic}".encode()).digest()[0] % 2 == 0
-
-
-def _take(rows: pd.DataFrame, n: int, seed: int, what: str) -> pd.DataFrame:
-    if n > len(rows):
-        raise DCRError(
-            f"{what}={n}, but only {len(rows)} prompts are left. Lower {what} or name a larger source."
-        )
-    order = np.random.default_rng([seed, 0xDA7A]).permutation(len(rows))
-    return rows.iloc[order[: n or len(rows)]].reset_index(drop=True)
-
-
-def _at_most(rows: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    return _take(rows, min(n, len(rows)) if n else 0, seed, "n")
-
-
-def contrastive_sets(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(toxic, seemingly toxic) of stage 1. Bundled pairs keep both members of a pair."""
-    data, seed = config.data, config.seed
-    if data.toxic == data.seemingly_toxic == "bundled":
-        rows = _bundled("pairs")
-        rows = rows[(rows["split"] == "train") & rows["topic"].map(in_first_half)]
-        pairs = pd.DataFrame({"pair_id": rows["pair_id"].unique()})
-        wanted = min(data.n_toxic or len(pairs), data.n_seemingly_toxic or len(pairs))
-        rows = rows[rows["pair_id"].isin(_at_most(pairs, wanted, seed)["pair_id"])]
-        return tuple(
-            rows[rows["label"] == label].reset_index(drop=True)
-            for label in ("toxic", "seemingly_toxic")
-        )
-    sides = []
-    for label, name, n in (
-        ("toxic", data.toxic, data.n_toxic),
-        ("seemingly_toxic", data.seemingly_toxic, data.n_seemingly_toxic),
+def _mix(config: Config, every: pd.DataFrame) -> pd.DataFrame:
+    data, align = config.data, config.align
+    extra = "bundled" if align.augment_source == "pairs" else align.augment_source
+    parts = []
+    for part, setting, label, n in (
+        ("general", data.general, "general", align.n_general),
+        ("safe", data.align_toxic, "toxic", align.n_safe),
+        ("augment", extra, "seemingly_toxic", align.n_augment),
     ):
-        rows = _training_table(name, label, True, data.audited)
-        sides.append(
-            mixed_forms(_at_most(rows[rows["label"] == label], n, seed), data.form_mix, seed)
-        )
-    return sides[0], sides[1]
-
-
-def mixed_forms(rows: pd.DataFrame, share: float, seed: int) -> pd.DataFrame:
-    """The rows with `share` of them in the other form (question ⇄ imperative), drawn by the seed; ids keep a "~"."""
-    if not 0 <= share <= 1:
-        raise DCRError(f"share of swapped forms is {share}; give 0 to 1.")
-    if not share:
-        return rows
-    chosen = np.random.default_rng([seed, 0xF0]).permutation(len(rows)) < round(share * len(rows))
-    return pd.concat([rows[~chosen], swap_table(rows[chosen])]).sort_index().reset_index(drop=True)
-
-
-def _training_table(name: str, label: str, first: bool, audited: bool) -> pd.DataFrame:
-    """Training prompts of one class from one source or several ("safety-only+bundled"); `first`: stage 1's half of the bundled."""
-    return pd.concat(
-        [
-            _bundled_half(label, first)
-            if n == "bundled"
-            else table(n, label=label, audited=audited)
-            for n in sources_of(name)
-        ],
-        ignore_index=True,
-    )
-
-
-def _bundled_half(label: str, first: bool) -> pd.DataFrame:
-    rows = _bundled("pairs")
-    return rows[
-        (rows["split"] == "train")
-        & (rows["label"] == label)
-        & (rows["topic"].map(in_first_half) == first)
-    ]
-
-
-def alignment_mix(config: Config) -> pd.DataFrame:
-    """Rows of stage 2 with a `role`: general, safe (toxic prompt, refusal) or augment (seemingly toxic, answered)."""
-    data, align, seed = config.data, config.align, config.seed
-    toxic, seemingly = contrastive_sets(config)
-    safe = _training_table(data.align_toxic, "toxic", False, data.audited)
-    safe = safe[~safe["text"].isin(toxic["text"])]
-    if (bare := safe["response"] == "").any():
-        log.info(
-            "alignment mix: %d of %d toxic prompts have no answer; they are refused with %r",
-            bare.sum(),
-            len(safe),
-            PLAIN_REFUSAL,
-        )
-        safe = safe.assign(response=safe["response"].mask(bare, PLAIN_REFUSAL))
-    parts = [
-        (
-            _take(_general(config), align.n_general, seed, "align.n_general"),
-            "general",
-            align.n_general,
-        ),
-        (_take(safe, align.n_safe, seed, "align.n_safe"), "safe", align.n_safe),
-    ]
-    if align.n_augment:
-        answered = seemingly if align.augment_source == "pairs" else table(align.augment_source)
-        if align.augment_source == "pairs" and (answered["response"] == "").all():
-            answered = _bundled_half("seemingly_toxic", True)
-        answered = answered[answered["response"] != ""]
-        if len(answered) < align.n_augment:
-            log.warning(
-                "align.n_augment=%d, but %d answered seemingly toxic prompts are at hand: all are taken",
-                align.n_augment,
-                len(answered),
+        if not n:
+            continue
+        rows = _rows(every, setting, "align", label)
+        bare = rows["response"] == ""
+        if part == "safe" and bare.any():
+            log.info(
+                "alignment mix: %d of %d toxic prompts have no answer; they are refused with %r",
+                bare.sum(),
+                len(rows),
+                PLAIN_REFUSAL,
             )
-        parts.append((_at_most(answered, align.n_augment, seed), "augment", align.n_augment))
-    kept = [
-        mixed_forms(rows, align.form_mix, seed).assign(role=role) for rows, role, n in parts if n
-    ]
-    if not kept:
+            rows = rows.assign(response=rows["response"].mask(bare, PLAIN_REFUSAL))
+        rows = rows[rows["response"] != ""]
+        if n > len(rows) and part != "augment":
+            raise DCRError(
+                f"align.n_{part}={n}, but {setting} has only {len(rows)} prompts for alignment. Lower align.n_{part} "
+                "or name a larger source."
+            )
+        if n > len(rows):
+            log.warning("align.n_augment=%d, but %d are at hand: all are taken", n, len(rows))
+        parts.append(_drawn(rows, n, config, align.form_mix).assign(part=part))
+    if not parts:
         raise DCRError(
             "the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0."
         )
-    return pd.concat(kept, ignore_index=True)
+    return pd.concat(parts, ignore_index=True)
 
 
-def _general(config: Config) -> pd.DataFrame:
-    if config.data.general == "bundled":
-        rows = _bundled("general")
-        return rows[rows["split"] == "train"].reset_index(drop=True)
-    return table(config.data.general, label="general")
-
-
-def general_prompts(config: Config, n: int = 128) -> pd.DataFrame:
-    """Bundled general training prompts for stage 1's harmless class and retention (no alignment answers used)."""
-    rows = _bundled("general")
-    return _at_most(rows[rows["split"] == "train"], n, config.seed)
-
-
-def benchmark(name: str, config: Config) -> pd.DataFrame:
-    """One benchmark's prompts, limited by a seeded, stratified subset. Raises DCRError when nothing is left."""
-    rows = table(name)
-    if config.data.limit and len(rows) > config.data.limit:
-        rows = loaders.stratified_subset(rows, config.data.limit, config.seed)
-    if rows.empty:
-        raise DCRError(
-            f"benchmark {name!r} is empty after filtering; raise data.limit or check the file."
-        )
-    return rows.assign(benchmark=name)
-
-
-def benchmarks_of(config: Config) -> dict[str, pd.DataFrame]:
-    """Every benchmark by name, and with `evaluation.forms` each one form-swapped (NAME/swapped, at most `forms_limit` prompts)."""
-    benchmarks = {name: benchmark(name, config) for name in config.data.benchmarks}
-    if config.evaluation.forms:
-        few = config.evaluation.forms_limit
-        for name, rows in list(benchmarks.items()):
-            rows = (
-                loaders.stratified_subset(rows, few, config.seed)
-                if few and len(rows) > few
-                else rows
+def _rows(every: pd.DataFrame, setting: str, role: str, label: str = "") -> pd.DataFrame:
+    """The ledger's rows of one setting ("safety-only+bundled") that play a role, of one class."""
+    parts = []
+    for name in names_in(setting):
+        if name in BUNDLED_SETS:
+            _, split, its = BUNDLED_SETS[name]
+            mine = (
+                (every["table"] == "bundled") & (every["split"] == split) & (every["label"] == its)
             )
-            benchmarks[f"{name}/swapped"] = swap_table(rows).assign(benchmark=f"{name}/swapped")
-    return benchmarks
+        else:
+            mine = every["table"] == name
+        parts.append(every[mine])
+    rows = pd.concat(parts, ignore_index=True)
+    return rows[(rows["role"] == role) & rows["label"].isin([label] if label else SIDES)]
 
 
-def load_sets(config: Config) -> Sets:
-    """Every prompt table of the configuration."""
-    return Sets(
-        *contrastive_sets(config),
-        general_prompts(config),
-        alignment_mix(config),
-        benchmarks_of(config),
+def _drawn(rows: pd.DataFrame, n: int, config: Config, share: float) -> pd.DataFrame:
+    """The first n rows (0: all) in the order of the seed's hash, `share` of them form-swapped, then audited."""
+    order = rows["request"].map(lambda request: hash_of(f"{config.seed}:{request}"))
+    rows = rows.assign(_order=order).sort_values(["_order", "id"]).drop(columns="_order")
+    rows = mixed_forms(rows.head(n or len(rows)).reset_index(drop=True), share)
+    if config.data.audited:
+        marks = rows["id"].str.rstrip("~").map(audit()).fillna("harmful")
+        rows = rows[marks == "harmful"].reset_index(drop=True)
+    return rows
+
+
+def mixed_forms(rows: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The rows with `share` of them in the other form (question ⇄ imperative), evenly along the table; ids get "~"."""
+    if not 0 <= share <= 1:
+        raise DCRError(f"share of swapped forms is {share}; give 0 to 1.")
+    chosen = pd.Series(
+        [int((i + 1) * share) > int(i * share) for i in range(len(rows))], rows.index, bool
     )
+    return pd.concat([rows[~chosen], swap_table(rows[chosen])]).sort_index() if share else rows
 
 
-def leakage(sets: Sets) -> pd.DataFrame:
-    """Exact and near-duplicate overlaps between training prompts and each benchmark, and between the two stages."""
-    training = {"refine": pd.concat([sets.toxic, sets.seemingly_toxic]), "align": sets.mix}
-    reports = [
-        leakage_report(rows, bench).assign(stage=stage, benchmark=name)
-        for stage, rows in training.items()
-        for name, bench in sets.benchmarks.items()
-        if "/swapped" not in name
-    ]
-    contrast = sets.mix[sets.mix["role"] != "augment"]
-    reports.append(
-        leakage_report(training["refine"], contrast).assign(
-            stage="refine", benchmark="(alignment mix)"
+# ---- what is asked ---------------------------------------------------------------------------------------------
+
+
+def test_prompts(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
+    """Every test prompt of `data.benchmarks`, with `benchmark`, `version` {published, swapped} and `met`.
+
+    The same for every method and seed. `role` is "test", but for a set that is trained on (XSTest): it keeps its
+    role, stands apart and enters no average. met: its source serves training or anchors too.
+    """
+    return _asked(config, config.data.benchmarks, "test", of)
+
+
+def validation_prompts(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
+    """Every prompt on which thresholds and recipes are chosen (`data.validation`); columns as `test_prompts`."""
+    return _asked(config, config.data.validation, "validation", of)
+
+
+def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]) -> pd.DataFrame:
+    every, parts = ledger(config, of), []
+    for name in names:
+        trained = role == "test" and name in SOURCES and role not in SOURCES[name].roles
+        roles = list(SOURCES[name].roles) if trained else [role]
+        rows = pd.concat([_rows(every, name, r) for r in roles], ignore_index=True)
+        if rows.empty:
+            raise DCRError(
+                f"benchmark {name!r} has no prompt with the role {role}: each one's request occurs in training, in "
+                "anchors or in validation (dcr.data.sets.dropped lists them). Name another source."
+            )
+        stem = Path(name).name.split(".")[0] if Path(name).is_file() else name
+        for label, some in rows.groupby("label", sort=False):
+            some = first_requests(some, config.data.limit)
+            several = rows["label"].nunique() > 1
+            some = some.assign(benchmark=f"{stem}-{SIDES[label]}" if several else stem)
+            parts.append(some.assign(version="published"))
+            if config.evaluation.forms:
+                few = first_requests(some, config.evaluation.forms_limit)
+                parts.append(swap_table(few).assign(version="swapped"))
+    asked = pd.concat(parts, ignore_index=True)
+    training = every[every["role"].isin(TRAINING)]
+    asked["met"] = asked["source"].isin(training["source"])
+    if (twice := asked["id"].duplicated()).any():
+        raise DCRError(
+            f"prompt {asked.loc[twice, 'id'].iloc[0]!r} stands in two benchmarks. Name each set once."
         )
-    )
-    return pd.concat(reports, ignore_index=True)
+    return asked
+
+
+def first_requests(rows: pd.DataFrame, n: int) -> pd.DataFrame:
+    """All rows of the first n requests (0: all) in the hash order of the ledger, which knows no seed."""
+    order = rows.groupby("request")["rank"].min().sort_values()
+    return rows[rows["request"].isin(order.index[: n or len(order)])].reset_index(drop=True)
+
+
+def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) -> pd.DataFrame:
+    """`n` anchors (default `steering.anchors`; or all there are) of a role: harmful, pseudo or harmless.
+
+    From AdvBench and OR-Bench where the configuration trains on published data, else from the bundled pairs.
+    """
+    setting = "bundled" if config.data.toxic == "bundled" else ANCHORS.get(role, "")
+    setting = config.data.general if role == "harmless" else setting
+    rows = _rows(ledger(config, of), setting, "anchor", LABEL_OF[role])
+    return _drawn(rows, n or config.steering.anchors, config, 0)
+
+
+def dropped(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
+    """Rows table, id, why: every prompt that is left out since its request has another role elsewhere."""
+    every = ledger(config, of)
+    return every.loc[every["role"] == "", ["table", "id", "why"]].reset_index(drop=True)
+
+
+def natural_cells(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Rows toxic, form, requests: the natural 2 × 2 of test prompts, forms as written."""
+    rows = prompts[(prompts["version"] == "published") & (prompts["role"] == "test")]
+    rows = rows[(rows["label"] != "general") & (rows["form"] != "statement")]
+    cells = rows.assign(toxic=rows["label"] == "toxic").groupby(["toxic", "form"])["request"]
+    return cells.nunique().rename("requests").reset_index()
 
 
 def table_hash(rows: pd.DataFrame) -> str:
-    """16 hex digits over ids, texts, labels and answers: what an artifact depends on when it depends on prompts."""
-    columns = [
-        c for c in ("id", "text", "label", "response", "role", "form", "pair_id") if c in rows
-    ]
-    text = rows[columns].to_json(orient="values", force_ascii=False)
+    """16 hex digits over what an artifact depends on when it depends on prompts: ids, texts, labels, answers ..."""
+    wanted = ("id", "text", "label", "response", "role", "part", "form", "pair_id", "request")
+    text = rows[[c for c in wanted if c in rows]].to_json(orient="values", force_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
