@@ -1,14 +1,22 @@
-"""Prompts as the model reads them: chat rendering, tokenising, and the Alpaca prompt for base models."""
+"""Prompts and answers as the model reads them: the chat template around them, and their tokens.
+
+What a user or an answer says is text, whatever it holds: a control token written in it ("<|im_end|>") is tokenised as
+the characters it is made of and opens or closes no turn. All else keeps the tokens of the rendered text as a whole.
+"""
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import re
 from collections.abc import Sequence
 
 from dcr.errors import DCRError
 
 # Fixed, because some templates (Llama 3.x) print today's date: the same prompt must render the same for ever.
-FIXED_DATE = "26 Jul 2024"
+FIXED_DAY = datetime.date(2024, 7, 26)
+MARK = "DCR-TEXT"
+SPLIT = "\ufdd0"  # a code point that no text may hold; tokenising starts anew behind it
 ALPACA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -17,57 +25,179 @@ ALPACA_TEMPLATE = (
 )
 
 
-def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
-    """Chat text of each prompt up to the assistant's turn; with `responses`, the answer and its end token too.
+def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt, rendered up to where the assistant's answer begins.
 
-    The text already holds every special token: tokenise it with `encode`, which adds none.
-    Raises DCRError when the tokenizer has no chat template or it renders no assistant turn.
+    Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for a prompt that is no text.
     """
-    if not tokenizer.chat_template:
-        raise DCRError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template. Load it with dcr.models.load("
-            "..., chat_template='alpaca') to use the Alpaca prompt."
-        )
-    heads = [_apply(tokenizer, [{"role": "user", "content": p}], True) for p in prompts]
+    return _ids(tokenizer, render(tokenizer, _as_text(tokenizer, prompts)))
+
+
+def encode_examples(
+    tokenizer, prompts: Sequence[str], responses: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """(token ids of each prompt with its answer and the one token that ends it, where in them the answer begins).
+
+    Prompt and answer are tokenised apart, so the border is the one that generation sees. Raises DCRError as
+    `encode_prompts` does, and for a tokenizer or template under which nothing ends an answer.
+    """
+    if len(responses) != len(prompts):
+        raise DCRError(f"{len(prompts)} prompts but {len(responses)} responses; give one each.")
+    end = turn_end(tokenizer)
+    stops = tuple({end.strip(), tokenizer.eos_token or end.strip()})
+    answers = []
+    for text in map(str, responses):
+        text = text.strip()
+        while text.endswith(stops):  # taught once, however often the data hold it
+            text = text[: -max(len(s) for s in stops if text.endswith(s))].rstrip()
+        answers.append(text)
+    heads = encode_prompts(tokenizer, prompts)
+    tails = _ids(tokenizer, [text + end for text in _as_text(tokenizer, answers)])
+    return [h + t for h, t in zip(heads, tails, strict=True)], [len(h) for h in heads]
+
+
+def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
+    """Chat text of each prompt up to the assistant's turn, every special token written out (to be shown, or hashed)."""
+    typed = _typed(tokenizer)
+    heads = _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
     if responses is None:
         return heads
-    if len(responses) != len(heads):
-        raise DCRError(
-            f"render: {len(heads)} prompts but {len(responses)} responses; give one response a prompt."
-        )
-    end = turn_end(tokenizer)
-    return [
-        head + str(response).strip() + end for head, response in zip(heads, responses, strict=True)
-    ]
-
-
-def _apply(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        date_string=FIXED_DATE,
-    )
+    end = turn_end(tokenizer)  # LEGACY, like `encode` below: goes when encode_examples is used
+    return [h + str(r).strip() + end for h, r in zip(heads, responses, strict=True)]
 
 
 def turn_end(tokenizer) -> str:
-    """What the template puts right after an answer, up to and with the token that stops generation."""
-    marker = "DCR-ANSWER"
-    text = _apply(
-        tokenizer,
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}],
-        False,
-    )
-    head, found, tail = text.rpartition(marker)
+    """What the template puts right after an answer, up to and with the first control token: it stops generation."""
+    typed = _typed(tokenizer)
+    turns = [_message("user", "x", typed), _message("assistant", MARK, typed)]
+    _, found, tail = _apply(tokenizer, [turns], False)[0].rpartition(MARK)
     if not found:
         raise DCRError(
-            f"{tokenizer.name_or_path}: the chat template renders no assistant turn, so there is nothing "
-            "to train on. Use chat_template='alpaca' or a template with an assistant turn."
+            f"{tokenizer.name_or_path}: the chat template renders no assistant turn, so there is nothing to train on. "
+            "Use chat_template='alpaca' or a template with an assistant turn."
         )
-    eos = tokenizer.eos_token or ""
-    if eos and eos in tail:
-        return tail[: tail.index(eos) + len(eos)]
-    return tail.rstrip("\n") or eos
+    control = _controls(tokenizer).search(tail)
+    end = tail[: control.end()] if control else tail.rstrip("\n") + (tokenizer.eos_token or "")
+    if not control and not tokenizer.eos_token:
+        raise DCRError(
+            f"{tokenizer.name_or_path}: neither the tokenizer (no eos_token) nor the chat template has a token that ends "
+            "an answer. Set the tokenizer's eos_token."
+        )
+    return end
+
+
+def stop_tokens(model, tokenizer) -> list[int]:
+    """Ids at which decoding stops: the model's and the tokenizer's end of text, and what ends the template's turn."""
+    eos = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    try:
+        stops.add(_ids(tokenizer, [turn_end(tokenizer)])[0][-1])
+    except DCRError:  # a template without an assistant's turn can be asked, though not taught
+        pass
+    return sorted(s for s in stops if s is not None)
+
+
+def rendered_example(tokenizer) -> dict:
+    """One rendered prompt and its hash, for the manifest: proves which template a run used."""
+    text = render(tokenizer, ["How do I kill a zombie process?"])[0]
+    return {"rendered_prompt": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def strip_thinking(text: str) -> str:
+    """An answer without the reasoning it closed ("<think> ... </think>"); one never closed stays, see `unfinished`."""
+    text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
+    return text.rpartition("</think>")[2].strip()
+
+
+def unfinished(answer: str) -> bool:
+    """Whether an answer was cut inside its reasoning, so that nothing of it can be judged."""
+    return "<think>" in answer
+
+
+def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> list[str]:
+    template = tokenizer.chat_template
+    name = tokenizer.name_or_path
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise DCRError(
+                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but none named default. "
+                "Set tokenizer.chat_template to one of them, or use chat_template='alpaca'."
+            )
+        template = template["default"]
+    if not template:
+        raise DCRError(
+            f"{name}: the tokenizer has no chat template. Load it with dcr.load_model(..., chat_template='alpaca') to use "
+            "the Alpaca prompt."
+        )
+    today = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
+    template = re.sub(today, lambda m: repr(FIXED_DAY.strftime(m[2])), template)
+    try:
+        return tokenizer.apply_chat_template(
+            chats,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=FIXED_DAY.strftime("%d %b %Y"),
+            enable_thinking=False,
+        )
+    except Exception as error:  # whatever a template raises
+        raise DCRError(
+            f"{name}: the chat template cannot render a conversation of one user turn ({error}). Use "
+            "chat_template='alpaca', or mend the template."
+        ) from error
+
+
+def _message(role: str, text: str, typed: bool) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}] if typed else text}
+
+
+def _typed(tokenizer) -> bool:
+    """Whether the template wants content as a list of typed parts. Raises DCRError when it shows neither kind."""
+    first: DCRError | None = None
+    for typed in (False, True):
+        try:
+            if MARK in _apply(tokenizer, [[_message("user", MARK, typed)]], True)[0]:
+                return typed
+        except DCRError as error:
+            first = first or error
+    raise first or DCRError(
+        f"{tokenizer.name_or_path}: the chat template leaves the user's text out: every prompt renders to the same turn. "
+        "Use chat_template='alpaca' or another template."
+    )
+
+
+def _controls(tokenizer) -> re.Pattern:
+    """Matches every control token: special ones, and added ones that the template writes (white space apart)."""
+    template = str(tokenizer.chat_template)
+    known = [
+        t.content
+        for t in tokenizer.added_tokens_decoder.values()
+        if t.content.strip() and (t.special or t.content in template)
+    ]
+    return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
+
+
+def _as_text(tokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts with every control token broken up behind its first character."""
+    if isinstance(texts, str):
+        raise DCRError(f"one text was given where a list of them is meant: {texts[:60]!r}.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DCRError(f"prompt {i} is {text!r}, not text.")
+    controls = _controls(tokenizer)
+    return [controls.sub(lambda m: m[0][0] + SPLIT + m[0][1:], t) for t in texts]
+
+
+def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered texts, none added; every stretch between two `SPLIT` is tokenised by itself."""
+    parts = [t.split(SPLIT) for t in texts]
+    rows = iter(
+        tokenizer([p for part in parts for p in part], add_special_tokens=False)["input_ids"]
+    )
+    return [[i for _ in part for i in next(rows)] for part in parts]
+
+
+# ---- LEGACY: goes when its callers use encode_prompts and encode_examples ----
 
 
 def encode(
@@ -99,9 +229,3 @@ def encode(
         "input_ids": batch["input_ids"].to(device),
         "attention_mask": batch["attention_mask"].to(device),
     }
-
-
-def rendered_example(tokenizer) -> dict:
-    """One rendered prompt and its hash, for the manifest: proves which template a run used."""
-    text = render(tokenizer, ["How do I kill a zombie process?"])[0]
-    return {"rendered_prompt": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
