@@ -3,7 +3,7 @@
 Both train the same LoRA adapter below ℓ on the same padded batches in one dtype; only the forward pass differs.
 Timings alternate between the two, so that a busy machine slows both. Peak memory is measured in a process of its own.
 
-    python benchmarks/refinement_speed.py [--steps 6] [--dtype float32]
+    python benchmarks/refinement_speed.py [--steps 6] [--dtype fp32]
 
 Writes benchmarks/results/refinement_speed.json.
 """
@@ -38,7 +38,8 @@ def setting(dtype: str, layer: float, batch: int, steps: int):
     from dcr.config import load_config
 
     torch.manual_seed(0)
-    model, tokenizer = load_model("embedded", dtype=dtype)
+    model, tokenizer = load_model("embedded", precision="fp32")
+    model = model.to(DTYPES[dtype])
     index = resolve_layer(layer, len(decoder_layers(model)))
     toxic, harmless = contrastive_sets(load_config("embedded"))
     rows = PromptRows(prompt_table(toxic, harmless), tokenizer, 256)
@@ -125,7 +126,7 @@ def peak(kind: str, args) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
     parser.add_argument("--layer", type=float, default=0.5)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--memory-of", default="")
@@ -154,7 +155,7 @@ def main() -> None:
     width, inner = model.config.hidden_size, model.config.intermediate_size
     rates = {
         d: matrix_rate(DTYPES[d], batches[0]["input_ids"].numel(), width, inner)
-        for d in dict.fromkeys((args.dtype, "bfloat16"))
+        for d in dict.fromkeys((args.dtype, "bf16"))
     }
     own = operations(model, layer, tokens) / wall["truncated"]
     result = {
@@ -175,7 +176,7 @@ def main() -> None:
         "share_of_matrix_rate": {k: round(own / v, 3) for k, v in rates.items()},
         "environment": environment(),
     }
-    path = OUT if args.dtype == "float32" else OUT.with_stem(f"{OUT.stem}_{args.dtype}")
+    path = OUT if args.dtype == "fp32" else OUT.with_stem(f"{OUT.stem}_{args.dtype}")
     write_atomic(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(
         json.dumps(

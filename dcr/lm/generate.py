@@ -29,15 +29,9 @@ COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]
 
 def inference_dtype(wanted: str, device: str) -> torch.dtype:
     """ "auto" → bfloat16 where the hardware multiplies it natively, else float32; or the named dtype."""
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if wanted in known:
-        return known[wanted]
-    if wanted != "auto":
-        raise DCRError(f"model.precision={wanted!r} is unknown; use auto, bf16 or fp32.")
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device == "cpu" and fast else torch.float32
+    from dcr.lm.load import DTYPES, resolve_precision  # LEGACY: callers take in_precision
+
+    return DTYPES[resolve_precision(wanted, device)]
 
 
 def generate(

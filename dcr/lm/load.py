@@ -1,105 +1,243 @@
-"""Models by hub id, folder or "embedded"."""
+"""Models by hub id, folder or "embedded": where they are, what identifies them, on which device and in which precision."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from dcr.data.files import sha256_of
 from dcr.errors import DCRError
 from dcr.lm import embedded
-from dcr.lm.chat import ALPACA_TEMPLATE
+from dcr.lm.chat import ALPACA_TEMPLATE, stop_tokens
 
 log = logging.getLogger("dcr")
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
 
 
 def load(
     name: str = "embedded",
     *,
     revision: str = "",
-    dtype: str = "float32",
+    precision: str = "auto",
     device: str = "auto",
     chat_template: str = "auto",
 ):
-    """(model, tokenizer) in eval mode.
+    """(model, tokenizer) in eval mode; the model's generation config names every token that ends an answer.
 
-    name: "embedded", a local folder or a hub id (`revision` pins its commit).
-    dtype: float32, bfloat16 or float16. device: "auto" (cuda, then mps, then cpu) or a torch device.
+    name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "" is the main branch as it is now).
+    precision: see `resolve_precision`. Weights are held in fp32 (bf16 is autocast, or `in_precision`), but on a GPU in bf16
+    when they were published so. device: "auto" (cuda, then mps, then cpu), or one of these, as "cuda:1".
     chat_template: "auto" (the tokenizer's own; the Alpaca prompt for a model without one) or "alpaca".
-    Raises DCRError for a wrong option, no network, a gated model or an unknown architecture.
+    Raises DCRError for a wrong option, no network, a gated model, an unknown architecture, or an unfit folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    if dtype not in DTYPES:
-        raise DCRError(f"model.dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
     if chat_template not in ("auto", "alpaca"):
         raise DCRError(f"model.chat_template={chat_template!r} is unknown; use auto or alpaca.")
-    source = str(embedded.ensure()) if name == "embedded" else name
-    options = {"trust_remote_code": False}
-    if not Path(source).is_dir():
-        options["revision"] = revision or "main"
+    device = pick_device(device)
+    resolved = resolve_precision(precision, device)
+    source, commit = locate(name, revision)
+    options = {"trust_remote_code": False, **({"revision": commit} if commit else {})}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"unrecognized model type {config.model_type!r}")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        small = device.startswith("cuda") and resolved == "bf16" and config.dtype == torch.bfloat16
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, **options
+            source, dtype=DTYPES["bf16" if small else "fp32"], use_safetensors=True, **options
         )
     except Exception as error:  # one clear message for whatever the hub client raises
         raise DCRError(explain_load_error(name, error)) from error
-    if tokenizer.pad_token is None:
-        # A pad that is no stop token, so the stop token stays in the labels; never grows the vocabulary.
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if device.startswith("cuda") and resolved == "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32
+    _complete(model, tokenizer, name, chat_template)
+    return model.to(device).eval(), tokenizer
+
+
+def _complete(model, tokenizer, name: str, chat_template: str) -> None:
+    """What a published tokenizer may lack: a template, a pad id that has an embedding, the turn's end among the stops."""
     if chat_template == "alpaca" or not tokenizer.chat_template:
         if chat_template == "auto":
             log.warning("%s has no chat template: using the Alpaca prompt", name)
-        tokenizer.chat_template = ALPACA_TEMPLATE
+        bos = tokenizer.bos_token_id
+        begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = "{{ bos_token }}" * begins + ALPACA_TEMPLATE
     tokenizer.padding_side = "left"
-    return model.to(pick_device(device)).eval(), tokenizer
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= model.get_input_embeddings().num_embeddings:
+        # For libraries that ask for one (`lm.batches` needs none); never grows the vocabulary.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer) or None
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def pick_device(device: str) -> str:
-    """ "auto" → cuda, mps or cpu, whichever is there first; any other name as it is."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def locate(name: str, revision: str = "") -> tuple[str, str]:
+    """(folder or hub id, commit): what `from_pretrained` takes. A branch is resolved to its commit, so that a key can hold it.
+
+    Raises DCRError for a folder that is not there or holds no whole model, and for a hub that does not answer.
+    """
+    if name == "embedded":
+        return str(embedded.ensure()), ""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), ""
+    if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise DCRError(
+            f"{name}: no such model folder. Give a folder with a saved model, or a hub id."
+        )
+    from transformers.utils.hub import cached_file
+
+    try:
+        return name, Path(cached_file(name, "config.json", revision=revision or "main")).parent.name
+    except Exception as error:
+        raise DCRError(explain_load_error(name, error, revision)) from error
 
 
-def explain_load_error(name: str, error: Exception) -> str:
+def identity(name: str, revision: str = "") -> dict[str, str]:
+    """What a key holds of a model: its commit on the hub, or a checksum of every file in its folder that answers depend on."""
+    source, commit = locate(name, revision)
+    if commit:
+        return {"name": name, "commit": commit}
+    if name == "embedded":
+        receipt = json.loads((Path(source) / "receipt.json").read_text(encoding="utf-8"))
+        return {"name": name, "sha256": receipt["model_sha256"]}
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    return {p.name: sha256_of(p) for p in sorted(Path(source).iterdir()) if p.suffix in kinds}
+
+
+def _check_folder(path: Path) -> None:
+    names = {p.name for p in path.iterdir()}
+    if "config.json" not in names and "adapter_config.json" in names:
+        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        raise DCRError(
+            f"{path}: holds an adapter alone, of base model {settings.get('base_model_name_or_path')!r}. Merge it into "
+            "that model (peft: merge_and_unload, save_pretrained) and give the merged folder."
+        )
+    if "config.json" not in names:
+        raise DCRError(f"{path}: has no config.json, so it holds no saved model.")
+    if not any(n.endswith(".safetensors") for n in names):
+        pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
+        what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise DCRError(
+            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing else is loaded."
+        )
+    if not names & TOKENIZER_FILES:
+        raise DCRError(
+            f"{path}: holds no tokenizer. Copy the tokenizer's files of its base model into it "
+            "(tokenizer.save_pretrained)."
+        )
+
+
+def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
     """What went wrong while loading `name`, and what to do, in one sentence or two."""
-    text = f"{type(error).__name__}: {error}"
-    low = text.lower()
-    if "gated" in low or "401" in low or "403" in low:
+    from huggingface_hub import errors
+
+    chain: list[BaseException] = [error]
+    while (below := chain[-1].__cause__ or chain[-1].__context__) and below not in chain:
+        chain.append(below)
+
+    def found(*kinds) -> bool:
+        return any(isinstance(e, kinds) for e in chain)
+
+    status = {getattr(getattr(e, "response", None), "status_code", 0) for e in chain}
+    low = str(error).lower()
+    if found(errors.RevisionNotFoundError):
+        return f"{name}: the hub has no revision {revision!r} of it. Give a commit, tag or branch that it has."
+    if found(errors.GatedRepoError) or status & {401, 403} or "gated repo" in low:
         return (
-            f"{name}: the model is gated or private. Accept its licence on its hub page and set HF_TOKEN, "
-            "or give a local folder."
+            f"{name}: the model is gated, private, or not on the hub under this name. Accept its licence on its hub page "
+            "and set HF_TOKEN, or give a local folder."
         )
-    if "model type" in low or "unrecognized" in low or "unrecognised" in low:
+    if "model type" in low or "unrecognized" in low:
         return f"{name}: this transformers version does not know the architecture; use a supported causal LM. ({error})"
-    if "safetensors" in low:
+    if not Path(name).is_dir() and "safetensors" in low:
         return f"{name}: no safetensors weights found. Convert the model to safetensors first; nothing else is loaded."
-    if any(
-        word in low
-        for word in (
-            "connect",
-            "offline",
-            "resolve",
-            "network",
-            "not a local folder",
-            "max retries",
-            "localentrynotfound",
-            "timeout",
-            "couldn't reach",
-        )
+    if found(
+        errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError
     ):
         return (
             f"{name}: not a local folder, and the Hugging Face hub cannot be reached. Check the network, "
             "give a local folder, or use model.name=embedded."
         )
-    return f"{name}: could not be loaded. {text.splitlines()[0][:300]}"
+    return (
+        f"{name}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:300]})."
+    )
+
+
+def pick_device(device: str) -> str:
+    """The torch device that a wish comes to: "auto" is the process's GPU, then mps, then cpu.
+
+    A device that this machine lacks becomes the CPU, with a warning. Raises DCRError for an unknown name.
+    """
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        if gpus:  # one a process
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % gpus}"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, number = str(device).partition(":")
+    if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
+        raise DCRError(f"model.device={device!r} is unknown; use auto, cpu, cuda, cuda:<n> or mps.")
+    there = {"cuda": int(number or 0) < gpus, "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, True):
+        log.warning("model.device=%s: this machine has none, so the CPU does the work", device)
+        return "cpu"
+    return device
+
+
+def resolve_precision(wanted: str, device: str | torch.device) -> str:
+    """ "bf16" or "fp32". "auto": bf16 where the hardware multiplies it natively, else fp32, which is faster there.
+
+    On a CPU without native bf16, bf16 takes 2 to 24 times as long as fp32. Raises DCRError for another wish.
+    """
+    if wanted not in ("auto", *DTYPES):
+        raise DCRError(f"model.precision={wanted!r} is unknown; use auto, {' or '.join(DTYPES)}.")
+    if wanted == "auto":
+        return "bf16" if _multiplies_bf16(torch.device(device)) else "fp32"
+    return wanted
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()  # what oneDNN may use
+        allowed = any(word in limit for word in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10"))
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return allowed and native
+    try:  # Apple: from macOS 14 on, and not on every chip
+        one = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+        return bool(((one @ one).float() == 8).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
+def autocast(device: str | torch.device, precision: str) -> torch.autocast:
+    """The context in which fp32 weights train: bf16 products where `precision` (resolved) is "bf16", else nothing."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextlib.contextmanager
+def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
+    """The model with its weights in `precision` (resolved), for inference; on exit they are bit for bit what they were.
+
+    Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
+    """
+    dtype = DTYPES[precision]
+    held = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
+    try:
+        for parameter, data in held:
+            parameter.data = data.to(dtype)
+        yield model
+    finally:
+        for parameter, data in held:
+            parameter.data = data

@@ -102,9 +102,7 @@ def _load(name: str):
         source, config.architectures or (), str(tokenizer.chat_template or "")
     )
     if kind != "classifier":
-        return *models.load(
-            source, dtype="bfloat16" if torch.cuda.is_available() else "float32"
-        ), kind
+        return *models.load(source), kind
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             source, use_safetensors=True, trust_remote_code=False
