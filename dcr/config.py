@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -310,6 +310,23 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
             reason = " ".join(str(error).split())[:120]
             raise DCRError(f"override {key}={value!r} cannot be read as YAML: {reason}.") from None
     return result
+
+
+def parse_seeds(seeds: str | int | Iterable[int]) -> tuple[int, ...]:
+    """ "0-4", "0,2,5", 3 or [0, 1] → the seeds. Raises DCRError for anything else."""
+    if isinstance(seeds, bool) or not isinstance(seeds, (str, int, Iterable)):
+        raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
+    parts = seeds.split(",") if isinstance(seeds, str) else seeds
+    found: list[int] = []
+    for part in [parts] if isinstance(parts, int) else parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
+        if not match:
+            raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1)
+    if not found:
+        raise DCRError(f"seeds={seeds!r}: no seed; give e.g. 0, 0-4 or 0,2,5.")
+    return tuple(dict.fromkeys(found))
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""Content keys, atomic writes, resume after a kill, and locks between processes."""
+"""The run directory: keys, reuse, damage, full disks, kills, two processes, moves, clocks."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,39 @@ import time
 
 import pytest
 
-from dcr.data.files import append_jsonl, content_key, read_jsonl, write_atomic
+from dcr.data.files import content_key
 from dcr.errors import DCRError
 from dcr.run import store as store_module
 from dcr.run.store import Store
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+from dcr.run.store import Store
+
+def build(folder):
+    with open({log!r}, "a") as out:
+        out.write("built ")
+    (folder / "mark").write_text("x")
+    Path({log!r}).with_name("inside").touch()
+    time.sleep({sleep})
+
+Store({root!r}).get("stage", "a", {{}}, build)
+"""
+
+
+def start(tmp_path, sleep):
+    code = BUILDER.format(log=str(tmp_path / "log"), root=str(tmp_path / "run"), sleep=sleep)
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def write(folder, text="hi"):
+    (folder / "x.txt").write_text(text)
+    return {"rows": 3}
+
+
+def stray(root):
+    return [p for p in root.rglob("*") if p.suffix in (".lock", ".partial", ".tmp")]
 
 
 def test_key_ignores_order_and_sees_every_value():
@@ -29,18 +59,18 @@ def test_second_call_computes_nothing_and_says_so(tmp_path):
 
     def build(folder):
         calls.append(1)
-        (folder / "x.txt").write_text("hi")
-        return {"rows": 3}
+        return write(folder)
 
-    first = Store(tmp_path)
-    artifact = first.get("stage", "a", {"p": 1}, build)
+    artifact = Store(tmp_path).get("stage", "a", {"p": 1}, build)
     again = Store(tmp_path)
     assert again.get("stage", "a", {"p": 1}, build).path == artifact.path
     assert len(calls) == 1 and again.summary() == "0 artifacts computed, 1 reused"
     assert artifact.manifest["rows"] == 3 and "x.txt" in artifact.manifest["outputs"]
-    assert artifact.manifest["environment"]["packages"]["torch"]
+    assert artifact.manifest["environment"]["packages"]["torch"] and not stray(tmp_path)
     Store(tmp_path).get("stage", "a", {"p": 2}, build)
     assert len(calls) == 2
+    with pytest.raises(DCRError, match="stage/a-.* is not in"):
+        Store(tmp_path, complete=True).get("stage", "a", {"p": 3}, build)
 
 
 def test_a_failed_build_leaves_no_artifact_but_keeps_its_work(tmp_path):
@@ -53,58 +83,104 @@ def test_a_failed_build_leaves_no_artifact_but_keeps_its_work(tmp_path):
         store.get("stage", "a", {}, fail)
     seen = []
     store.get("stage", "a", {}, lambda folder: seen.extend(p.name for p in folder.iterdir()))
-    assert seen == ["half.txt"]
+    assert seen == ["half.txt"] and not stray(tmp_path)
 
 
-def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
-    path = tmp_path / "x.json"
-    write_atomic(path, "old")
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "no manifest text"])
+def test_a_damaged_artifact_is_computed_again_with_a_warning(tmp_path, caplog, damage):
+    artifact = Store(tmp_path).get("stage", "a", {}, lambda f: write(f, "sound weights"))
+    path, manifest = artifact.path / "x.txt", artifact.path / "manifest.json"
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    {
+        "flip": lambda: path.write_bytes(bytes(content)),
+        "cut": lambda: path.write_text("sound"),
+        "gone": path.unlink,
+        "manifest": lambda: manifest.write_text(
+            manifest.read_text().replace('rows": 3', 'rows": 7')
+        ),
+        "no manifest text": lambda: manifest.write_text("{"),
+    }[damage]()
+    calls = []
+    again = Store(tmp_path).get(
+        "stage", "a", {}, lambda f: (calls.append(1), write(f, "sound weights"))[1]
+    )
+    assert calls == [1] and again.path == artifact.path and not again.broken()
+    assert path.read_text() == "sound weights" and "is computed again" in caplog.text
+    assert not stray(tmp_path)
 
-    def full(_fd):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
-    with pytest.raises(DCRError, match="x.json.*No space left"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["mkdir", "build", "behind another error", "rename"])
+def test_a_disk_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, code, where):
+    def full(*_args, **_kwargs):
+        raise OSError(code, os.strerror(code))
+
+    def build(folder):
+        if where == "build":
+            full()
+        if where == "behind another error":
+            try:
+                full()
+            except OSError as error:
+                raise RuntimeError("unexpected pos 0 vs 4") from error
+        return write(folder)
+
+    with monkeypatch.context() as patch:
+        if where == "mkdir":
+            patch.setattr(store_module.Path, "mkdir", full)
+        if where == "rename":
+            patch.setattr(store_module.os, "replace", full)
+        with pytest.raises(DCRError, match="could not be written.*[Ff]ree space"):
+            Store(tmp_path).get("stage", "a", {}, build)
+    assert Store(tmp_path).get("stage", "a", {}, write).manifest["rows"] == 3
+    assert not stray(tmp_path)
 
 
-def test_jsonl_survives_a_torn_last_line_only(tmp_path):
-    path = tmp_path / "h.jsonl"
-    append_jsonl(path, {"step": 1})
-    with open(path, "a") as handle:
-        handle.write('{"step": 2')
-    assert read_jsonl(path) == [{"step": 1}]
-    path.write_text('{"step": \n{"step": 2}\n')
-    with pytest.raises(DCRError, match="line 1"):
-        read_jsonl(path)
+def test_a_run_directory_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DCRError, match="Not a directory"):
+        Store(tmp_path / "file" / "run").get("stage", "a", {}, write)
 
 
-SLOW_BUILD = """
-import sys, time
-from pathlib import Path
-from dcr.run.store import Store
-def build(folder):
-    log = Path(sys.argv[1]) / "builds.txt"
-    log.open("a").write("x")
-    time.sleep(float(sys.argv[2]))
-Store(sys.argv[1]).get("stage", "a", {}, build)
-"""
+def test_an_error_about_another_file_stays_what_it_is(tmp_path):
+    def build(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/model.safetensors")
+
+    with pytest.raises(PermissionError):
+        Store(tmp_path).get("stage", "a", {}, build)
 
 
 def test_two_processes_build_once(tmp_path):
-    workers = [
-        subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path), "0.5"]) for _ in range(2)
-    ]
-    assert [w.wait(60) for w in workers] == [0, 0]
-    assert (tmp_path / "builds.txt").read_text() == "x"
+    both = [start(tmp_path, 0.6), start(tmp_path, 0.6)]
+    assert [p.wait() for p in both] == [0, 0]
+    assert (tmp_path / "log").read_text() == "built " and not stray(tmp_path)
 
 
 def test_a_killed_holder_does_not_block_the_next(tmp_path):
-    worker = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(tmp_path), "60"])
-    while not (tmp_path / "builds.txt").exists():
+    first = start(tmp_path, 60)
+    while not (tmp_path / "inside").exists():
         time.sleep(0.05)
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(10)
-    artifact = Store(tmp_path).get("stage", "a", {}, lambda folder: None)
-    assert json.loads((artifact.path / "manifest.json").read_text())["kind"] == "stage"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    began = time.monotonic()
+    assert start(tmp_path, 0).wait() == 0 and time.monotonic() - began < 20
+    assert (tmp_path / "log").read_text() == "built built " and not stray(tmp_path)
+
+
+def test_a_moved_or_copied_run_directory_is_reused(tmp_path):
+    Store(tmp_path / "run").get("stage", "a", {}, write)
+    shutil.copytree(tmp_path / "run", tmp_path / "a copy, ünïcode")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for name in ("moved", "a copy, ünïcode"):
+        store = Store(tmp_path / name)
+        store.get("stage", "a", {}, lambda folder: pytest.fail("computed again"))
+        assert store.summary() == "0 artifacts computed, 1 reused"
+
+
+def test_a_clock_that_goes_backwards_is_harmless(tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -3600))
+    monkeypatch.setattr(store_module.time, "time", lambda: next(hours))
+    first = Store(tmp_path).get("stage", "a", {}, write)
+    assert 0 <= first.manifest["seconds"] < 60
+    Store(tmp_path).get("stage", "a", {}, lambda folder: pytest.fail("computed again"))

@@ -1,287 +1,217 @@
-"""Experiment: profile + seed + run directory → every stage, lazily, each result cached by what it depends on.
-
-The only place that knows the whole line: data → pairs → representations → refine → align → generate → judge →
-metrics. Notebooks call this class and the plots, nothing else.
-"""
+"""Experiment: a profile, its seeds and methods in one run directory; its tables and figures by name."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dcr.config import methods_file
-from dcr.data.files import content_key, read_jsonl, write_atomic
+from dcr.config import Config, load_config, parse_seeds
+from dcr.data.files import write_atomic
 from dcr.errors import DCRError
-from dcr.run.training import RULES, Training
+from dcr.run import registry
+from dcr.run.answers import Run
+from dcr.run.models import Base
+from dcr.run.store import Store, environment
 
-log = logging.getLogger("dcr")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+REFERENCE = "reference"  # the profile whose tables are committed and read, never computed
 
 
-class Experiment(Training):
-    """One configuration in one run directory: trained methods (see `Training`), their answers, verdicts and metrics."""
+def run_directory(profile: str, run_dir: str | Path = "") -> Path:
+    """Where a run stands: `run_dir`, else runs/<profile> of the checkout (or of the current folder)."""
+    if run_dir:
+        return Path(run_dir).expanduser().absolute()
+    root = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
+    return root / ("figures/reference" if profile == REFERENCE else f"runs/{profile}")
 
-    # ---- answers, verdicts, metrics ----------------------------------------------------------------------
 
-    def generations(self, method: str, step: int = -1) -> pd.DataFrame:
-        """Answers of a method to all evaluation prompts (last step) or to the curve's subset (earlier steps)."""
-        from dcr.data.sets import table_hash
-        from dcr.lm.generate import generate, inference_dtype
+class Experiment:
+    """One configuration with one or more seeds in one run directory.
 
-        prompts = self.prompts if step < 0 else self.curve_prompts
-        if step >= 0 and (same := self._answered_in_full(method, step)):
-            rows = self.generations(same)
-            return (
-                rows[rows["prompt_id"].isin(prompts["id"])]
-                .assign(method=method)
-                .reset_index(drop=True)
-            )
-        dependencies = {
-            "weights": self.weights_key(method, step),
-            "prompts": table_hash(prompts),
-            "generation": self.config.generation.model_dump(),
-            "seed": self.config.seed,
-        }
-        name, steering = method if step < 0 else f"{method}@{step}", None
-        if "steer" in self.stages(method):
-            from dcr.run.steer import steering_of
+    profile: a profile's name, or "reference" (the committed tables of the reference run, read only).
+    overrides: "refine.layer=0.4,align.epochs=2" or a mapping. methods: default the profile's. A run
+    directory that holds tables and no artifacts is read as well (`live` is False, `runs` empty).
+    """
 
-            if step == 0:  # strength 0 is the model that is steered
-                on = methods_file()[method]["steers"]
-                return self.generations(on, self.steps(on)[-1]).assign(method=method)
-            steering = steering_of(self, method, step)
-            dependencies["steering"] = steering.settings
-
-        def build(folder: Path) -> dict:
-            options = self.config.generation
-            if options.endpoint:  # one served model: its answers must not stand for several methods
-                from dcr.lm.endpoint import generate_remote
-
-                others = [m for m in self.methods if m not in RULES and m != method]
-                if others or steering:
-                    raise DCRError(
-                        f"generation.endpoint={options.endpoint} serves one model, but the run has "
-                        f"{', '.join(self.methods)}. Serve an exported model and name that method alone; steered "
-                        "methods need the local model."
-                    )
-                rows = generate_remote(
-                    prompts,
-                    options.endpoint,
-                    method=method,
-                    seed=self.config.seed,
-                    max_new_tokens=options.max_new_tokens,
-                    temperature=options.temperature,
-                    out=folder / "generations.jsonl",
+    def __init__(
+        self,
+        profile: str = "quick",
+        *,
+        seeds: str | int | Iterable[int] = (0,),
+        run_dir: str | Path = "",
+        overrides: str | Mapping[str, object] = "",
+        methods: Iterable[str] = (),
+    ) -> None:
+        self.root = run_directory(profile, run_dir)
+        self.store = Store(self.root)
+        kept = self._read_manifest()
+        self.live = profile != REFERENCE and (not kept or bool(self.store.artifacts()))
+        self._tables: dict[str, pd.DataFrame] = {}
+        if not self.live:
+            if not kept:
+                raise DCRError(
+                    f"{self.root} holds no tables of the reference run; give the checkout's "
+                    "figures/reference as run_dir, or a profile that computes."
                 )
-                return {
-                    "prompts": len(rows),
-                    "missing": len(prompts) - len(rows),
-                    "endpoint": options.endpoint,
-                }
-            model, tokenizer = self.model(method, step)
-            model = model.to(inference_dtype(self.config.model.precision, str(model.device)))
-            rows = generate(
-                model,
-                tokenizer,
-                prompts,
-                method=method,
-                seed=self.config.seed,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                temperature=options.temperature,
-                out=folder / "generations.jsonl",
-                steering=steering,
-            )
-            return {
-                "prompts": len(rows),
-                "truncated": int((rows["finish"] == "length").sum()),
-                "dtype": str(model.dtype),
-                "batch_size": options.batch_size,
-                "new_tokens": int(rows["n_tokens"].sum()),
-                **({"steering": steering.settings} if steering else {}),
-                **self._facts(),
-            }
+            self.config = Config().override(_dotted(kept["config"]))
+            self.seeds, self.methods = tuple(kept["seeds"]), tuple(kept["methods"])
+            self.runs: tuple[Run, ...] = ()
+            return
+        self.seeds = parse_seeds(seeds)
+        self.config = load_config(profile, seed=self.seeds[0], overrides=overrides)
+        self.methods = tuple(methods) or self.config.methods
+        base = Base(self.config.model)
+        self.runs = tuple(Run(self.config.replaced(seed=s), self.store, base) for s in self.seeds)
+        for method in self.methods:
+            self.runs[0].entry(method)
 
-        artifact = self.store.get("generate", name, dependencies, build)
-        return pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
+    # ---- prompts -------------------------------------------------------------------------------
 
-    def _answered_in_full(self, method: str, step: int) -> str:
-        """The method whose answers to all prompts are those of this step: itself at its last one, base before any training."""
-        if "steer" in self.stages(method):
-            return method if step == 100 else ""  # the nominal strength
-        if step == self.steps(method)[-1]:
-            return method
-        return (
-            "base"
-            if step == 0 and "refine" not in self.stages(method) and "base" in self.methods
-            else ""
-        )
+    def _first(self) -> Run:
+        if not self.runs:
+            raise DCRError(f"{self.root} holds tables only; an Experiment of a profile computes.")
+        return self.runs[0]
 
-    def verdicts(self, method: str, step: int = -1) -> pd.DataFrame:
-        """Verdicts of the configured judge (the curve's judge at earlier steps)."""
-        from dcr.evaluate.judges import identity, judge
-        from dcr.evaluate.metrics import question_mark_rule
+    @property
+    def prompts(self) -> pd.DataFrame:
+        """Test prompts, the same for every seed and method."""
+        return self._first().prompts
 
-        prompts = self.prompts if step < 0 else self.curve_prompts
-        if method in RULES:
-            return question_mark_rule(prompts)
-        name = self.config.evaluation.judge if step < 0 else self.config.evaluation.curve_judge
-        answers = self.generations(method, step)
-        dependencies = {"answers": content_key(answers.to_dict("records")), **identity(name)}
+    @property
+    def validation(self) -> pd.DataFrame:
+        """Validation prompts: thresholds and choices are made on these."""
+        return self._first().validation
 
-        def build(folder: Path) -> None:
-            rows = judge(prompts, answers, name=name)
-            write_atomic(
-                folder / "verdicts.jsonl",
-                rows.to_json(orient="records", lines=True, force_ascii=False),
-            )
+    @property
+    def curve_prompts(self) -> pd.DataFrame:
+        """The test prompts asked at each point of a curve."""
+        return self._first().curve_prompts
 
-        artifact = self.store.get(
-            "judge", method if step < 0 else f"{method}@{step}", dependencies, build
-        )
-        return pd.DataFrame(read_jsonl(artifact.path / "verdicts.jsonl"))
+    # ---- tables and figures --------------------------------------------------------------------
 
-    def metric_rows(self, method: str, step: int = -1) -> pd.DataFrame:
-        """Rates per benchmark and form with intervals (one method, one step) as metric rows."""
-        from dcr.evaluate.metrics import rate_rows
+    def table(self, name: str) -> pd.DataFrame:
+        """The table, computed from what the run holds or makes and written to tables/<name>.csv; or read.
 
-        prompts = self.prompts if step < 0 else self.curve_prompts
-        answers = None if method in RULES else self.generations(method, step)
-        rows = rate_rows(
-            prompts,
-            self.verdicts(method, step),
-            profile=self.config.profile,
-            method=method,
-            seed=self.config.seed,
-            generations=answers,
-        )
-        trained = set() if method in RULES else self.in_distribution(method)
-        origin = prompts.groupby("benchmark")["source"].first().to_dict()
-        return rows.assign(
-            step=step, in_distribution=[origin.get(b, b) in trained for b in rows["benchmark"]]
-        )
-
-    def metrics(self) -> pd.DataFrame:
-        """Metric rows of all methods at the last step, the question-mark rule among them; written to metrics.csv."""
-        rows = pd.concat(
-            [self.metric_rows(m) for m in dict.fromkeys((*self.methods, *RULES))], ignore_index=True
-        )
-        self.write_table("metrics", rows)
-        return rows
-
-    def curve(self, method: str) -> pd.DataFrame:
-        """Metric rows of a method at every recorded alignment step: its curve in the compliance-safety plane.
-
-        A steering method's curve is its sweep of strengths: `step` is the strength in per cent of the nominal one, and
-        `strength` (missing for the others) the multiple.
+        Raises DCRError for an unknown name, or one that was not made where tables are read only.
         """
-        steers = "steer" in self.stages(method)
-        return pd.concat(
-            [
-                self.metric_rows(method, step).assign(
-                    strength=step / 100 if steers else float("nan")
+        entry = registry.table_entry(name)
+        if name not in self._tables:
+            path = self.table_path(name)
+            if self.live:
+                write_atomic(path, entry.make(self).to_csv(index=False))
+            elif not path.is_file():
+                raise DCRError(
+                    f"{path} is missing. Experiment({self.config.profile!r}, "
+                    f"seeds={self.seeds}).table({name!r}) makes it, or: dcr table {name} "
+                    f"--profile {self.config.profile}."
                 )
-                for step in self.steps(method)
-            ],
-            ignore_index=True,
-        )
+            self._tables[name] = registry.read_table(path)
+        return self._tables[name].copy()
 
-    def curves(self) -> pd.DataFrame:
-        """Curves of every method that aligns or steers; written to curves.csv."""
-        rows = pd.concat(
-            [self.curve(m) for m in self.methods if {"align", "steer"} & set(self.stages(m))],
-            ignore_index=True,
-        )
-        self.write_table("curves", rows)
-        return rows
+    def table_path(self, name: str) -> Path:
+        """tables/<name>.csv of a run directory; the reference run's stand in the folder itself."""
+        folder = self.root / "tables"
+        return (folder if self.live or folder.is_dir() else self.root) / f"{name}.csv"
 
-    def matched_safety(self) -> pd.DataFrame:
-        """Compliance at matched DSR and area of every method's curve (`dcr.tables.comparisons`); written to matched_safety.csv."""
-        from dcr.tables.comparisons import matched_safety_table
+    def figure(self, name: str) -> Figure:
+        """The figure drawn from the table of that name."""
+        return registry.figure_entry(name).draw(self.table(name))
 
-        return matched_safety_table(self)
+    # ---- the whole run -------------------------------------------------------------------------
 
-    def capabilities(self, method: str) -> pd.DataFrame:
-        """Per-item general ability and held-out answer losses of a method, cached (`dcr.tables.ability`)."""
-        from dcr.tables.ability import measure
+    def train(self, methods: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
+        """Make what the methods need, cheapest first; yields (seed, method, what was done)."""
+        for run in self.runs:
+            for method in tuple(methods) or self.methods:
+                for what in run.complete(method):
+                    yield run.seed, method, what
 
-        return measure(self, method)
+    def artifacts(self) -> list[dict[str, Any]]:
+        """Every artifact of the run directory: kind, name, seed, seconds, peak_memory_mib, started."""
+        shown = ("kind", "name", "seed", "seconds", "peak_memory_mib", "started")
+        found = (a.manifest for a in self.store.artifacts())
+        return [{k: content.get(k) for k in shown} for content in found]
 
-    # ---- output ------------------------------------------------------------------------------------------
+    def manifest(self) -> dict[str, Any]:
+        """What this run is, written to manifest.json: configuration, environment, data, artifacts."""
+        from dcr.data.sets import dropped, table_hash
+        from dcr.data.sources import provenance
 
-    def write_table(self, name: str, rows: pd.DataFrame) -> Path:
-        """Write a tidy table to tables/<name>.csv of the run directory (figures are drawn from these)."""
-        path = self.store.root / "tables" / f"{name}.csv"
-        write_atomic(path, rows.to_csv(index=False))
-        return path
-
-    def read_table(self, name: str) -> pd.DataFrame:
-        """Read back what `write_table` wrote. Raises DCRError naming the notebook that makes it."""
-        path = self.store.root / "tables" / f"{name}.csv"
-        if not path.exists():
-            raise DCRError(
-                f"{path} is missing: run the notebook that writes it first (04 for metrics and curves)."
-            )
-        return pd.read_csv(path, keep_default_na=True)
-
-    def manifest(self) -> dict:
-        """What this run is: configuration, environment, and every artifact with its time and memory."""
-        from dcr.run.store import environment
-
-        artifacts = []
-        for path in sorted(self.store.root.glob("*/*/manifest.json")):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            artifacts.append(
-                {
-                    k: content.get(k)
-                    for k in ("kind", "name", "seconds", "peak_memory_mib", "started")
-                }
-            )
+        first = self._first()
+        tables = {"test": first.prompts, "validation": first.validation}
+        left_out = dropped(self.config, of=[self.config])
+        base = first.base_model
         whole = {
             "config": self.config.to_dict(),
+            "seeds": list(self.seeds),
             "methods": list(self.methods),
             "environment": environment(),
-            "artifacts": artifacts,
-            "data": self._data_facts(),
+            "model": base.key,
+            "rendering": base.facts()["rendering"],
+            "data": {n: {"rows": len(t), "hash": table_hash(t)} for n, t in tables.items()},
+            "dropped": left_out.groupby("table").size().to_dict(),
+            "sources": provenance(self._sources()),
+            "artifacts": self.artifacts(),
         }
-        write_atomic(
-            self.store.root / "manifest.json", json.dumps(whole, indent=1, ensure_ascii=False)
-        )
+        write_atomic(self.root / "manifest.json", json.dumps(whole, indent=1, ensure_ascii=False))
         return whole
 
-    def _data_facts(self) -> dict:
-        from dcr.data.sets import table_hash
+    def _sources(self) -> list[str]:
+        from dcr.data.sources import SOURCES
 
-        facts = {
-            n: {"rows": len(t), "hash": table_hash(t)} for n, t in self.sets.benchmarks.items()
-        }
-        return facts | {
-            n: {"rows": len(t), "hash": table_hash(t)}
-            for n, t in (
-                ("toxic", self.sets.toxic),
-                ("seemingly_toxic", self.sets.seemingly_toxic),
-                ("mix", self.sets.mix),
-            )
-        }
+        named = {n for c in self.runs for m in self.methods for n in _named(c.recipe(m))}
+        return sorted(named & set(SOURCES))
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.root / "manifest.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise DCRError(f"{path} is no manifest ({error}). Delete it.") from error
+
+    def verify(self) -> pd.DataFrame:
+        """What `dcr verify` shows: a row an artifact (checksums) and a table (made again from artifacts)."""
+        rows = [
+            {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}
+            for a in self.store.artifacts()
+        ]
+        for path in sorted(self.root.glob("tables/*.csv")) if self.live else []:
+            rows.append({"what": f"tables/{path.name}", "status": self._follows(path)})
+        return pd.DataFrame(rows, columns=["what", "status"])
+
+    def _follows(self, path: Path) -> str:
+        held = Store(self.root, complete=True)
+        for run in self.runs:
+            run.store = held
+        try:
+            same = registry.table_entry(path.stem).make(self).to_csv(index=False)
+        except DCRError as error:
+            return f"cannot be made again: {error}"
+        finally:
+            for run in self.runs:
+                run.store = self.store
+        if same == path.read_text(encoding="utf-8"):
+            return "ok"
+        return "differs from what the artifacts give"
 
 
-def run_methods(experiment: Experiment) -> Iterator[tuple[str, str]]:
-    """Run every stage of every method, cheapest first; yields (method, what was done)."""
-    for method in experiment.methods:
-        stages = experiment.stages(method)
-        if "refine" in stages:
-            experiment.refined(method)
-            yield method, "refined"
-        if "align" in stages:
-            experiment.aligned(method)
-            yield method, "aligned"
-        if "steer" in stages:
-            from dcr.run.steer import fitted
+def _named(config: Config) -> list[str]:
+    """Names of the sources that a configuration reads."""
+    from dcr.data.ledger import named
 
-            fitted(experiment, method)
-            yield method, "directions fitted"
-        experiment.metric_rows(method)
-        yield method, "judged"
+    return list(named(config))
+
+
+def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{field}" if field else section: value
+        for section, part in config.items()
+        for field, value in (part.items() if isinstance(part, dict) else [("", part)])
+    }

@@ -1,343 +1,266 @@
-"""Your own model and data: refine and align in one call, and export as a plain transformers folder."""
+"""Your own model and data: refine and align in one call, and any method as a plain transformers folder."""
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from safetensors import SafetensorError
 
 from dcr.config import Config
-from dcr.data import loaders
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
-from dcr.run.store import Store, environment
+from dcr.run.models import Base
+from dcr.run.store import Store, environment, is_main, writing
+from dcr.run.training import Training
+
+LICENCES = {"embedded": "apache-2.0"}
+INTENDED = (
+    "Research on over-refusal: a model that is to refuse harmful requests and answer harmless ones "
+    "that look harmful. Not a safety guarantee and not for deployment as it is; judge it on your "
+    "own prompts before any use."
+)
+
+
+class OwnData(Training):
+    """The training half of a run on the user's tables: one recipe, no method of methods.yaml."""
+
+    def __init__(
+        self, config: Config, store: Store, tables: Mapping[str, pd.DataFrame], stages: list[str]
+    ) -> None:
+        super().__init__(config, store, Base(config.model))
+        self.tables, self.own_stages = tables, stages
+
+    def entry(self, method: str) -> dict[str, Any]:
+        """The one recipe: the configuration as it is."""
+        return {"stages": self.own_stages}
+
+    def sets(self, method: str):
+        """The user's tables; the mix of stage 2 is the general and the toxic one, with their answers."""
+        from dcr.data.sets import TrainingSets
+
+        parts = {"general": "general", "toxic": "safe"}
+        mix = [self.tables[n].assign(part=p) for n, p in parts.items() if n in self.tables]
+        toxic, seemingly = self.tables["toxic"], self.tables["seemingly_toxic"]
+        general = self.tables.get("general", toxic.iloc[:0])
+        return TrainingSets(toxic, seemingly, general, pd.concat(mix, ignore_index=True))
 
 
 def align_own(
     out: str | Path,
     *,
-    toxic: str,
-    seemingly_toxic: str,
-    general: str,
+    toxic: Any,
+    seemingly_toxic: Any,
+    general: Any,
     model: str = "embedded",
     refine_first: bool = True,
     seed: int = 0,
-    overrides: str = "",
-) -> Path:
+    overrides: str | Mapping[str, object] = "",
+) -> Path:  # noqa: PLR0913
     """Stage 1 (unless `refine_first` is off) and stage 2 on the user's tables; a plain model folder in `out`.
 
-    toxic and general need `response`; work is kept in `<out>.work`, so an interrupted call goes on. A second call for
-    the same folder waits for the first and says who holds it. Under `accelerate launch` each process takes its share.
-    Raises DCRError for missing answers, too few prompts, or a folder that holds something already.
+    Tables: paths, frames, lists or hub ids (see `dcr.data.read.prompts_of`); toxic and general need
+    answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that an interrupted
+    call goes on. Under `accelerate launch` each process takes its share. Raises DCRError for bad
+    tables or a folder that cannot be written or holds something already.
     """
-    out = Path(out)
-    if int(
-        os.environ.get("RANK", 0)
-    ):  # a helper process trains along; the first one locks and saves
-        _train_own(out, toxic, seemingly_toxic, general, model, refine_first, seed, overrides)
-        return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with Store(out.parent).lock(out):
-        if out.exists() and any(out.iterdir()):
-            raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
-        aligned, tokenizer, facts = _train_own(
-            out, toxic, seemingly_toxic, general, model, refine_first, seed, overrides
-        )
-        return save_plain(aligned, tokenizer, out, facts=facts)
-
-
-def own_config(model: str, seed: int, overrides: str) -> Config:
-    """The package's defaults for the user's own data (no profile: profiles carry step limits of our runs)."""
-    return (
-        Config(profile="own", seed=seed)
-        .override({"model.name": model, "align.checkpoints": "last"})
-        .override(overrides)
-    )
-
-
-def _train_own(
-    out: Path,
-    toxic: str,
-    seemingly_toxic: str,
-    general: str,
-    model: str,
-    refine_first: bool,
-    seed: int,
-    overrides: str,
-):
-    """(aligned model, tokenizer, facts for the card)."""
-    from dcr.lm import load as models
-    from dcr.train.align import align
-    from dcr.train.refine import refine
-
-    config = own_config(model, seed, overrides)
-    tables = {
-        label: loaders.read_user_table(path, label=label)
-        for label, path in (
-            ("toxic", toxic),
-            ("seemingly_toxic", seemingly_toxic),
-            ("general", general),
-        )
-    }
-    for label in ("toxic", "general"):
-        empty = tables[label]["response"] == ""
-        if empty.any():
-            raise DCRError(
-                f"{label} table: row {int(empty.argmax())} has no response; alignment needs an answer (for "
-                "toxic prompts a refusal) in the column 'response'."
-            )
-    work = out.with_name(out.name + ".work")
-    base, tokenizer = models.load(
-        config.model.name,
-        revision=config.model.revision,
-        device=config.model.device,
-        chat_template=config.model.chat_template,
-    )
-    if refine_first:
-        base = refine(
-            base,
-            tokenizer,
-            toxic=tables["toxic"],
-            seemingly_toxic=tables["seemingly_toxic"],
-            config=config.refine,
-            seed=seed,
-            work_dir=work / "refine",
-            precision=config.model.precision,
-            layers_path=config.model.layers_path,
-        ).model
-    mix = pd.concat([tables["general"], tables["toxic"]], ignore_index=True)
-    result = align(
-        base,
-        tokenizer,
-        mix,
-        config=config.align,
-        seed=seed,
-        work_dir=work / "align",
-        precision=config.model.precision,
-        layers_path=config.model.layers_path,
-    )
-    data = _data({"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}, tables)
-    return (
-        result.model,
-        tokenizer,
-        {
-            "base": model,
-            "method": "DCR, own data" if refine_first else "STL, own data",
-            "config": config.to_dict(),
-            "data": data,
-            "truncated": result.truncated,
-        },
-    )
-
-
-def _data(paths: dict[str, str], tables: dict[str, pd.DataFrame]) -> list[dict]:
-    """The card's rows of the user's tables."""
-    return [
-        {"role": label, "source": Path(paths[label]).name, "rows": len(rows), "licence": "yours"}
-        for label, rows in tables.items()
-    ]
+    given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
+    stages = ["refine", "align"] if refine_first else ["align"]
+    return _own(out, given, stages, model, seed, overrides)
 
 
 def refine_own(
     out: str | Path,
     *,
-    toxic: str,
-    seemingly_toxic: str,
-    general: str = "",
+    toxic: Any,
+    seemingly_toxic: Any,
+    general: Any = None,
     model: str = "embedded",
     seed: int = 0,
-    overrides: str = "",
+    overrides: str | Mapping[str, object] = "",
+) -> Path:  # noqa: PLR0913
+    """Stage 1 alone on the user's tables; otherwise as `align_own`, and no table needs answers."""
+    given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
+    given = {n: t for n, t in given.items() if t is not None and not (isinstance(t, str) and not t)}
+    return _own(out, given, ["refine"], model, seed, overrides)
+
+
+def _own(
+    out: str | Path,
+    given: Mapping[str, Any],
+    stages: list[str],
+    model: str,
+    seed: int,
+    overrides: str | Mapping[str, object],
 ) -> Path:
-    """Stage 1 alone on the user's tables; a plain model folder in `out`. Many processes may run it together (accelerate launch).
+    from dcr.data.read import prompts_of
 
-    Work is kept in `<out>.work`, so an interrupted call goes on. Raises DCRError for a folder that holds something.
-    """
-    from accelerate import PartialState
-
-    from dcr.lm import load as models
-    from dcr.train.refine import refine
-
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
-    config = own_config(model, seed, overrides)
-    tables = {
-        label: loaders.read_user_table(path, label=label)
-        for label, path in (
-            ("toxic", toxic),
-            ("seemingly_toxic", seemingly_toxic),
-            ("general", general),
-        )
-        if path
-    }
-    base, tokenizer = models.load(
-        config.model.name,
-        revision=config.model.revision,
-        device=config.model.device,
-        chat_template=config.model.chat_template,
-    )
-    result = refine(
-        base,
-        tokenizer,
-        **tables,
-        config=config.refine,
-        seed=seed,
-        work_dir=out.with_name(out.name + ".work"),
-        precision=config.model.precision,
-        layers_path=config.model.layers_path,
-    )
-    if PartialState().is_main_process:
-        save_plain(
-            result.model,
-            tokenizer,
-            out,
-            facts={
-                "base": model,
-                "method": "contrastive refinement",
-                "config": config.to_dict(),
-                "data": _data(
-                    {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}, tables
-                ),
-            },
-        )
+    out = Path(out).expanduser().absolute()
+    config = Config(profile="own", seed=seed)  # no profile: profiles carry limits of our runs
+    config = config.override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
+    asked = {n: "align" in stages and n != "seemingly_toxic" for n in given}
+    tables = {n: prompts_of(t, what=n, label=n, answers=asked[n]) for n, t in given.items()}
+    work = out.with_name(out.name + ".work")
+    run = OwnData(config, Store(work), tables, stages)
+    if not is_main():  # it trains along; the first process locks, keeps and saves
+        run.weights("own")
+        return out
+    check_out(out)
+    with writing(out), Store(out.parent).lock(out):
+        check_out(out)  # another process may have filled it meanwhile
+        trained, tokenizer = run.model("own")
+        names = {n: Path(t).name if isinstance(t, (str, Path)) else n for n, t in given.items()}
+        data = [
+            {"role": n, "source": names[n], "rows": len(t), "licence": "yours"}
+            for n, t in tables.items()
+        ]
+        method = {1: stages[0], 2: "DCR"}[len(stages)]
+        facts = {"method": f"{method}, own data", "config": config, "data": data}
+        save_plain(trained, tokenizer, out, facts)
+        shutil.rmtree(work, ignore_errors=True)
     return out
 
 
 def export(experiment, method: str, out: str | Path) -> Path:
-    """A method's model as a plain folder: safetensors, tokenizer, chat template, model card.
+    """A method (first seed) as a plain folder: safetensors, tokenizer, chat template, model card.
 
-    Raises DCRError for a method without weights of its own, or a folder that holds something already.
+    A steered or gated method comes as the model that it acts on, with `steering.safetensors`, its
+    settings and a script that uses them. Raises DCRError for a rule, or a folder that holds something.
     """
-    if "steer" in experiment.stages(method) or "rule" in experiment.stages(method):
-        raise DCRError(
-            f"{method} steers at inference time and has no weights of its own; export the model it steers (STL)."
-        )
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise DCRError(f"{out} is not empty. Choose a new folder for the model.")
-    model, tokenizer = experiment.model(method)
-    rows = experiment.metric_rows(method)
-    headline = rows[rows["metric"].isin(["compliance", "dsr"]) & (rows["form"] == "all")]
-    return save_plain(
-        model,
-        tokenizer,
-        out,
-        facts={
-            "base": experiment.config.model.name,
-            "method": method,
-            "config": experiment.recipe(method).to_dict(),
-            "data": data_facts(experiment, method),
-            "results": headline[
-                ["benchmark", "metric", "value", "low", "high", "n", "judge", "in_distribution"]
-            ].to_dict("records"),
-        },
-    )
+    run, out = experiment.runs[0], Path(out).expanduser().absolute()
+    if "rule" in run.stages(method):
+        raise DCRError(f"{method} is a rule and has no weights; export another method.")
+    check_out(out)
+    model, tokenizer = run.model(method)
+    facts = {"method": method, "config": run.recipe(method), "data": data_facts(run, method)}
+    steering, extra = run.steering(method), {}
+    if steering is not None:
+        content = {"kind": run.entry(method)["steering"], **run.fitted(method).manifest["fit"]}
+        extra["steering.json"] = json.dumps(content, indent=1)
+        extra["steering.safetensors"] = (
+            run.fitted(method).path / "tensors.safetensors"
+        ).read_bytes()
+        extra["use.py"] = steering.script
+    return save_plain(model, tokenizer, out, facts, extra)
 
 
-def data_facts(experiment, method: str) -> list[dict]:
+def data_facts(run: Training, method: str) -> list[dict]:
     """Role, source, rows and licence of every set a method trained on."""
-    from dcr.data.registry import SOURCES
+    from dcr.data.sources import SOURCES
 
-    stages, tables = experiment.stages(method), []
-    toxic, seemingly, _, mix = experiment.training_sets(method)
-    if "refine" in stages:
-        tables += [("stage 1, toxic", toxic), ("stage 1, seemingly toxic", seemingly)]
+    stages, sets = run.stages(method), run.sets(method)
+    on = run.entry(method).get("on")
+    tables = data_facts(run, on) if on else []
+    parts = [("stage 1, toxic", sets.toxic), ("stage 1, seemingly toxic", sets.seemingly_toxic)]
+    found = parts if "refine" in stages else []
     if "align" in stages:
-        tables += [(f"stage 2, {role}", rows) for role, rows in mix.groupby("role", sort=False)]
-    licences = {name: entry.licence for name, entry in SOURCES.items()} | {
-        "xstest": SOURCES["xstest-safe"].licence
-    }
-    return [
+        found += [(f"stage 2, {part}", rows) for part, rows in sets.mix.groupby("part", sort=False)]
+    return tables + [
         {
             "role": role,
             "source": source,
             "rows": len(part),
-            "licence": licences.get(
-                source, "Apache-2.0 (this kit)" if source.startswith("dcr-") else "see its owner"
-            ),
+            "licence": SOURCES[source].licence if source in SOURCES else "Apache-2.0 (this kit)",
         }
-        for role, rows in tables
+        for role, rows in found
         for source, part in rows.groupby("source", sort=False)
     ]
 
 
-def save_plain(model, tokenizer, out: Path, facts: dict) -> Path:
-    """Save an ordinary transformers model with a card; loads with transformers alone."""
+def check_out(out: Path) -> None:
+    """Raises DCRError where no new folder can stand at `out`."""
+    if out == Path.cwd() or out.is_file() or (out.is_dir() and any(out.iterdir())):
+        what = "is a file" if out.is_file() else "is not empty"
+        raise DCRError(f"{out} {what}. Choose a new folder for the model.")
+    parent = next(p for p in out.parents if p.exists())
+    if not parent.is_dir():
+        raise DCRError(f"{out}: {parent} is a file, so nothing can stand below it. Choose another.")
+    if not os.access(parent, os.W_OK):
+        raise DCRError(f"{out}: {parent} cannot be written. Choose another folder.")
+
+
+def save_plain(
+    model, tokenizer, out: Path, facts: Mapping[str, Any], extra: Mapping[str, str | bytes] = {}
+) -> Path:
+    """Save an ordinary transformers model with a card; it loads, and stops, with transformers alone."""
+    from dcr.lm.chat import stop_ids
+
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        write_atomic(partial / "README.md", card(out.name, facts))
-    except (OSError, SafetensorError) as error:
+        with writing(out):
+            model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+            model.config._name_or_path = ""
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            for name, content in {**extra, "README.md": card(out.name, facts)}.items():
+                write_atomic(partial / name, content)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DCRError(
-            f"{out}: could not be written ({error}). Free space or choose another folder."
-        ) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
     return out
 
 
-def card(name: str, facts: dict) -> str:
-    """The model card in Markdown: data, parameters, results, licences, intended use. Numbers come from `facts` alone."""
-    base = "SmolLM2-135M-Instruct (Apache-2.0)" if facts["base"] == "embedded" else facts["base"]
-    lines = [
-        f"# {name}",
-        "",
-        f"Base model: {base}. Method: {facts['method']}.",
-        "",
-        "## Intended use",
-        "",
-        "Research on over-refusal: a model that is to refuse harmful requests and answer harmless ones that look harmful. "
-        "Not a safety guarantee and not for deployment as it is; judge it on your own prompts before any use.",
-        "",
-        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is in the tokenizer.",
-        "",
-        "## Data",
-        "",
-        "| role | source | rows | licence |",
-        "|---|---|---|---|",
+def markdown(text: object) -> str:
+    """Text as text in a Markdown table: no markup, link, HTML, line or column of its own."""
+    plain = html.escape(" ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", plain)
+
+
+def card(name: str, facts: Mapping[str, Any]) -> str:
+    """The model card: hub metadata, use, data, licences, parameters. It names no local path."""
+    from huggingface_hub import ModelCardData
+
+    config: Config = facts["config"]
+    base, local = config.model.name, Path(config.model.name).exists()
+    about = ModelCardData(
+        language="en",
+        license=LICENCES.get(base, "other"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct"
+        if base == "embedded"
+        else None
+        if local
+        else base,
+        tags=["over-refusal", "safety", "dcr"],
+    )
+    shown = Path(base).name if local else base
+    rows = [
+        f"| {markdown(d['role'])} | {markdown(d['source'])} | {d['rows']} | {markdown(d['licence'])} |"
+        for d in facts["data"]
     ]
-    lines += [
-        f"| {d['role']} | {d['source']} | {d['rows']} | {d['licence']} |" for d in facts["data"]
+    parameters = json.dumps(without_paths(config.to_dict()), indent=1).replace("`", "\\u0060")
+    parts = [
+        f"---\n{about.to_yaml()}\n---",
+        f"# {markdown(name)}",
+        f"Base model: {markdown(shown)}. Method: {markdown(facts['method'])}.",
+        f"## Intended use\n\n{INTENDED}",
+        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is in the "
+        "tokenizer. A folder with `use.py` acts at inference time: that script shows how.",
+        "## Data\n\n| role | source | rows | licence |\n|---|---|---|---|\n" + "\n".join(rows),
+        "## Licences\n\nThe base model's licence holds for these weights; the data's licences are in "
+        "the table above. A non-commercial licence there (CC-BY-NC) binds what is made from it.",
+        f"## Parameters\n\n```json\n{parameters}\n```",
+        f"Environment: {markdown(json.dumps(environment()))}",
     ]
-    if facts.get("truncated"):
-        lines += ["", f"{facts['truncated']} answers were cut at the length limit."]
-    lines += [
-        "",
-        "## Licences",
-        "",
-        "The base model's licence holds for these weights; the data's licences are in the table above. "
-        "A non-commercial licence there (CC-BY-NC) binds what is made from it.",
-    ]
-    if facts.get("results"):
-        lines += [
-            "",
-            "## Results",
-            "",
-            "| benchmark | metric | value | 95 % interval | n | judge | trained on its source |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {r['benchmark']} | {r['metric']} | {r['value']:.3f} | {r['low']:.3f} to {r['high']:.3f} | {r['n']} | "
-            f"{r['judge']} | {'yes' if r['in_distribution'] else 'no'} |"
-            for r in facts["results"]
-        ]
-    lines += [
-        "",
-        "## Parameters",
-        "",
-        "```json",
-        json.dumps(facts["config"], indent=1),
-        "```",
-        "",
-        f"Environment: {json.dumps(environment())}",
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def without_paths(value: Any) -> Any:
+    """Nested values with local paths cut to their last part."""
+    if isinstance(value, dict):
+        return {k: without_paths(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(v) for v in value]
+    if isinstance(value, str) and ("/" in value or os.sep in value) and Path(value).exists():
+        return Path(value).name
+    return value

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dcr.errors import DCRError
@@ -104,3 +105,21 @@ def _known(registry: dict, name: str, what: str):
             f"{what} {name!r} is unknown; {'did you mean' if near else 'known'}: {listed}."
         )
     return registry[name]
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table as it was written: floats to the bit, "" and nothing else missing.
+
+    Raises DCRError naming the file where it is missing or no table.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_csv(
+            path, float_precision="round_trip", keep_default_na=False, na_values=[""]
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise DCRError(
+            f"{path}: no table ({reason}). Delete it and make it again: dcr table {path.stem}."
+        ) from error

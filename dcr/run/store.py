@@ -1,19 +1,22 @@
-"""The run directory: one folder per artifact, keyed by what it depends on.
+"""The run directory: one folder an artifact, keyed by everything that it depends on.
 
-`<run>/<kind>/<name>-<key>/` with a `manifest.json` written last. Work happens in `….partial`, which survives a
-kill so that long stages resume in it; a finished artifact appears by rename, whole or not at all. A lock per
-artifact lets many workers share one folder.
+`<run>/<kind>/<name>-<key>/` with a `manifest.json` written last. Work happens in `….partial`, which
+survives a kill so that long stages resume in it; a finished artifact appears by rename, whole or not
+at all, and its checksums are read again before it is used. A lock an artifact lets many processes
+share one folder; the system releases it when its holder dies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import hashlib
 import json
 import logging
 import os
 import platform
-import socket
+import shutil
 import subprocess
 import sys
 import time
@@ -21,26 +24,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from dcr.data.files import content_key, peak_memory_mib, sha256_of, write_atomic
+from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-
-PACKAGES = (
-    "dcr-kit",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "datasets",
+PACKAGES = ("dcr-kit", "torch", "transformers", "peft", "accelerate", "datasets", "numpy") + (
     "pytorch-metric-learning",
     "scikit-learn",
-    "numpy",
     "pandas",
     "lm-eval",
 )
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM} | {
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 
 
 @functools.cache
@@ -63,27 +64,32 @@ def environment() -> dict:
 
 
 def _git_commit() -> str:
-    root = Path(__file__).resolve().parents[2]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-        dirty = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "dcr"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return (
-        done.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
-        if done.returncode == 0
-        else "unknown"
-    )
+
+
+def is_main() -> bool:
+    """Whether this is the process that keeps what several of one `accelerate launch` make together."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+T = TypeVar("T")
+
+
+def _together(result: T) -> T:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+    return result
 
 
 @dataclass(frozen=True)
@@ -97,82 +103,156 @@ class Artifact:
         """The manifest written when it was finished."""
         return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
 
+    def broken(self) -> str:
+        """What is wrong with its files ("" if nothing): missing, or other content than when it was finished."""
+        try:
+            manifest = self.manifest
+            outputs = manifest["outputs"].items()
+            if manifest.pop("checksum") != _digest(manifest):
+                return "manifest.json has changed since it was written"
+        except (OSError, ValueError, KeyError, AttributeError):
+            return "manifest.json cannot be read"
+        for name, checksum in outputs:
+            path = self.path / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if sha256_of(path) != checksum:
+                return f"{name} has changed since it was written"
+        return ""
+
+
+def _digest(manifest: Mapping) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+
 
 class Store:
-    """Artifacts of one run directory."""
+    """Artifacts of one run directory.
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser().absolute()
+    complete: refuse to compute what is not there, as `dcr verify` does.
+    """
+
+    def __init__(self, root: str | Path, *, complete: bool = False) -> None:
+        self.root, self.complete = Path(root).expanduser().absolute(), complete
         self.computed: list[str] = []
         self.reused: list[str] = []
-
-    def path(self, kind: str, name: str, dependencies: object) -> Path:
-        """Where the artifact stands, finished or not."""
-        return self.root / kind / f"{name}-{content_key(dependencies)}"
+        self._sound: set[Path] = set()
 
     def get(
         self, kind: str, name: str, dependencies: Mapping, build: Callable[[Path], Mapping | None]
     ) -> Artifact:
-        """The artifact, built by `build(work_folder)` unless it is there already.
+        """The artifact, built by `build(work_folder)` unless it is there, whole and unchanged.
 
-        `build` may find files of an earlier, killed attempt in its folder and go on from them. What it returns is
-        added to the manifest.
+        `build` may find files of an earlier, killed attempt in its folder and go on from them; what
+        it returns is added to the manifest. Raises DCRError where the folder cannot be written.
         """
-        path = self.path(kind, name, dependencies)
-        if (path / "manifest.json").is_file():
-            self._note(self.reused, kind, path, "reused")
-            return Artifact(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self.lock(path):
-            if (path / "manifest.json").is_file():
-                self._note(self.reused, kind, path, "reused (another worker finished it)")
-                return Artifact(path)
-            work = path.with_name(path.name + ".partial")
+        path = self.root / kind / f"{name}-{content_key(dependencies)}"
+        work = path.with_name(path.name + ".partial")
+        if self._usable(path):
+            return self._noted(self.reused, kind, path, "reused")
+        if self.complete:
+            raise DCRError(f"{kind}/{path.name} is not in {self.root}.")
+        if not is_main():  # a further process of one training builds along and keeps nothing
+            work.mkdir(parents=True, exist_ok=True)
+            build(work)
+            return _together(Artifact(path))
+        with writing(path), self.lock(path):
+            if self._usable(path):
+                return self._noted(self.reused, kind, path, "reused (another process finished it)")
             work.mkdir(exist_ok=True)
-            started = time.time()
+            started, clock = time.gmtime(), time.monotonic()
             extra = build(work) or {}
+            outputs = sorted(p for p in work.rglob("*") if p.is_file())
             manifest = {
                 "kind": kind,
                 "name": name,
                 "dependencies": dependencies,
                 "environment": environment(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-                "seconds": round(time.time() - started, 2),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", started),
+                "seconds": round(time.monotonic() - clock, 2),
                 "peak_memory_mib": peak_memory_mib(),
                 **extra,
                 "outputs": {
-                    str(p.relative_to(work)): sha256_of(p)
-                    for p in sorted(work.rglob("*"))
-                    if p.is_file() and p.name != "manifest.json"
+                    p.relative_to(work).as_posix(): sha256_of(p)
+                    for p in outputs
+                    if p.name != "manifest.json"
                 },
             }
+            manifest["checksum"] = _digest(json.loads(json.dumps(manifest)))
             write_atomic(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
+            if path.exists():  # what had changed since it was finished
+                shutil.rmtree(path)
             os.replace(work, path)
-            self._note(self.computed, kind, path, f"computed in {manifest['seconds']} s")
-        return Artifact(path)
+            self._sound.add(path)
+        _together(None)
+        return self._noted(self.computed, kind, path, f"computed in {manifest['seconds']} s")
 
-    def _note(self, where: list[str], kind: str, path: Path, text: str) -> None:
+    def _usable(self, path: Path) -> bool:
+        """Whether the artifact is finished, and its files are what they were (read once a session)."""
+        if path in self._sound and path.is_dir():
+            return True
+        if not (path / "manifest.json").is_file():
+            return False
+        if reason := Artifact(path).broken():
+            log.warning("%s/%s: %s; it is computed again", path.parent.name, path.name, reason)
+            return False
+        self._sound.add(path)
+        return True
+
+    def _noted(self, where: list[str], kind: str, path: Path, text: str) -> Artifact:
         where.append(f"{kind}/{path.name}")
         log.info("%s/%s: %s", kind, path.name, text)
+        return Artifact(path)
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        lock_path = path.with_name(path.name + ".lock")
-        holder = path.with_name(path.name + ".holder")
-        lock = FileLock(str(lock_path))
+        """Hold `path` alone among processes; the lock file goes away after success."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(path.name + ".lock")
+        lock = FileLock(file)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            log.warning("%s is being computed by %s; waiting for it", path.name, who)
+            log.warning("%s is being computed by another process; waiting for it", path.name)
             lock.acquire()
         try:
-            write_atomic(holder, f"process {os.getpid()} on {socket.gethostname()}")
             yield
+            file.unlink(missing_ok=True)
         finally:
-            holder.unlink(missing_ok=True)
             lock.release()
+
+    def artifacts(self) -> list[Artifact]:
+        """Every finished artifact of the run directory."""
+        return [Artifact(p.parent) for p in sorted(self.root.glob("*/*-*/manifest.json"))]
 
     def summary(self) -> str:
         """How much this session computed and how much it found ready."""
         return f"{len(self.computed)} artifacts computed, {len(self.reused)} reused"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is one clear error, whichever library met it."""
+    try:
+        yield
+    except DCRError:
+        raise
+    except Exception as error:
+        if not (reason := _unwritable(error, path)):
+            raise
+        raise DCRError(
+            f"{path}: could not be written ({reason}). Free space or choose another run directory; "
+            "the same call then goes on where it was."
+        ) from error
+
+
+def _unwritable(error: BaseException | None, path: Path) -> str:
+    """Why nothing could be written there, if that is what `error` or one behind it says; else ""."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            about = Path(str(error.filename or path))
+            if about == path or path.parent in about.parents or about in path.parents:
+                return os.strerror(error.errno)
+        if "No space left" in str(error):  # what safetensors and torch say of it
+            return "No space left on device"
+        error = error.__cause__ or error.__context__
+    return ""

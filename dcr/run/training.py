@@ -1,350 +1,334 @@
-"""What an experiment trains: configuration, prompt sets, models, stage 1 and stage 2, cached by what they depend on."""
+"""What a run trains: stage 1, stage 2 and steering fits, each an artifact keyed by all it depends on."""
 
 from __future__ import annotations
 
-import json
-import logging
 import shutil
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
+from torch import nn
 
-from dcr.config import Config, load_config, methods_file
-from dcr.data.files import read_jsonl, sha256_of
+from dcr.config import Config, methods_file, near
+from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
-from dcr.run.store import Artifact, Store
+from dcr.run.models import TENSORS, Base, changed_by, put_on, shared_copy
+from dcr.run.store import Artifact, Store, is_main
 
-log = logging.getLogger("dcr")
-RULES = ("question-mark",)
+
+class Point(NamedTuple):
+    """Where on its curve a method stands: alignment step (-1: the last), multiple of its steering."""
+
+    step: int = -1
+    strength: float = 1.0
 
 
 class Training:
-    """The training half of an Experiment: one configuration in one run directory.
+    """The training half of a run: one configuration with one seed in one run directory."""
 
-    overrides: "refine.layer=0.4,align.epochs=2" or a mapping. methods: which rows to compute (default: the profile's).
-    """
+    def __init__(self, config: Config, store: Store, base: Base) -> None:
+        self.config, self.store, self.base_model, self.seed = config, store, base, config.seed
+        self._steering: dict[str, Any] = {}
 
-    def __init__(
-        self,
-        profile: str = "quick",
-        *,
-        seed: int = 0,
-        run_dir: str | Path = "",
-        overrides: str | Mapping[str, object] = "",
-        methods: tuple[str, ...] = (),
-    ) -> None:
-        self.config = load_config(profile, seed=seed, overrides=overrides)
-        self.methods = tuple(methods) or self.config.methods
+    # ---- recipes and data ----------------------------------------------------------------------
+
+    def entry(self, method: str) -> dict[str, Any]:
+        """The method's entry in methods.yaml. Raises DCRError listing the known ones."""
         known = methods_file()
-        for method in self.methods:
-            if method not in known:
-                raise DCRError(f"method {method!r} is unknown; known: {', '.join(known)}.")
-        self.store = Store(run_dir or Path("runs") / profile)
-        self._loaded: tuple | None = None
-
-    # ---- configuration and data -------------------------------------------------------------------------
+        if method not in known:
+            raise DCRError(
+                f"method {method!r} is unknown; known: {', '.join(known)}."
+                + near(method, list(known))
+            )
+        return known[method]
 
     def recipe(self, method: str) -> Config:
-        """The configuration of one method: the profile's with the method's overrides on top."""
-        return self.config.override(methods_file()[method].get("overrides", {}))
+        """The configuration of one method: the run's with the method's overrides on top."""
+        return self.config.override(self.entry(method).get("overrides", {}))
 
     def stages(self, method: str) -> list[str]:
-        """The stages a method runs, of refine, align, steer, rule."""
-        return methods_file()[method].get("stages", [])
+        """What a method runs, of refine, align, steer, edit, rule."""
+        return list(self.entry(method).get("stages", []))
 
-    @cached_property
-    def sets(self):
-        """Prompt tables of the profile (methods may train on others: see `training_sets`)."""
-        from dcr.data.sets import load_sets
+    def sets(self, method: str):
+        """The `TrainingSets` of a method's recipe."""
+        from dcr.data.sets import training_sets
 
-        return load_sets(self.config)
+        return training_sets(self.recipe(method), of=[self.config])
 
-    def training_sets(self, method: str):
-        """(toxic, seemingly toxic, general, mix) that one method trains on."""
-        from dcr.data import sets
+    # ---- models --------------------------------------------------------------------------------
 
-        recipe = self.recipe(method)
-        return (
-            *sets.contrastive_sets(recipe),
-            sets.general_prompts(recipe),
-            sets.alignment_mix(recipe),
-        )
-
-    @cached_property
-    def leakage(self) -> pd.DataFrame:
-        """Overlaps between training and evaluation prompts, checked before any training."""
-        from dcr.data.sets import leakage
-
-        report = leakage(self.sets)
-        log.info("leakage check: %d overlapping pairs of prompts", len(report))
-        return report
-
-    @cached_property
-    def prompts(self) -> pd.DataFrame:
-        """All evaluation prompts, with `benchmark`; ids unique. Prompts that overlap the alignment mix are dropped."""
-        every = pd.concat(self.sets.benchmarks.values(), ignore_index=True)
-        repeated = every["id"].duplicated()
-        if repeated.any():
-            raise DCRError(
-                f"evaluation prompts: id {every.loc[repeated, 'id'].iloc[0]!r} occurs twice; benchmarks "
-                "must not share prompts."
-            )
-        return every
-
-    @cached_property
-    def curve_prompts(self) -> pd.DataFrame:
-        """The subset judged at every alignment checkpoint: the same number from each benchmark, stratified."""
-        from dcr.data.loaders import stratified_subset
-
-        groups = [rows for _, rows in self.prompts.groupby("benchmark", sort=False)]
-        each = max(4, self.config.data.curve_limit // len(groups))
-        return pd.concat(
-            [stratified_subset(g, min(each, len(g)), self.config.seed) for g in groups],
-            ignore_index=True,
-        )
-
-    # ---- models ------------------------------------------------------------------------------------------
-
-    @cached_property
-    def model_key(self) -> dict:
-        """What identifies the base model: its name, revision, dtype, template and, for folders, a checksum."""
-        from dcr.lm import embedded
-
-        model = self.config.model.model_dump()
-        if model["name"] == "embedded":
-            receipt = json.loads((embedded.ensure() / "receipt.json").read_text())
-            return {**model, "sha256": receipt["model_sha256"]}
-        weights = (
-            sorted(Path(model["name"]).glob("*.safetensors"))
-            if Path(model["name"]).is_dir()
-            else []
-        )
-        return {**model, **{p.name: sha256_of(p) for p in weights}}
-
-    def base(self):
-        """A fresh (model, tokenizer) of the base model."""
-        from dcr.lm import load as models
-
-        model = self.config.model
-        return models.load(
-            model.name,
-            revision=model.revision,
-            device=model.device,
-            chat_template=model.chat_template,
-        )
-
-    def model(self, method: str, step: int = -1):
-        """(model, tokenizer) of a method after alignment step `step` (-1: the last), adapters folded in.
-
-        Steering methods give the model that they steer; `generations` steers it.
-        """
-        from dcr.train.adapters import apply_trained
-
-        method, step = (
-            (methods_file()[method]["steers"], -1)
-            if "steer" in self.stages(method)
-            else (method, step)
-        )
-        model, tokenizer = self.base()
-        if "refine" in self.stages(method):
-            model = apply_trained(model, self.refined(method).path / "model")
-        if (
-            "align" in self.stages(method) and step != 0
-        ):  # adapters change nothing before their first step
-            model = self._at_step(model, self.aligned(method).path, step)
-        return model, tokenizer
-
-    def layers(self, n: int) -> list[int]:
-        """`n` layers spread over the base model's depth, the last one included."""
-        return sorted({round(self._depth * (i + 1) / n) for i in range(n)})
-
-    @cached_property
-    def _depth(self) -> int:
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
         from dcr.lm.blocks import decoder_layers
 
         return len(decoder_layers(self.base()[0], self.config.model.layers_path))
 
-    @staticmethod
-    def _at_step(model, folder: Path, step: int):
-        from dcr.train.adapters import apply_trained, merged, reopen
-        from dcr.train.align import load_step
+    def layer(self, method: str = "DCR") -> int:
+        """ℓ of a method as a number of blocks: its stage 1's, else its recipe's."""
+        from dcr.lm.blocks import resolve_layer
 
-        if step < 0:
-            return apply_trained(model, folder / "model")
-        trained = reopen(model, folder / "model")
-        load_step(trained, folder, step)
-        return merged(trained)
+        if "refine" in self.stages(method):
+            return self.refined(method).manifest["layer"]
+        layer = self.recipe(method).refine.layer
+        return self._best_layer(method) if layer == "auto" else resolve_layer(layer, self.depth)
 
-    # ---- stage 1 and 2 -----------------------------------------------------------------------------------
+    def _best_layer(self, method: str) -> int:
+        from dcr.analysis.probes import best_layer
+        from dcr.data.sets import table_hash
+        from dcr.lm.states import hidden_states
+
+        sets = self.sets(method)
+        prompts = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
+        key = {"base": self.base_model.key, "prompts": table_hash(prompts)}
+
+        def build(folder: Path) -> dict:
+            layer, _ = best_layer(hidden_states(*self.base(), prompts["text"].tolist()), prompts)
+            return {"layer": int(layer)}
+
+        return self.store.get("layer", "auto", key, build).manifest["layer"]
+
+    def base(self) -> tuple[nn.Module, Any]:
+        """(model, tokenizer) of the base model, shared: never write into its weights in place."""
+        return self.base_model.loaded()
+
+    def model(self, method: str, step: int = -1) -> tuple[nn.Module, Any]:
+        """(model, tokenizer) of a method after alignment step `step` (-1: the last), adapters merged.
+
+        It shares unchanged tensors with the base. Steering acts at generation, not here.
+        """
+        kept = self.weights(method, step)
+        base, tokenizer = self.base()
+        model = shared_copy(base, {n for path, _ in kept for n in changed_by(path)})
+        for path, at in kept:
+            model = put_on(model, path, at)
+        return model.eval(), tokenizer
+
+    def weights(self, method: str, step: int = -1) -> list[tuple[Path, int]]:
+        """What is put on the base, in order: an artifact's folder and its recorded step (-1: the last)."""
+        stages = self.stages(method)
+        if on := self.entry(method).get("on"):
+            edit = [(self.fitted(method).path, -1)] if "edit" in stages else []
+            return [*self.weights(on), *edit]
+        kept = [(self.refined(method).path, -1)] if "refine" in stages else []
+        if "align" in stages and step != 0:  # adapters change nothing before their first step
+            path = self.aligned(method).path
+            kept.append((path, -1 if step == self.steps(method)[-1] else step))
+        return kept
+
+    def weights_key(self, method: str, step: int = -1) -> dict[str, Any]:
+        """What identifies a method's weights. The seed is in it only where an artifact's key holds it."""
+        on = [f"{path.name}@{at}" for path, at in self.weights(method, step)]
+        return {"base": self.base_model.key, "weights": on}
+
+    # ---- stages --------------------------------------------------------------------------------
+
+    def _facts(self, recipe: Config) -> dict[str, Any]:
+        return {"config": recipe.to_dict(), "seed": self.seed, **self.base_model.facts()}
 
     def refined(self, method: str = "DCR") -> Artifact:
-        """Stage 1 of a method: `model/` (adapter), `history.jsonl`, `evaluations.jsonl`; manifest: why it stopped."""
+        """Stage 1: `model/` (adapter), `history.jsonl`, `evaluations.jsonl`; manifest: layer, why it stopped."""
         from dcr.data.sets import table_hash
-        from dcr.train.adapters import save_trained
         from dcr.train.refine import refine
 
-        recipe = self.recipe(method)
-        toxic, seemingly, general, _ = self.training_sets(method)
-        uses_general = (
-            recipe.refine.general_share > 0
-            or recipe.refine.retention > 0
-            or recipe.refine.layer == "auto"
-        )
-        data = {"toxic": table_hash(toxic), "seemingly_toxic": table_hash(seemingly)}
-        if uses_general:
-            data["general"] = table_hash(general)
+        recipe, sets = self.recipe(method), self.sets(method)
+        options = recipe.refine
+        tables = {"toxic": sets.toxic, "seemingly_toxic": sets.seemingly_toxic}
+        if options.general_share > 0 or options.retention > 0:
+            tables["general"] = sets.general
         dependencies = {
-            "model": self.model_key,
-            "data": data,
-            "refine": recipe.refine.model_dump(),
-            "seed": recipe.seed,
+            "base": self.base_model.key,
+            "data": {name: table_hash(rows) for name, rows in tables.items()},
+            "refine": options.model_dump(),
+            "seed": self.seed,
         }
 
         def build(folder: Path) -> dict:
-            _ = self.leakage
-            model, tokenizer = self.base()
+            base, tokenizer = self.base()
             result = refine(
-                model,
+                shared_copy(base, () if options.lora_rank else None),
                 tokenizer,
-                toxic=toxic,
-                seemingly_toxic=seemingly,
-                general=general if uses_general else None,
-                config=recipe.refine,
-                seed=recipe.seed,
+                **tables,
+                config=options,
+                seed=self.seed,
                 work_dir=folder,
                 merge=False,
-                precision=recipe.model.precision,
+                precision=self.base_model.precision,
                 layers_path=recipe.model.layers_path,
             )
-            save_trained(result.model, folder / "model")
-            _drop_checkpoints(folder)
-            return {
-                "layer": result.layer,
-                "layer_sweep": result.layer_sweep,
-                "stop_reason": result.stop_reason,
-                "steps": len(result.history),
-                "leakage": _counts(self.leakage),
-                "in_distribution": sorted({*toxic["source"], *seemingly["source"]}),
-                **self._facts(),
-            }
+            _keep(result.model, folder)
+            facts = {"layer": result.layer, "stop_reason": result.stop_reason}
+            return {**facts, "in_distribution": _sources(tables), **self._facts(recipe)}
 
         return self.store.get("refine", method, dependencies, build)
 
     def aligned(self, method: str = "STL") -> Artifact:
-        """Stage 2 of a method: `model/` (adapter), `steps/` (weights at log-spaced steps), `history.jsonl`."""
+        """Stage 2: `model/` (adapter), `steps/` (weights at recorded steps), `history.jsonl`."""
         from dcr.data.sets import table_hash
-        from dcr.train.adapters import apply_trained, save_trained
         from dcr.train.align import align
 
-        recipe = self.recipe(method)
-        *_, mix = self.training_sets(method)
+        recipe, mix = self.recipe(method), self.sets(method).mix
+        options = recipe.align
         first = self.refined(method) if "refine" in self.stages(method) else None
+        layer = self.layer(method) if options.above_layer else None
+        guide = self.entry(method).get(
+            "guide"
+        )  # the steered method whose score the token is tied to
         dependencies = {
-            "model": self.model_key,
+            "base": self.base_model.key,
             "refine": first.path.name if first else "",
-            "mix": table_hash(mix),
-            "align": recipe.align.model_dump(),
-            "seed": recipe.seed,
+            "data": {"mix": table_hash(mix)},
+            "align": options.model_dump(),
+            "layer": layer,
+            "guide": self.fitted(guide).path.name if guide else "",
+            "seed": self.seed,
         }
-        layer = (
-            first.manifest["layer"] if first else recipe.refine.layer
-        )  # "auto" is settled by then
-        if recipe.align.above_layer:
-            dependencies["layer"] = layer
 
         def build(folder: Path) -> dict:
-            _ = self.leakage
-            model, tokenizer = self.base()
-            if first:
-                model = apply_trained(model, first.path / "model")
+            base, tokenizer = self.base()
+            rows = mix
+            if guide:
+                score = self.steering(guide).score(*self.model(guide), mix["text"].tolist())
+                rows = mix.assign(target=score)
+            own = set(changed_by(first.path)) if first else set()
+            model = shared_copy(base, own if options.lora_rank else None)
             result = align(
-                model,
+                put_on(model, first.path) if first else model,
                 tokenizer,
-                mix,
-                config=recipe.align,
-                seed=recipe.seed,
+                rows,
+                config=options,
+                seed=self.seed,
                 work_dir=folder,
                 merge=False,
-                precision=recipe.model.precision,
-                layer=layer if recipe.align.above_layer else None,
+                precision=self.base_model.precision,
+                layer=layer,
                 layers_path=recipe.model.layers_path,
             )
-            save_trained(result.model, folder / "model")
-            _drop_checkpoints(folder)
-            return {
-                "recorded_steps": result.steps,
-                "truncated_answers": result.truncated,
-                "mix": mix["role"].value_counts().to_dict(),
-                "in_distribution": sorted(set(mix["source"])),
-                **self._facts(),
-            }
+            _keep(result.model, folder)
+            facts = {"recorded_steps": result.steps, "truncated_answers": result.truncated}
+            facts["mix"] = mix["part"].value_counts().to_dict()
+            return {**facts, "in_distribution": _sources({"mix": mix}), **self._facts(recipe)}
 
         return self.store.get("align", method, dependencies, build)
 
-    def _facts(self) -> dict:
-        """What every manifest carries beside the artifact's own facts."""
-        from dcr.lm.chat import rendered_example
+    def fitted(self, method: str) -> Artifact:
+        """A steering method's fit: `tensors.safetensors`; manifest `fit`: all that was chosen, and from what."""
+        from safetensors.torch import save_file
 
-        if self._loaded is None:
-            self._loaded = self.base()
-        return {"config": self.config.to_dict(), "rendering": rendered_example(self._loaded[1])}
+        from dcr.data.sets import anchors, table_hash, validation_prompts
+        from dcr.steering import KINDS
+
+        entry, recipe = self.entry(method), self.recipe(method)
+        if "steering" not in entry:
+            steered = [m for m, e in methods_file().items() if "steering" in e]
+            raise DCRError(f"{method} fits nothing; methods that do: {', '.join(steered)}.")
+        kind, of = KINDS[entry["steering"]], [self.config]
+        tables = {role: anchors(recipe, role, of=of) for role in kind.ANCHORS}
+        validation = validation_prompts(recipe, of=of)
+        options = recipe.steering.model_dump(exclude={"strengths"})
+        on = entry.get("on", method)
+        dependencies = {
+            "weights": self.weights_key(on),
+            "steering": {"kind": entry["steering"], **options},
+            "data": {role: table_hash(t) for role, t in tables.items()},
+            "validation": table_hash(validation),
+            "seed": self.seed if getattr(kind, "SEEDED", False) else None,
+        }
+
+        def build(folder: Path) -> dict:
+            fit = kind.fit(
+                *self.model(on),
+                tables,
+                validation,
+                recipe.steering,
+                base=self.base(),
+                seed=self.seed,
+                layers_path=recipe.model.layers_path,
+            )
+            save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
+            facts = {"fit": fit.facts, "in_distribution": _sources(tables)}
+            return {**facts, **self._facts(recipe)}
+
+        return self.store.get("fit", method, dependencies, build)
+
+    def steering(self, method: str, strength: float = 1.0):
+        """The method's steering object at a multiple of its strength, or None for a method that has none."""
+        from safetensors.torch import load_file
+
+        from dcr.steering import KINDS
+
+        name = self.entry(method).get("steering", "")
+        if not name or "edit" in self.stages(method):
+            return None
+        artifact = self.fitted(method)
+        if artifact.path.name not in self._steering:  # one object, so that a prompt is read once
+            self._steering[artifact.path.name] = KINDS[name].load(
+                artifact.manifest["fit"],
+                load_file(artifact.path / TENSORS),
+                layers_path=self.config.model.layers_path,
+            )
+        steering = self._steering[artifact.path.name]
+        return steering if strength == 1 else steering.at(strength)
+
+    # ---- what was trained ----------------------------------------------------------------------
 
     def history(self, method: str, stage: str) -> pd.DataFrame:
-        """The per-step history of a stage ("refine", "evaluations" or "align")."""
-        artifact = (
-            self.refined(method) if stage in ("refine", "evaluations") else self.aligned(method)
-        )
+        """The rows that a stage wrote while it ran ("refine", "evaluations" or "align")."""
+        artifact = self.aligned(method) if stage == "align" else self.refined(method)
         name = "evaluations.jsonl" if stage == "evaluations" else "history.jsonl"
-        return pd.DataFrame(read_jsonl(artifact.path / name)).assign(method=method, stage=stage)
+        rows = pd.DataFrame(read_jsonl(artifact.path / name))
+        return rows.assign(method=method, seed=self.seed, stage=stage)
+
+    def complete(self, method: str) -> Iterator[str]:
+        """Train and fit all that a method needs; yields what was done."""
+        entry, stages = self.entry(method), self.stages(method)
+        if "on" in entry:
+            yield from self.complete(entry["on"])
+        if "refine" in stages:
+            self.refined(method)
+            yield "refined"
+        if "align" in stages:
+            self.aligned(method)
+            yield "aligned"
+        if "steering" in entry:
+            self.fitted(method)
+            yield "fitted"
 
     def steps(self, method: str) -> list[int]:
-        """Alignment steps at which a method's weights are recorded; for a steering method, its strengths in per cent."""
-        if "steer" in self.stages(method):
-            from dcr.run.steer import curve_points
+        """Alignment steps at which a method's weights are recorded; [0] for one that does not align."""
+        if "align" not in self.stages(method):
+            return [0]
+        return self.aligned(method).manifest["recorded_steps"]
 
-            return curve_points(self.config)
-        return (
-            self.aligned(method).manifest["recorded_steps"]
-            if "align" in self.stages(method)
-            else [0]
-        )
+    def points(self, method: str) -> list[Point]:
+        """A method's curve: its recorded steps, or the strengths of its steering (1.0 among them)."""
+        if "steer" in self.stages(method):
+            strengths = sorted({1.0, *self.config.steering.strengths})
+            return [Point(strength=s) for s in strengths]
+        return [Point(step) for step in self.steps(method)]
 
     def in_distribution(self, method: str) -> set[str]:
-        """Registry names of the sources whose prompts a method trained on or took anchors from."""
-        names: set[str] = set()
-        if "steer" in self.stages(method):
-            from dcr.run.steer import fitted
-
-            names |= set(fitted(self, method).manifest["in_distribution"])
-            method = methods_file()[method]["steers"]
-        if "refine" in self.stages(method):
-            names |= set(self.refined(method).manifest["in_distribution"])
-        if "align" in self.stages(method):
-            names |= set(self.aligned(method).manifest["in_distribution"])
-        return names
-
-    def weights_key(self, method: str, step: int) -> dict:
-        """What identifies a method's weights after an alignment step: the artifacts they come from."""
-        if method in RULES:
-            return {"rule": method}
-        if "steer" in self.stages(method):  # the weights are those of the model it steers
-            method, step = methods_file()[method]["steers"], -1
-        key = {"model": self.model_key, "step": step}
-        if "refine" in self.stages(method):
-            key["refine"] = self.refined(method).path.name
-        if "align" in self.stages(method) and step != 0:
-            key["align"] = self.aligned(method).path.name
-        return key
+        """Names of the sources whose prompts a method trained on or took anchors from."""
+        entry, stages = self.entry(method), self.stages(method)
+        names = self.in_distribution(entry["on"]) if "on" in entry else set()
+        found = [self.refined(method)] if "refine" in stages else []
+        found += [self.aligned(method)] if "align" in stages else []
+        found += [self.fitted(method)] if "steering" in entry else []
+        return names.union(*(a.manifest["in_distribution"] for a in found))
 
 
-def _counts(report: pd.DataFrame) -> list[dict]:
-    """How many overlaps of each kind stand between which prompts, for manifests."""
-    return report.groupby(["stage", "benchmark", "kind"], as_index=False).size().to_dict("records")
+def _sources(tables: dict[str, pd.DataFrame]) -> list[str]:
+    return sorted({source for rows in tables.values() for source in rows["source"]})
 
 
-def _drop_checkpoints(folder: Path) -> None:
-    """Resume points are of no use once a stage is finished."""
+def _keep(model: nn.Module, folder: Path) -> None:
+    """Save what was trained; resume points are of no use once a stage is finished."""
+    from dcr.train.adapters import save_trained
+
+    if not is_main():
+        return
+    save_trained(model, folder / "model")
     for path in [*folder.glob("checkpoint-*"), *folder.glob("broken-*")]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,266 @@
+"""What a run asks of what it trained: answers, verdicts, scores, hidden states, kernels, general ability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dcr.data.files import content_key, read_jsonl, write_atomic
+from dcr.errors import DCRError
+from dcr.run.training import Point, Training
+
+
+class Run(Training):
+    """One configuration with one seed: trained methods (see `Training`) and what is asked of them."""
+
+    # ---- prompts: the same for every seed and method -------------------------------------------
+
+    @cached_property
+    def prompts(self) -> pd.DataFrame:
+        """All test prompts."""
+        from dcr.data.sets import test_prompts
+
+        return test_prompts(self.config, of=[self.config])
+
+    @cached_property
+    def validation(self) -> pd.DataFrame:
+        """The prompts on which thresholds and recipes are chosen."""
+        from dcr.data.sets import validation_prompts
+
+        return validation_prompts(self.config, of=[self.config])
+
+    @cached_property
+    def curve_prompts(self) -> pd.DataFrame:
+        """The test prompts asked at each point of a curve: the first requests of each benchmark."""
+        from dcr.data.sets import first_requests
+
+        sets = [rows for _, rows in self.prompts.groupby("benchmark", sort=False)]
+        forms = 1 + self.config.evaluation.forms
+        each = max(2, self.config.data.curve_limit // (forms * len(sets)))
+        return pd.concat([first_requests(rows, each) for rows in sets], ignore_index=True)
+
+    # ---- answers and verdicts ------------------------------------------------------------------
+
+    def _owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
+        """The method and point that a point is the same as, so that nothing is asked twice."""
+        if strength == 0 and (on := self.entry(method).get("on")):
+            return on, Point()
+        stages = self.stages(method)
+        if step == 0 and "steering" not in self.entry(method) and stages == ["align"]:
+            return "base", Point()
+        return method, Point(-1 if step == self.steps(method)[-1] else step, strength)
+
+    def answers(
+        self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0
+    ) -> pd.DataFrame:
+        """Answers to any prompts: prompt_id, method, seed, response, n_tokens, finish.
+
+        tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers nothing.
+        """
+        from dcr.data.sets import table_hash
+        from dcr.lm.generate import generate
+
+        step, strength = point or Point()
+        steering = self.steering(method, strength)
+        options = self.config.generation
+        options = options.replaced(max_new_tokens=tokens or options.max_new_tokens)
+        seed = self.seed if options.temperature else 0  # greedy answers do not depend on it
+        served = options.served.get(method, "") if options.endpoint else ""
+        if options.endpoint and (steering or step != -1 or not served):
+            raise DCRError(
+                f"generation.endpoint: {method} has no served model for this; name it in "
+                "generation.served={METHOD: NAME}. Steered methods and checkpoints need the local model."
+            )
+        key = {
+            "weights": self.weights_key(method, step),
+            "prompts": table_hash(prompts),
+            "generation": options.replaced(served={}).model_dump() | {"served": served},
+            "seed": seed,
+            "steering": steering.settings if steering else None,
+        }
+
+        def build(folder: Path) -> dict:
+            out = folder / "generations.jsonl"
+            if options.endpoint:
+                from dcr.lm.endpoint import generate_remote
+
+                rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
+                return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
+            rows = generate(
+                *self.model(method, step),
+                prompts,
+                seed=seed,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                temperature=options.temperature,
+                precision=self.base_model.precision,
+                out=out,
+                steering=steering,
+            )
+            facts = {"prompts": len(rows), "new_tokens": int(rows["n_tokens"].sum())}
+            facts["truncated"] = int((rows["finish"] == "length").sum())
+            return {**facts, **self._facts(self.config)}
+
+        artifact = self.store.get("generate", self._name(method, step, strength), key, build)
+        rows = pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
+        return rows.assign(method=method, seed=self.seed)
+
+    def judged(
+        self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0
+    ) -> pd.DataFrame:
+        """Answers to any prompts with the configured judge's verdict and score; a rule has verdicts alone."""
+        from dcr.evaluate.judges import identity, judge
+        from dcr.evaluate.rates import question_mark_rule
+
+        if "rule" in self.stages(method):
+            return question_mark_rule(prompts).assign(method=method, seed=self.seed)
+        answers = self.answers(method, prompts, point, tokens=tokens)
+        name = self.config.evaluation.judge
+        said = answers.drop(columns=["method", "seed"]).to_dict("records")
+        key = {"answers": content_key(said), **identity(name)}
+
+        def build(folder: Path) -> None:
+            rows = judge(prompts, answers, name=name)
+            text = rows.to_json(orient="records", lines=True, force_ascii=False)
+            write_atomic(folder / "verdicts.jsonl", text)
+
+        artifact = self.store.get("judge", self._name(method, *(point or Point())), key, build)
+        verdicts = pd.DataFrame(read_jsonl(artifact.path / "verdicts.jsonl"))
+        return answers.merge(verdicts, on="prompt_id", validate="one_to_one", how="right").assign(
+            method=method, seed=self.seed
+        )
+
+    @staticmethod
+    def _name(method: str, step: int, strength: float) -> str:
+        at = f"@{step}" if step >= 0 else ""
+        return method + at + (f"x{strength:g}" if strength != 1 else "")
+
+    def generations(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
+        """Answers to the test prompts; at another point than the nominal one to those of the curve."""
+        return self._asked(self.answers, method, step, strength)
+
+    def verdicts(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
+        """Answers and verdicts on the test prompts; at another point than the nominal one on the curve's."""
+        return self._asked(self.judged, method, step, strength)
+
+    def _asked(
+        self, ask: Callable[..., pd.DataFrame], method: str, step: int, strength: float
+    ) -> pd.DataFrame:
+        if "rule" in self.stages(method):
+            return ask(method, self.prompts)
+        owner, point = self._owner(method, step, strength)
+        rows = ask(owner, self.prompts if point == Point() else self.curve_prompts, point)
+        if (step, strength) != Point() and point == Point():
+            rows = rows[rows["prompt_id"].isin(self.curve_prompts["id"])].reset_index(drop=True)
+        return rows.assign(method=method)
+
+    # ---- what is read off a model --------------------------------------------------------------
+
+    def _measured(
+        self,
+        kind: str,
+        method: str,
+        prompts: pd.DataFrame,
+        measure: Callable[..., Any],
+        step: int = -1,
+        **settings: Any,
+    ) -> Path:
+        """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to values.npy."""
+        from dcr.data.sets import table_hash
+
+        owner, (step, _) = self._owner(method, step, 1.0)
+        key = {"weights": self.weights_key(owner, step), "prompts": table_hash(prompts), **settings}
+
+        def build(folder: Path) -> dict:
+            values = measure(*self.model(owner, step), prompts["text"].tolist(), folder=folder)
+            if isinstance(values, np.ndarray):
+                np.save(folder / "values.npy", values)
+            return {"prompts": len(prompts), **self._facts(self.config)}
+
+        return self.store.get(kind, self._name(owner, step, 1.0), key, build).path
+
+    def scores(self, method: str) -> pd.DataFrame:
+        """prompt_id, method, seed, score over validation and test prompts; higher: more inclined to refuse.
+
+        A rule's verdict, a steering method's own score, else the refusal score.
+        """
+        from dcr.evaluate.rates import question_mark_rule
+
+        prompts = pd.concat([self.validation, self.prompts], ignore_index=True)
+        if "rule" in self.stages(method):
+            rows = question_mark_rule(prompts)[["prompt_id", "score"]]
+        else:
+            values = self.refusal(method, prompts)
+            rows = pd.DataFrame({"prompt_id": prompts["id"], "score": values})
+        return rows.assign(method=method, seed=self.seed)
+
+    def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
+        """[n] refusal scores of any prompts (see `scores`)."""
+        from dcr.analysis.refusal import REFUSAL_OPENINGS, refusal_score
+
+        steering, path = self.steering(method), self.config.model.layers_path
+
+        def measure(model, tokenizer, texts, folder):
+            if steering:
+                return np.asarray(steering.score(model, tokenizer, texts))
+            return np.asarray(refusal_score(model, tokenizer, texts, layers_path=path))
+
+        settings = {"openings": content_key(list(REFUSAL_OPENINGS))}
+        settings["steering"] = steering.settings if steering else None
+        return np.load(
+            self._measured("score", method, prompts, measure, step, **settings) / "values.npy"
+        )
+
+    def refusal_probability(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
+        """[n] probability of any refusal opening, in [0, 1]; steering not applied."""
+        from scipy.special import expit
+
+        return expit(self.refusal(method, prompts, step))
+
+    def states(self, method: str, prompts: pd.DataFrame, step: int = -1):
+        """`HiddenStates` of every layer at the last token of each prompt, [layers + 1, n, hidden] fp32."""
+        from dcr.lm.states import HiddenStates, hidden_states
+
+        def measure(model, tokenizer, texts, folder):
+            path = self.config.model.layers_path
+            hidden_states(model, tokenizer, texts, out=folder, truncate=True, layers_path=path)
+
+        folder = self._measured("states", method, prompts, measure, step)
+        return HiddenStates(np.load(folder / "values.npy", mmap_mode="r"), "last")
+
+    def kernel(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
+        """[n, n] norms ‖K(x', x)‖_F of the empirical tangent kernel on first tokens."""
+        from dcr.analysis.kernel import entk
+
+        tokens = self.config.evaluation.kernel_tokens
+
+        def measure(model, tokenizer, texts, folder):
+            path = self.config.model.layers_path
+            options = {"k": tokens, "truncate": True, "layers_path": path}
+            found = entk(model, tokenizer, texts[:-1], texts[-1:], **options)
+            return np.block([[found.within_a, found.cross], [found.cross.T, found.within_b]])
+
+        folder = self._measured("kernel", method, prompts, measure, step, k=tokens)
+        return np.load(folder / "values.npy")
+
+    def ability(self, method: str) -> pd.DataFrame:
+        """Per-item general ability: task, item, metric, hit (or loss and tokens of held-out answers)."""
+        from dcr.evaluate.ability import measure_items, task_facts
+
+        options = self.config.evaluation
+        held_out = self.prompts[
+            (self.prompts["label"] == "general") & (self.prompts["response"] != "")
+        ]
+
+        def measure(model, tokenizer, texts, folder):
+            rows = measure_items(model, tokenizer, held_out, options, folder=folder)
+            write_atomic(folder / "items.jsonl", rows.to_json(orient="records", lines=True))
+
+        settings = {"tasks": task_facts(options), "limit": options.capability_limit}
+        folder = self._measured("ability", method, held_out, measure, **settings)
+        return pd.DataFrame(read_jsonl(folder / "items.jsonl"))

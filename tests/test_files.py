@@ -1,0 +1,34 @@
+"""Atomic writes and JSON lines."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from dcr.data.files import append_jsonl, read_jsonl, write_atomic
+from dcr.errors import DCRError
+
+
+def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_atomic(path, "old")
+
+    def full(_fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DCRError, match="x.json.*No space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_jsonl_survives_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "h.jsonl"
+    append_jsonl(path, {"step": 1})
+    with open(path, "a") as handle:
+        handle.write('{"step": 2')
+    assert read_jsonl(path) == [{"step": 1}]
+    path.write_text('{"step": \n{"step": 2}\n')
+    with pytest.raises(DCRError, match="line 1"):
+        read_jsonl(path)
