@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from dcr.run.training import Point, Training
 class Run(Training):
     """One configuration with one seed: trained methods (see `Training`) and what is asked of them."""
 
+    def complete(self, method: str) -> Iterator[str]:
+        """Train, ask and score all that a method's curve and frontier need; yields what was done."""
+        yield from super().complete(method)
+        for point in self.points(method):
+            self.verdicts(method, *point)
+        yield "judged"
+        self.scores(method)
+        yield "scored"
+
     # ---- prompts: the same for every seed and method -------------------------------------------
 
     @cached_property
@@ -25,14 +34,14 @@ class Run(Training):
         """All test prompts."""
         from dcr.data.sets import test_prompts
 
-        return test_prompts(self.config, of=[self.config])
+        return test_prompts(self.config, of=self.of)
 
     @cached_property
     def validation(self) -> pd.DataFrame:
         """The prompts on which thresholds and recipes are chosen."""
         from dcr.data.sets import validation_prompts
 
-        return validation_prompts(self.config, of=[self.config])
+        return validation_prompts(self.config, of=self.of)
 
     @cached_property
     def curve_prompts(self) -> pd.DataFrame:
@@ -91,14 +100,15 @@ class Run(Training):
 
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
+            model, tokenizer = self.model(method, step)
             rows = generate(
-                *self.model(method, step),
+                model,
+                tokenizer,
                 prompts,
                 seed=seed,
                 max_new_tokens=options.max_new_tokens,
                 batch_size=options.batch_size,
                 temperature=options.temperature,
-                precision=self.base_model.precision,
                 out=out,
                 steering=steering,
             )

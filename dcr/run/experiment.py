@@ -126,8 +126,8 @@ class Experiment:
 
     # ---- the whole run -------------------------------------------------------------------------
 
-    def train(self, methods: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
-        """Make what the methods need, cheapest first; yields (seed, method, what was done)."""
+    def complete(self, methods: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
+        """Make all that the methods' curves and frontiers need; yields (seed, method, what was done)."""
         for run in self.runs:
             for method in tuple(methods) or self.methods:
                 for what in run.complete(method):
@@ -146,7 +146,7 @@ class Experiment:
 
         first = self._first()
         tables = {"test": first.prompts, "validation": first.validation}
-        left_out = dropped(self.config, of=[self.config])
+        left_out = dropped(self.config, of=first.of)
         base = first.base_model
         whole = {
             "config": self.config.to_dict(),
@@ -164,10 +164,11 @@ class Experiment:
         return whole
 
     def _sources(self) -> list[str]:
+        from dcr.data.ledger import named
         from dcr.data.sources import SOURCES
 
-        named = {n for c in self.runs for m in self.methods for n in _named(c.recipe(m))}
-        return sorted(named & set(SOURCES))
+        recipes = [self._first().recipe(m) for m in self.methods]
+        return sorted({name for r in recipes for name in named(r)} & set(SOURCES))
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.root / "manifest.json"
@@ -200,13 +201,6 @@ class Experiment:
         if same == path.read_text(encoding="utf-8"):
             return "ok"
         return "differs from what the artifacts give"
-
-
-def _named(config: Config) -> list[str]:
-    """Names of the sources that a configuration reads."""
-    from dcr.data.ledger import named
-
-    return list(named(config))
 
 
 def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:

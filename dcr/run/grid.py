@@ -1,53 +1,57 @@
-"""A grid of recipes in one run directory, shared by as many workers as there are; every result kept, failures too.
+"""Cells (method, seed, recipe) through joblib or Ray: every result is a row, a failure too.
 
 The grid is a YAML file:
 
-    profile: smollm2-135m        # default: the name of the profile asked for
-    method: DCR                  # stages and own overrides of every cell (a recipe may name another)
-    seeds: [0]                   # default: the one asked for
+    profile: reference-135m      # default: the profile asked for
+    method: DCR                  # of every cell (a recipe may name another)
+    seeds: [0]
     base: {refine.epochs: 1.0}   # dotted overrides of every cell
-    grid: {refine.layer: [0.5, 0.75], refine.loss: [circle, supcon]}    # every combination is a cell
-    recipes: {sham: {refine.pairing: sham}, STL: {method: STL}}         # further cells, by name
-    validation: [validation-safe, validation-toxic, coconot-validation]
+    grid: {refine.layer: [0.5, 0.75], refine.loss: [circle, supcon]}   # every combination is a cell
+    recipes: {sham: {refine.pairing: sham}, STL: {method: STL}}        # further cells, by name
     align: 4                     # none, all, or the best n of the screen
+
+All cells are read on validation prompts alone: test prompts stay untouched by a search.
 """
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import json
 import logging
+import os
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 import yaml
-from filelock import FileLock, Timeout
 
-from dcr.config import PROFILE_DIR, load_config, methods_file, parse_overrides
+from dcr.config import PROFILE_DIR, Config, load_config, methods_file, near, parse_overrides
 from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
+from dcr.run.cell import CellRun, outcome, screened
+from dcr.run.store import Store
 
 log = logging.getLogger("dcr")
-GRID_DIR = PROFILE_DIR / "grids"
-KEYS = ("profile", "method", "seeds", "base", "grid", "recipes", "validation", "align")
-VALIDATION = ("validation-safe", "validation-toxic", "general-validation")
+GRIDS = PROFILE_DIR / "grids"
+KEYS = ("profile", "method", "seeds", "base", "grid", "recipes", "align")
 PHASES = ("screen", "align")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class CellSpec:
+class Cell:
     """One recipe with one seed."""
 
     name: str
     method: str
     seed: int
-    recipe: dict = field(default_factory=dict)
+    recipe: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,243 +60,229 @@ class Grid:
 
     name: str
     profile: str
-    base: dict
-    cells: tuple[CellSpec, ...]
-    validation: tuple[str, ...]
+    base: dict[str, object]
+    cells: tuple[Cell, ...]
     align: str | int
 
-    def row_path(self, root: Path, cell: CellSpec, phase: str) -> Path:
+    def config(self, cell: Cell) -> Config:
+        """The run's configuration of a cell."""
+        return load_config(self.profile, seed=cell.seed, overrides={**self.base, **cell.recipe})
+
+    def row_path(self, root: Path, cell: Cell, phase: str) -> Path:
         """Where a cell's row of a phase stands in the run directory."""
-        key = content_key(
-            [self.profile, self.base, cell.recipe, cell.method, cell.seed, self.validation, phase]
-        )
+        parts = [self.profile, self.base, cell.recipe, cell.method, cell.seed, phase]
         slug = re.sub(r"[^A-Za-z0-9.=_-]+", "_", cell.name)[:80]
-        return root / "sweep" / self.name / f"{slug}-s{cell.seed}-{phase}-{key}.json"
+        folder = root / "grid" / self.name
+        return folder / f"{slug}-s{cell.seed}-{phase}-{content_key(parts)}.json"
 
 
 def load_grid(
-    source: str | Path,
-    *,
-    profile: str = "",
-    seed: int = 0,
-    overrides: str | Mapping[str, object] = "",
+    source: str | Path, *, profile: str = "", overrides: str | Mapping[str, object] = ""
 ) -> Grid:
-    """The grid of a YAML file, or one that ships with the kit, by name. `overrides` go on top of its `base`.
+    """The grid of a YAML file, or one that ships with the kit, by name; `overrides` go on top of `base`.
 
-    Raises DCRError for a missing file, an unknown key, an empty grid, or an override that no configuration has.
+    Raises DCRError for a missing file, an unknown key or method, an empty grid, a wrong override.
     """
-    path = Path(source) if Path(source).suffix in (".yaml", ".yml") else GRID_DIR / f"{source}.yaml"
+    path = Path(source) if Path(source).suffix in (".yaml", ".yml") else GRIDS / f"{source}.yaml"
+    known = sorted(p.stem for p in GRIDS.glob("*.yaml"))
     if not path.is_file():
         raise DCRError(
-            f"{source}: no such grid. Give a YAML file or one of {', '.join(sorted(p.stem for p in GRID_DIR.glob('*.yaml')))}."
+            f"{source}: no such grid. Give a YAML file or one of {', '.join(known)}."
+            + near(str(source), known)
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise DCRError(f"{path}: not YAML ({error}).") from error
-    unknown = sorted(set(content) - set(KEYS))
-    if unknown:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DCRError(f"{path}: not YAML ({' '.join(str(error).split())[:120]}).") from None
+    if not isinstance(content, Mapping):
+        raise DCRError(f"{path}: a grid maps {', '.join(KEYS)} to values.")
+    if unknown := sorted({str(k) for k in content} - set(KEYS)):
         raise DCRError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}.")
     for key in ("grid", "recipes", "base"):
         if not isinstance(content.get(key) or {}, Mapping):
-            raise DCRError(
-                f"{path}: {key} must map names to values, not be a {type(content[key]).__name__}."
-            )
+            raise DCRError(f"{path}: {key} must map names to values.")
     align = content.get("align", "none")
-    if align not in ("none", "all") and (
-        not isinstance(align, int) or isinstance(align, bool) or align < 0
-    ):
+    number = isinstance(align, int) and not isinstance(align, bool) and align >= 0
+    if align not in ("none", "all") and not number:
         raise DCRError(f"{path}: align={align!r}; write none, all or the number of cells to align.")
     base = {**(content.get("base") or {}), **parse_overrides(overrides)}
-    cells = tuple(_cells(path, content, seed))
-    grid = Grid(
-        path.stem,
-        profile or content.get("profile") or path.stem,
-        base,
-        cells,
-        tuple(content.get("validation") or VALIDATION),
-        align,
-    )
-    for cell in cells:  # a misspelt parameter is told before anything runs
-        load_config(grid.profile, seed=cell.seed, overrides={**base, **cell.recipe})
+    name = profile or content.get("profile") or path.stem
+    grid = Grid(path.stem, name, base, tuple(_cells(path, content)), align)
+    for cell in grid.cells:  # a misspelt parameter is told before anything runs
+        grid.config(cell).override(methods_file()[cell.method].get("overrides", {}))
     return grid
 
 
-def grid_for(profile: str, *, seed: int = 0, overrides: str | Mapping[str, object] = "") -> Grid:
-    """The grid that ships for a profile; profiles without one of their own take `smollm2-135m`'s."""
-    name = profile if (GRID_DIR / f"{profile}.yaml").exists() else "smollm2-135m"
-    return load_grid(name, profile=profile, seed=seed, overrides=overrides)
+def grid_for(profile: str) -> Grid:
+    """The grid of ablations that ships for a profile; one without its own takes `ablations`."""
+    name = profile if (GRIDS / f"{profile}.yaml").exists() else "ablations"
+    return load_grid(name, profile=profile)
 
 
-def _cells(path: Path, content: Mapping, seed: int):
+def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
     axes = content.get("grid") or {}
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
             raise DCRError(f"{path}: grid.{key} must be a list of values.")
-    recipes = {n: dict(r or {}) for n, r in (content.get("recipes") or {}).items()}
-    products = (
-        [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        if axes
-        else []
-    )
+    products = [dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values())]
     named = [
-        (" ".join(f"{k.split('.')[-1]}={v}" for k, v in p.items()), p) for p in products
-    ] + list(recipes.items())
+        (" ".join(f"{k.split('.')[-1]}={v}" for k, v in p.items()), p) for p in products if axes
+    ]
+    named += [(str(n), dict(r or {})) for n, r in (content.get("recipes") or {}).items()]
     if not named:
         raise DCRError(f"{path}: neither grid nor recipes; there is nothing to run.")
-    for (name, recipe), cell_seed in itertools.product(named, content.get("seeds") or [seed]):
-        method = recipe.get("method", content.get("method", "DCR"))
-        if method not in methods_file():
+    known = list(methods_file())
+    for (name, recipe), seed in itertools.product(named, content.get("seeds") or [0]):
+        method = str(recipe.get("method", content.get("method", "DCR")))
+        if method not in known:
             raise DCRError(
-                f"{path}: {name}: method {method!r} is unknown; known: {', '.join(methods_file())}."
+                f"{path}: {name}: method {method!r} is unknown; known: {', '.join(known)}."
             )
-        yield CellSpec(name, method, cell_seed, {k: v for k, v in recipe.items() if k != "method"})
+        yield Cell(name, method, seed, {k: v for k, v in recipe.items() if k != "method"})
 
 
-def run_sweep(grid: Grid, run_dir: str | Path, *, retry: bool = False) -> pd.DataFrame:
-    """Run what is missing of a grid and return its table, a row a cell (see `collect`); written to tables/sweep_<name>.csv.
+# ---- running ---------------------------------------------------------------------------------------
 
-    Any number of workers may run the same grid on the same folder: a cell belongs to the one that holds its lock, and
-    a dead worker's cell is taken over. A cell that fails keeps its error as a row; `retry` runs such cells again.
+
+def run_grid(
+    grid: Grid, root: str | Path, *, engine: str = "joblib", jobs: int = 1, retry: bool = False
+) -> pd.DataFrame:
+    """Run what is missing of a grid; its table, a row a cell (see `collect`), goes to tables/<name>.csv.
+
+    A cell that fails keeps its error as its row; `retry` runs such cells again.
     """
-    root = Path(run_dir).expanduser().absolute()
-    _work_through(grid, grid.cells, "screen", root, retry)
-    _work_through(grid, chosen_cells(grid, root), "align", root, retry)
+    root = Path(root).expanduser().absolute()
+    for phase in PHASES:
+        cells = grid.cells if phase == "screen" else _chosen(grid, root)
+        rows = {c.name + str(c.seed): _read(grid.row_path(root, c, phase)) for c in cells}
+        kept = {n for n, row in rows.items() if row and not (retry and row["status"] == "failed")}
+        todo = [c for c in cells if c.name + str(c.seed) not in kept]
+        task = functools.partial(_run_cell, grid, root, phase)
+        for cell, error in run_all(task, todo, engine=engine, jobs=jobs):
+            if error:
+                log.warning("grid %s: %s, %s failed: %s", grid.name, cell.name, phase, error)
+                _write(grid, root, phase, cell, {"status": "failed", "error": error})
     table = collect(grid, root)
-    write_atomic(root / "tables" / f"sweep_{grid.name}.csv", table.to_csv(index=False))
-    if not (
-        root / "manifest.json"
-    ).exists():  # a run of its own; in an experiment's folder that experiment's stays
-        from dcr.run.experiment import Experiment
-
-        Experiment(
-            grid.profile, seed=grid.cells[0].seed, run_dir=root, overrides=grid.base
-        ).manifest()
-    log.info(
-        "sweep %s: %d cells, %d failed", grid.name, len(table), (table["status"] == "failed").sum()
-    )
+    write_atomic(root / "tables" / f"{grid.name}.csv", table.to_csv(index=False))
     return table
 
 
-def chosen_cells(grid: Grid, root: Path) -> list[CellSpec]:
-    """The cells to align: all, none, or (per recipe, seeds together) the best n by the screen's probe AUROC."""
-    rows = [
-        (c, _read(grid.row_path(root, c, "screen"))) for c in grid.cells if grid.align != "none"
-    ]
-    passed = [(c, r) for c, r in rows if r and r["status"] == "done"]
-    if grid.align in ("none", "all"):
-        return [c for c, _ in passed]
-    values = pd.DataFrame(
-        [{"name": c.name, "value": r["probe_auroc"]} for c, r in passed], columns=["name", "value"]
-    )
-    mean = (
-        values.groupby("name", sort=False)["value"]
-        .mean()
-        .sort_values(ascending=False, kind="stable")
-    )
-    return [c for c, _ in passed if c.name in mean.index[: grid.align]]
+def run_all(
+    task: Callable[[T], object], items: Sequence[T], *, engine: str = "joblib", jobs: int = 1
+) -> Iterator[tuple[T, str]]:
+    """`task` of every item, in any order: (item, "" or why it failed), as they end.
+
+    engine joblib: `jobs` processes of this machine (1: this one). engine ray: a cluster (address from
+    RAY_ADDRESS, else one of this machine), one GPU a task where there are any, at most `jobs` at once
+    (1: as many as it takes); the run directory must be on a disk that all see.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if engine == "ray":
+        yield from _through_ray(task, items, jobs)
+    elif engine != "joblib":
+        raise DCRError(f"engine={engine!r} is unknown; use joblib or ray.")
+    elif jobs == 1 or len(items) < 2:
+        for item in items:
+            yield item, _guarded(task, item)
+    else:
+        yield from _through_joblib(task, items, jobs)
 
 
-def _work_through(grid: Grid, cells, phase: str, root: Path, retry: bool) -> None:
-    started = time.time()
-    waiting = list(cells)
-    while waiting:
-        moved = False
-        for cell in list(waiting):
-            path = grid.row_path(root, cell, phase)
-            with _mine(path) as mine:
-                if not mine:
-                    continue
-                row = _read(path)
-                again = retry and row and row["status"] == "failed" and row["finished"] < started
-                if row is None or again:
-                    write_atomic(
-                        path,
-                        json.dumps(
-                            _run_cell(grid, cell, phase, root), ensure_ascii=False, indent=1
-                        ),
-                    )
-            waiting.remove(cell)
-            moved = True
-        if waiting and not moved:
-            time.sleep(0.5)  # other workers hold the rest; a dead one's lock is free at once
-
-
-@contextlib.contextmanager
-def _mine(path: Path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+def _guarded(task: Callable[[T], object], item: T) -> str:
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
+        task(item)
+    except Exception as error:  # which recipes cannot be run is a finding
+        log.debug(traceback.format_exc())
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _numbered(task: Callable[[T], object], number: int, item: T) -> tuple[int, str]:
+    return number, _guarded(task, item)
+
+
+def _through_joblib(task: Callable[[T], object], items: Sequence[T], jobs: int):
+    from joblib import Parallel, delayed
+
+    left = dict(enumerate(items))
+    workers = Parallel(n_jobs=jobs, return_as="generator_unordered")
     try:
-        yield True
+        for number, error in workers(delayed(_numbered)(task, *pair) for pair in left.items()):
+            yield left.pop(number), error
+    except Exception as error:  # joblib's own: a worker died, and the others with it
+        for item in left.values():
+            yield item, f"a worker process died ({type(error).__name__}), perhaps out of memory"
+
+
+def _through_ray(task: Callable[[T], object], items: Sequence[T], jobs: int):
+    try:
+        import ray
+    except ImportError as error:
+        raise DCRError("engine=ray needs Ray: pip install 'dcr-kit[cluster]'.") from error
+    mine = not ray.is_initialized()
+    try:
+        if mine:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded)
+        left, running = list(items), {}
+        while left or running:
+            while left and (jobs == 1 or len(running) < jobs):
+                running[remote.remote(task, left[0])] = left.pop(0)
+            for done in ray.wait(list(running))[0]:
+                item = running.pop(done)
+                try:
+                    yield item, ray.get(done)
+                except ray.exceptions.RayError as error:
+                    yield item, f"the worker died ({type(error).__name__}): {str(error)[:300]}"
+    except ConnectionError as error:
+        raise DCRError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS')}: {error}") from error
     finally:
-        lock.release()
+        if mine and ray.is_initialized():
+            ray.shutdown()
 
 
-def _run_cell(grid: Grid, cell: CellSpec, phase: str, root: Path) -> dict:
-    from dcr.run.cell import Cell, judged, screen
-
-    started = time.time()
-    log.info("sweep %s: %s, seed %d: %s", grid.name, cell.name, cell.seed, phase)
-    row = {
-        "cell": cell.name,
-        "method": cell.method,
-        "seed": cell.seed,
-        "phase": phase,
-        **cell.recipe,
-    }
-    try:
-        experiment = Cell(
-            grid.profile,
-            method=cell.method,
-            seed=cell.seed,
-            run_dir=root,
-            base=grid.base,
-            recipe=cell.recipe,
-            validation=grid.validation,
-        )
-        row |= {
-            "status": "done",
-            "error": "",
-            **(screen if phase == "screen" else judged)(experiment),
-        }
-    except Exception as error:  # a row like any other: which recipes cannot be run is a finding
-        log.warning(
-            "sweep %s: %s failed: %s\n%s", grid.name, cell.name, error, traceback.format_exc()
-        )
-        row |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-    return {
-        **row,
-        f"{phase}_total_seconds": round(time.time() - started, 1),
-        "finished": time.time(),
-    }
+def _run_cell(grid: Grid, root: Path, phase: str, cell: Cell) -> None:
+    clock, every = time.monotonic(), [grid.config(c).replaced(seed=0) for c in grid.cells]
+    run = CellRun(cell.method, grid.config(cell), cell.recipe, Store(root), of=every)
+    found = screened(run) if phase == "screen" else outcome(run)
+    found[f"{phase}_seconds"] = round(time.monotonic() - clock, 1)
+    _write(grid, root, phase, cell, {"status": "done", "error": "", **found})
 
 
-def _read(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _write(grid: Grid, root: Path, phase: str, cell: Cell, row: Mapping[str, object]) -> None:
+    text = json.dumps(row, ensure_ascii=False, indent=1, default=float)
+    write_atomic(grid.row_path(root, cell, phase), text)
 
 
-def collect(grid: Grid, run_dir: str | Path) -> pd.DataFrame:
-    """One row a cell from what is there: cell, method, seed, status {done, failed, missing}, error, its overrides, the
-    screen's measures, and after alignment dsr, compliance, refusal_auroc (empty where not aligned).
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _chosen(grid: Grid, root: Path) -> list[Cell]:
+    """The cells to align: none, all that passed the screen, or (seeds together) the best n by `probe_auroc`."""
+    read = [(c, _read(grid.row_path(root, c, "screen"))) for c in grid.cells]
+    passed = [(c, r) for c, r in read if r and r["status"] == "done"]
+    if grid.align in ("none", "all"):
+        return [c for c, _ in passed] if grid.align == "all" else []
+    values = pd.DataFrame({"name": c.name, "value": r["probe_auroc"]} for c, r in passed)
+    if values.empty:
+        return []
+    mean = values.groupby("name", sort=False)["value"].mean()
+    best = set(mean.sort_values(ascending=False, kind="stable").index[: int(grid.align)])
+    return [c for c, _ in passed if c.name in best]
+
+
+def collect(grid: Grid, root: str | Path) -> pd.DataFrame:
+    """One row a cell from what is there: profile, cell, method, seed, status {done, failed, missing},
+    error, its overrides, the screen's measures and, where aligned, the outcome's.
     """
     rows = []
     for cell in grid.cells:
-        row = {
-            "profile": grid.profile,
-            "cell": cell.name,
-            "method": cell.method,
-            "seed": cell.seed,
-            "status": "missing",
-            "error": "",
-            **cell.recipe,
-        }
+        row: dict[str, object] = {"profile": grid.profile, "cell": cell.name}
+        row |= {"method": cell.method, "seed": cell.seed, "status": "missing", "error": ""}
+        row |= cell.recipe
         for phase in PHASES:
-            found = _read(grid.row_path(Path(run_dir), cell, phase))
-            row |= {k: v for k, v in (found or {}).items() if k not in ("phase", "finished")}
+            row |= _read(grid.row_path(Path(root), cell, phase)) or {}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,9 @@ class Point(NamedTuple):
 class Training:
     """The training half of a run: one configuration with one seed in one run directory."""
 
-    def __init__(self, config: Config, store: Store, base: Base) -> None:
+    def __init__(self, config: Config, store: Store, base: Base, of: Sequence[Config] = ()) -> None:
         self.config, self.store, self.base_model, self.seed = config, store, base, config.seed
+        self.of = list(of) or [config.replaced(seed=0)]  # what shares one ledger of prompts
         self._steering: dict[str, Any] = {}
 
     # ---- recipes and data ----------------------------------------------------------------------
@@ -55,7 +56,7 @@ class Training:
         """The `TrainingSets` of a method's recipe."""
         from dcr.data.sets import training_sets
 
-        return training_sets(self.recipe(method), of=[self.config])
+        return training_sets(self.recipe(method), of=self.of)
 
     # ---- models --------------------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class Training:
         if "steering" not in entry:
             steered = [m for m, e in methods_file().items() if "steering" in e]
             raise DCRError(f"{method} fits nothing; methods that do: {', '.join(steered)}.")
-        kind, of = KINDS[entry["steering"]], [self.config]
+        kind, of = KINDS[entry["steering"]], self.of
         tables = {role: anchors(recipe, role, of=of) for role in kind.ANCHORS}
         validation = validation_prompts(recipe, of=of)
         options = recipe.steering.model_dump(exclude={"strengths"})
