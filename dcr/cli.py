@@ -1,8 +1,10 @@
-"""The `dcr` command: data, models, experiments, methods on your own data, export."""
+"""The `dcr` command: experiments, grids, methods on your own data, export, data."""
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,91 +19,83 @@ app = typer.Typer(
 data = typer.Typer(no_args_is_help=True, help="Upstream data: list, fetch, verify.")
 app.add_typer(data, name="data")
 
-Profile = Annotated[str, typer.Option(help="Profile: quick, embedded, smollm2-135m, ...")]
+Profile = Annotated[str, typer.Option(help="quick, embedded, reference-135m, ...")]
+Seeds = Annotated[str, typer.Option(help="E.g. 0, 0-4 or 0,2,5.")]
 Seed = Annotated[int, typer.Option(help="One seed for everything.")]
 RunDir = Annotated[str, typer.Option(help="Run directory; default runs/PROFILE.")]
 Overrides = Annotated[str, typer.Option(help='E.g. "refine.layer=0.4,align.epochs=2".')]
+Methods = Annotated[str, typer.Option(help="Comma list; default: the profile's.")]
+Engine = Annotated[str, typer.Option(help="joblib (this machine) or ray (a cluster).")]
+Jobs = Annotated[int, typer.Option(help="Processes at once; with ray 1 is as many as it takes.")]
+Table = Annotated[str, typer.Option(help="CSV, JSONL, Parquet or hub id with a column text.")]
+Answered = Annotated[str, typer.Option(help="The same with a column response.")]
+Model = Annotated[str, typer.Option(help="embedded, a folder or a hub id.")]
 
 
-@data.command("list")
-def data_list() -> None:
-    """Every source with its role, rows, licence, and whether it is at hand."""
-    from dcr.data.fetch import list_sources
-
-    typer.echo(list_sources().drop(columns=["citation", "file"]).to_string(index=False))
-
-
-@data.command("fetch")
-def data_fetch(names: list[str]) -> None:
-    """Make sure that the named sources are at hand (downloads into the cache)."""
-    from dcr.data.fetch import path_of
-
-    for name in names:
-        typer.echo(f"{name}: {path_of(name)}")
-
-
-@data.command("verify")
-def data_verify() -> None:
-    """Check checksum and row count of every file at hand."""
-    from dcr.data.fetch import verify
-
-    table = verify()
-    typer.echo(table.to_string(index=False))
-    if not table["status"].isin(["ok", "missing"]).all():
-        raise typer.Exit(1)
-
-
-@app.command("model")
-def model_command() -> None:
-    """Fetch and convert the embedded model into the cache."""
-    from dcr.lm.embedded import ensure
-
-    typer.echo(f"embedded model: {ensure()}")
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(n.strip() for n in text.split(",") if n.strip())
 
 
 @app.command("run")
 def run_command(
     profile: Profile = "quick",
-    seed: Seed = 0,
+    seeds: Seeds = "0",
     run_dir: RunDir = "",
     overrides: Overrides = "",
-    methods: Annotated[str, typer.Option(help="Comma list; default: the profile's.")] = "",
-    curves: Annotated[
-        bool, typer.Option(help="Also judge every recorded alignment step, and score prompts.")
-    ] = True,
-    ability: Annotated[bool, typer.Option(help="Also measure general ability.")] = False,
+    methods: Methods = "",
+    tables: Annotated[bool, typer.Option(help="Also make every table.")] = True,
+    engine: Engine = "joblib",
+    jobs: Jobs = 1,
 ) -> None:
-    """Run every stage of every method and write the metric tables; what exists is reused."""
-    from dcr.run.experiment import Experiment, run_methods
-    from dcr.tables.ability import capability_table
-    from dcr.tables.harm_scores import scores_table
-    from dcr.tables.outcomes import outcomes_table
+    """Run every stage of every method and seed, then every table; what exists is reused."""
+    from dcr.run.experiment import Experiment
 
     experiment = Experiment(
-        profile,
-        seed=seed,
-        run_dir=run_dir,
-        overrides=overrides,
-        methods=tuple(m.strip() for m in methods.split(",") if m.strip()),
+        profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
     )
-    for method, what in run_methods(experiment):
-        typer.echo(f"{method}: {what}")
-    experiment.metrics()
-    if curves:
-        experiment.curves()
-        outcomes_table(experiment)
-        scores_table(experiment)
-    for against in ("base", "STL") if ability else ():
-        if against == "base" or against in experiment.methods:
-            capability_table(experiment, against)
+    failed = [f"{m}, seed {s}: {why}" for s, m, why in experiment.complete(engine, jobs) if why]
+    if failed:
+        raise DCRError("not all could be run. " + "; ".join(failed))
+    for name, problem in experiment.make_tables().items() if tables else ():
+        typer.echo(f"{name}: {problem or 'written'}")
     experiment.manifest()
-    typer.echo(f"{experiment.store.root}: {experiment.store.summary()}")
+    typer.echo(f"{experiment.root}: {experiment.store.summary()}")
+
+
+@app.command("table")
+def table_command(
+    name: str,
+    profile: Profile = "reference",
+    seeds: Seeds = "0",
+    run_dir: RunDir = "",
+    overrides: Overrides = "",
+    methods: Methods = "",
+) -> None:
+    """Print one table as CSV, computed where it has to be; `reference` reads the committed one."""
+    from dcr.run.experiment import Experiment
+
+    experiment = Experiment(
+        profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
+    )
+    typer.echo(experiment.table(name).to_csv(index=False), nl=False)
+
+
+@app.command("figures")
+def figures_command(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("figures"),
+) -> None:
+    """Draw every figure of a run from its tables alone."""
+    from dcr.book.report import draw
+
+    draw(run, out)
+    typer.echo(f"Figures: {out}")
 
 
 @app.command("reproduce")
 def reproduce_command(
     profile: Profile = "embedded",
-    seed: Seed = 0,
+    seeds: Seeds = "0",
     run_dir: RunDir = "",
     overrides: Overrides = "",
     only: Annotated[str, typer.Option(help="Notebook numbers, e.g. 01,05.")] = "",
@@ -110,40 +104,68 @@ def reproduce_command(
     from dcr.book.reproduce import reproduce
 
     report = reproduce(
-        profile,
-        seed=seed,
-        run_dir=run_dir,
-        overrides=overrides,
-        only=tuple(n.strip() for n in only.split(",") if n.strip()),
+        profile, seeds=seeds, run_dir=run_dir, overrides=overrides, only=_names(only)
     )
     typer.echo(f"{'Report' if report.suffix else 'Notebooks'}: {report}")
+
+
+@app.command("grid")
+def grid_command(
+    grid: Annotated[str, typer.Argument(help="A YAML file, or a grid of the kit by name.")],
+    run_dir: Annotated[str, typer.Option(help="Run directory.")],
+    profile: Annotated[str, typer.Option(help="Default: the grid's.")] = "",
+    overrides: Overrides = "",
+    engine: Engine = "joblib",
+    jobs: Jobs = 1,
+    retry: Annotated[bool, typer.Option(help="Run failed cells again.")] = False,
+) -> None:
+    """Run what is missing of a grid of recipes; a cell that fails is a row that says why."""
+    from dcr.run.grid import load_grid, run_grid
+
+    loaded = load_grid(grid, profile=profile, overrides=overrides)
+    rows = run_grid(loaded, run_dir, engine=engine, jobs=jobs, retry=retry)
+    typer.echo(rows.to_string(index=False, float_format="%.3f", na_rep=""))
 
 
 @app.command("align")
 def align_command(
     out: Path,
-    toxic: Annotated[str, typer.Option(help="CSV or JSONL with text and response.")],
-    seemingly_toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
-    general: Annotated[str, typer.Option(help="CSV or JSONL with text and response.")],
-    model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
-    refine: Annotated[bool, typer.Option(help="Contrastive refinement before alignment.")] = True,
+    toxic: Answered,
+    seemingly_toxic: Table,
+    general: Answered,
+    model: Model = "embedded",
+    refine: Annotated[bool, typer.Option(help="Contrastive refinement first.")] = True,
     seed: Seed = 0,
     overrides: Overrides = "",
 ) -> None:
-    """Refine and align a model on your own prompts; writes a plain transformers folder to OUT."""
+    """Refine and align a model on your own prompts; writes a transformers folder to OUT.
+
+    Many GPUs for one model: accelerate launch --multi_gpu -m dcr.cli align OUT ...
+    """
     from dcr.run.own import align_own
 
+    tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
     folder = align_own(
-        out,
-        model=model,
-        toxic=toxic,
-        seemingly_toxic=seemingly_toxic,
-        general=general,
-        refine_first=refine,
-        seed=seed,
-        overrides=overrides,
+        out, **tables, model=model, refine_first=refine, seed=seed, overrides=overrides
     )
     typer.echo(f"Model: {folder}")
+
+
+@app.command("refine")
+def refine_command(
+    out: Path,
+    toxic: Table,
+    seemingly_toxic: Table,
+    general: Annotated[str, typer.Option(help="For general_share or retention.")] = "",
+    model: Model = "embedded",
+    seed: Seed = 0,
+    overrides: Overrides = "",
+) -> None:
+    """Stage 1 alone on your own prompts; many GPUs as for align."""
+    from dcr.run.own import refine_own
+
+    tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
+    typer.echo(f"Model: {refine_own(out, **tables, model=model, seed=seed, overrides=overrides)}")
 
 
 @app.command("export")
@@ -155,159 +177,98 @@ def export_command(
     run_dir: RunDir = "",
     overrides: Overrides = "",
 ) -> None:
-    """Write a method's model as a plain transformers folder with a model card."""
+    """Write a method's model as a transformers folder with a model card."""
     from dcr.run.experiment import Experiment
     from dcr.run.own import export
 
-    typer.echo(
-        f"Model: {export(Experiment(profile, seed=seed, run_dir=run_dir, overrides=overrides), method, out)}"
-    )
+    experiment = Experiment(profile, seeds=seed, run_dir=run_dir, overrides=overrides)
+    typer.echo(f"Model: {export(experiment, method, out)}")
 
 
-@app.command("refine")
-def refine_command(
-    out: Path,
-    toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
-    seemingly_toxic: Annotated[str, typer.Option(help="CSV or JSONL with text.")],
-    general: Annotated[
-        str, typer.Option(help="CSV or JSONL with text, for general_share or retention.")
-    ] = "",
-    model: Annotated[str, typer.Option(help="embedded, a folder or a hub id.")] = "embedded",
-    seed: Seed = 0,
-    overrides: Overrides = "",
-) -> None:
-    """Stage 1 alone on your own prompts; many processes: `accelerate launch --multi_gpu --num_processes 2 -m dcr.cli refine ...`."""
-    from dcr.run.own import refine_own
+@app.command("verify")
+def verify_command(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Check every checksum of a run, and that its tables follow from its artifacts."""
+    from dcr.run.experiment import verify
 
-    folder = refine_own(
-        out,
-        model=model,
-        toxic=toxic,
-        seemingly_toxic=seemingly_toxic,
-        general=general,
-        seed=seed,
-        overrides=overrides,
-    )
-    typer.echo(f"Model: {folder}")
-
-
-@app.command("sweep")
-def sweep_command(
-    grid: Annotated[
-        str, typer.Argument(help="A YAML file, or a grid that ships with the kit by name.")
-    ],
-    run_dir: Annotated[str, typer.Option(help="Run directory, shared by all workers.")],
-    profile: Annotated[str, typer.Option(help="Default: the grid's.")] = "",
-    seed: Seed = 0,
-    overrides: Overrides = "",
-    retry: Annotated[bool, typer.Option(help="Run failed cells again.")] = False,
-) -> None:
-    """Run what is missing of a grid of recipes; several workers may share the folder."""
-    from dcr.run.grid import load_grid, run_sweep
-
-    table = run_sweep(
-        load_grid(grid, profile=profile, seed=seed, overrides=overrides), run_dir, retry=retry
-    )
-    shown = [
-        c
-        for c in (
-            "cell",
-            "seed",
-            "status",
-            "probe_auroc",
-            "cross_similarity",
-            "general_drift",
-            "dsr",
-            "compliance",
-            "refusal_auroc",
-            "error",
-        )
-        if c in table
-    ]
-    typer.echo(table[shown].to_string(index=False, float_format="%.3f", na_rep=""))
-
-
-@app.command("compare")
-def compare_command(
-    run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
-    against: Annotated[
-        str, typer.Option(help="Comma list of methods that all are compared with.")
-    ] = "STL",
-    out: Annotated[
-        str, typer.Option(help="Folder for the two tables; empty prints them only.")
-    ] = "",
-) -> None:
-    """Compliance at matched safety over all seeds, and paired differences, from the runs' outcome tables alone."""
-    from dcr.tables.outcomes import compare
-
-    for name, table in compare(
-        run, against=tuple(a.strip() for a in against.split(",") if a.strip()), out=out
-    ).items():
-        typer.echo(f"{name}\n{table.to_string(index=False, float_format='%.3f', na_rep='')}\n")
-
-
-@app.command("figures")
-def figures_command(
-    run: Annotated[Path, typer.Argument(help="A run directory, or one that holds seed-*/.")],
-    out: Annotated[Path, typer.Option(help="Where pictures, their data and the tables go.")] = Path(
-        "figures"
-    ),
-    keep: Annotated[
-        bool, typer.Option(help="Keep figures there that this run has no tables for.")
-    ] = False,
-) -> None:
-    """Draw every figure and table of a run from its tables alone, each beside the data that drew it."""
-    from dcr.book.figures import draw_run
-
-    drawn, missing = draw_run(run, out, keep=keep)
-    for message in missing.values():
-        typer.echo(message)
-    typer.echo(f"{out}: {len(drawn)} figures drawn, {len(missing)} not")
+    rows = verify(run)
+    typer.echo(rows.to_string(index=False))
+    if not (rows["status"] == "ok").all():
+        raise typer.Exit(1)
 
 
 @app.command("info")
-def info_command(
-    profile: Profile = "quick",
-    overrides: Overrides = "",
-    cost: Annotated[
-        bool, typer.Option(help="Also estimate parameters, tokens, memory and time here.")
-    ] = True,
-) -> None:
-    """The resolved configuration of a profile, and what a run would cost on this machine (about, to a factor of two)."""
+def info_command(profile: Profile = "", overrides: Overrides = "") -> None:
+    """What a bug report needs: versions, platform, devices, caches; with --profile its configuration."""
     import yaml
 
     from dcr.config import load_config
+    from dcr.run.models import machine
 
-    plain = {
-        k: (
-            {a: list(b) if isinstance(b, tuple) else b for a, b in v.items()}
-            if isinstance(v, dict)
-            else list(v)
-            if isinstance(v, tuple)
-            else v
-        )
-        for k, v in load_config(profile, overrides=overrides).to_dict().items()
-    }
-    typer.echo(yaml.safe_dump(plain, sort_keys=False))
-    if cost:
-        from dcr.tables.estimate import estimate
+    typer.echo(yaml.safe_dump(machine(), sort_keys=False, allow_unicode=True))
+    if profile:
+        config = load_config(profile, overrides=overrides).model_dump(mode="json")
+        typer.echo(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
-        try:
-            typer.echo(estimate(load_config(profile, overrides=overrides)).to_string(index=False))
-        except DCRError as error:
-            typer.echo(f"No estimate: {error}")
+
+@app.command("model")
+def model_command() -> None:
+    """Fetch and convert the embedded model into the cache."""
+    from dcr.lm.embedded import ensure
+
+    typer.echo(f"embedded model: {ensure()}")
+
+
+@data.command("list")
+def data_list() -> None:
+    """Every source with its role, rows, licence, and whether it is at hand."""
+    from dcr.data.sources import list_sources
+
+    typer.echo(list_sources().drop(columns=["citation", "file"]).to_string(index=False))
+
+
+@data.command("fetch")
+def data_fetch(names: list[str]) -> None:
+    """Make sure that the named sources are at hand (downloads into the cache)."""
+    from dcr.data.sources import fetch
+
+    for name, path in zip(names, fetch(names), strict=True):
+        typer.echo(f"{name}: {path}")
+
+
+@data.command("verify")
+def data_verify() -> None:
+    """Check checksum and row count of every file at hand."""
+    from dcr.data.sources import verify
+
+    table = verify()
+    typer.echo(table.to_string(index=False))
+    if not table["status"].isin(["ok", "missing"]).all():
+        raise typer.Exit(1)
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Entry point: one clear line for a DCRError, exit status 2."""
+    """Entry point: one clear line for a DCRError (exit status 2) or a stop (130)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "papermill", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Waiting threads that spin take the cores of whatever else runs here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except DCRError as error:
         typer.echo(f"dcr: {error}", err=True)
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if getattr(stop, "code", 130) != 130:  # typer's own end
+            raise
+        typer.echo("dcr: stopped. The same command goes on where it was.", err=True)
+        sys.stderr.flush()
+        os._exit(130)  # without waiting for threads
 
 
 if __name__ == "__main__":

@@ -133,7 +133,10 @@ class AlignConfig(Section):
     n_safe: Count = 600
     n_augment: Count = 0  # STL-aug: seemingly toxic prompts with substantive answers
     augment_source: str = "pairs"  # or coconot-pref (marks CoCoNot in-distribution)
+    n_pairs: Count = 0  # minimal pairs: the harmless side answered, the toxic side refused
     form_mix: Share = 0.0  # prompts put into the other form, the same in every role
+    decision: Literal["", "words"] = ""  # words: every answer begins with refuse or respond
+    routing: Weight = 0.0  # weight of tying the decision's log odds to the guide's
     labels: Literal["completion", "all"] = "completion"  # all: the paper's reading
     epochs: Rate = 1.0
     max_steps: Count = 0

@@ -1,21 +1,23 @@
-"""The whole line on a tiny local model: every stage runs, nothing runs twice, a change recomputes only what hangs on it."""
+"""A run on a tiny local model: every stage, each once; keys that hold everything; tables and figures by name."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from conftest import make_model
 
-from dcr.book.explorer import answers_table
-from dcr.book.figures import draw_all, draw_tables
-from dcr.book.report import write_report
+import dcr.steering
 from dcr.errors import DCRError
-from dcr.run.experiment import Experiment, run_methods
-from dcr.tables import representations as analysis
-from dcr.tables.comparisons import paired_table
-from dcr.tables.failures import category_rates, costs, still_refused
+from dcr.run import registry
+from dcr.run.experiment import Experiment, verify
+from dcr.run.models import shared_copy
+from dcr.run.training import Point
 
-OVERRIDES = {
+SMALL = {
     "refine.layer": 2,
     "refine.max_steps": 2,
     "refine.batch_size": 8,
@@ -23,227 +25,336 @@ OVERRIDES = {
     "align.max_steps": 3,
     "align.lora_rank": 2,
     "align.batch_size": 8,
+    "align.checkpoints": [0, 2],
     "generation.max_new_tokens": 3,
     "model.precision": "fp32",
-    "data.limit": 6,
-    "data.curve_limit": 20,
-    "evaluation.trajectory_prompts": 4,
-    "evaluation.kernel_prompts": 2,
-    "align.checkpoints": [0, 2],
+    "data.limit": 4,
+    "data.curve_limit": 12,
 }
 
 
+def make(folder, root, seeds=(1,), **more):
+    overrides = {**SMALL, "model.name": str(folder), **more}
+    return Experiment("quick", seeds=seeds, run_dir=root, overrides=overrides)
+
+
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp("run")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("a run")
 
 
-def experiment(folder, run_dir, **more) -> Experiment:
-    return Experiment(
-        "quick", seed=1, run_dir=run_dir, overrides={**OVERRIDES, "model.name": str(folder), **more}
+@pytest.fixture(scope="module")
+def run(folder, root):
+    experiment = make(folder, root)
+    assert [problem for *_, problem in experiment.complete()] == ["", "", ""]
+    return experiment.runs[0]
+
+
+def names(root, kind):
+    return {p.name.rpartition("-")[0] for p in (root / kind).iterdir()}
+
+
+def test_every_stage_once_and_nothing_a_second_time(run, folder, root):
+    assert names(root, "refine") == {"DCR"} and names(root, "align") == {"STL", "DCR"}
+    asked = {"base", "STL", "STL@2", "DCR", "DCR@0", "DCR@2"}  # STL before training is base
+    assert names(root, "generate") == names(root, "judge") == asked
+    again = make(folder, root)
+    assert not any(problem for *_, problem in again.complete())
+    store = again.runs[0].store
+    list(again.runs[0].complete("DCR"))
+    assert store.computed == [] and len(store.reused) > 5
+    stray = [p for p in root.rglob("*") if p.name.endswith((".lock", ".partial", ".tmp"))]
+    assert not stray and not list(root.rglob("checkpoint-*"))
+
+
+def test_points_of_a_curve(run):
+    assert run.points("STL") == [Point(0), Point(2), Point(3)]
+    full = run.generations("STL").set_index("prompt_id")["response"]
+    last = run.generations("STL", 3)
+    assert set(last["prompt_id"]) == set(run.curve_prompts["id"]) < set(full.index)
+    assert (last["response"] == last["prompt_id"].map(full)).all()
+    first = run.verdicts("STL", 0)
+    assert set(first["method"]) == {"STL"} and set(first["seed"]) == {1}
+    assert {"verdict", "response", "finish", "n_tokens"} <= set(first)
+    assert run.verdicts("question-mark")["verdict"].isin(["comply", "refuse"]).all()
+
+
+def test_scores_cover_validation_and_test(run):
+    wanted = set(run.prompts["id"]) | set(run.validation["id"])
+    for method in ("base", "DCR", "question-mark"):
+        scores = run.scores(method)
+        assert set(scores) == {"prompt_id", "method", "seed", "score"}
+        assert set(scores["prompt_id"]) == wanted and np.isfinite(scores["score"]).all()
+
+
+def test_a_model_shares_what_its_method_does_not_change(run):
+    base, _ = run.base()
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    (stl, _), (dcr, _) = run.model("STL"), run.model("DCR")
+    other = dict(base.named_parameters())
+    changed = {n for n, p in stl.named_parameters() if not torch.equal(p, other[n])}
+    shared = {n for n, p in stl.named_parameters() if p.data_ptr() == other[n].data_ptr()}
+    assert changed and all(n.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for n in changed)
+    assert changed | shared == set(other) and not stl.training
+    assert any(
+        not torch.equal(p, dict(dcr.named_parameters())[n]) for n, p in stl.named_parameters()
+    )
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+    assert run.base()[0] is base  # loaded once
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_training_leaves_the_base_as_it_is(folder, tmp_path, rank):
+    experiment = make(
+        folder, tmp_path, **{"refine.lora_rank": rank, "align.lora_rank": rank, "refine.lr": 1e-2}
+    )
+    one = experiment.runs[0]
+    before = {n: p.clone() for n, p in one.base()[0].named_parameters()}
+    model, _ = one.model("DCR")
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
+    assert moved and all(torch.equal(p, before[n]) for n, p in one.base()[0].named_parameters())
+    at, _ = one.model("DCR", 2)
+    assert any(
+        not torch.equal(a, b) for a, b in zip(at.parameters(), model.parameters(), strict=True)
     )
 
 
-def test_the_whole_line_runs_then_reuses_then_recomputes_what_changed(folder, run_dir):
-    first = experiment(folder, run_dir)
-    assert [m for m, _ in run_methods(first)][-1] == "DCR"
-    rows = first.metrics()
-    assert (
-        set(rows["method"]) == {"base", "STL", "DCR", "question-mark"}
-        and rows["value"].between(0, 1).all()
-    )
-    curves = first.curves()
-    assert sorted(curves["step"].unique()) == [0, 2, 3]
-    answered = {p.name.rpartition("-")[0] for p in (run_dir / "generate").iterdir() if p.is_dir()}
-    assert answered == {
-        "base",
-        "STL",
-        "STL@2",
-        "DCR",
-        "DCR@0",
-        "DCR@2",
-    }  # last steps and the untrained STL are not answered twice
-    full, part = (
-        first.generations("STL").set_index("prompt_id")["response"],
-        first.generations("STL", 3),
-    )
-    assert (
-        set(part["prompt_id"]) == set(first.curve_prompts["id"])
-        and (part["response"] == part["prompt_id"].map(full)).all()
-    )
-    model, _ = first.model("DCR")
-    assert (
-        all(p.requires_grad for p in model.parameters()) and not model.training
-    )  # merged, and as trainable as a loaded one
-
-    again = experiment(folder, run_dir)
-    list(run_methods(again))
-    assert (
-        again.metrics().equals(rows)
-        and not again.store.computed
-        and "0 artifacts computed" in again.store.summary()
-    )
-
-    changed = experiment(folder, run_dir, **{"align.lr": 1e-4})
-    list(run_methods(changed))
-    kinds = {name.split("-")[0] for name in changed.store.computed}
-    assert kinds == {
-        "align/STL",
-        "align/DCR",
-        "generate/STL",
-        "generate/DCR",
-        "judge/STL",
-        "judge/DCR",
-    } or kinds <= {
-        "align/STL",
-        "align/DCR",
-        "generate/STL",
-        "generate/DCR",
-        "judge/STL",
-        "judge/DCR",
-    }
-    assert any("align/STL" in name for name in changed.store.computed)
+def test_shared_copy_ties_what_is_tied():
+    model = make_model(tied=True)
+    copy = shared_copy(model, {"model.embed_tokens.weight"})
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    assert copy.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+    whole = shared_copy(model, None)
+    mine = {p.data_ptr() for p in whole.parameters()}
+    assert not mine & {p.data_ptr() for p in model.parameters()}
 
 
-def test_manifests_prove_what_was_run(folder, run_dir):
-    manifest = experiment(folder, run_dir).aligned("DCR").manifest
-    assert {
-        "dependencies",
-        "environment",
+def test_keys_hold_what_matters_and_nothing_else(run, folder, tmp_path, root):
+    from transformers import AutoTokenizer
+
+    def keys(**more):
+        one = make(folder, root, **more).runs[0]
+        return one.weights_key("base"), one.weights_key("STL")
+
+    assert keys(**{"data.limit": 3, "evaluation.bootstrap": 99}) == keys()
+    for change in ({"align.lr": 1e-4}, {"align.n_safe": 20}, {"align.n_general": 16}):
+        assert keys(**change)[0] == keys()[0] and keys(**change)[1] != keys()[1]
+    assert keys(**{"model.precision": "bf16"})[0] != keys()[0]
+    assert keys(**{"model.chat_template": "alpaca"})[0] != keys()[0]
+    other = tmp_path / "model"
+    make_model(layers=3).save_pretrained(other)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|> ", "<|assistant|>")
+    tokenizer.save_pretrained(other)  # the same weights behind another template
+    assert make(other, root).runs[0].weights_key("base") != keys()[0]
+
+
+def test_seeds_share_what_no_seed_reaches(run, folder, root):
+    two = make(folder, root, seeds="1-2")
+    other = two.runs[1]
+    assert two.seeds == (1, 2) and other.seed == 2
+    assert other.prompts.equals(run.prompts) and other.curve_prompts.equals(run.curve_prompts)
+    store = other.store
+    rows = other.generations("base")
+    other.scores("base")
+    assert store.computed == [] and set(rows["seed"]) == {2}
+    assert other.weights_key("STL") != run.weights_key("STL")
+
+
+class Shift:
+    """A steering method of the tests: its fit is the mean of a weight, its score the prompt's length."""
+
+    ANCHORS = ("harmful", "harmless")
+    made: list = []
+
+    def __init__(self, mean, strength=1.0):
+        self.facts, self.tensors = {"mean": mean}, {"mean": torch.tensor([mean])}
+        self.settings = {"mean": mean, "strength": strength}
+
+    @classmethod
+    def fit(cls, model, tokenizer, anchors, validation, options, *, base, seed, layers_path):
+        cls.made.append((set(anchors), len(validation), base[0] is not model))
+        return cls(float(model.model.layers[0].self_attn.q_proj.weight.detach().mean()))
+
+    @classmethod
+    def load(cls, facts, tensors, *, layers_path):
+        return cls(facts["mean"])
+
+    def at(self, strength):
+        return type(self)(self.facts["mean"], strength)
+
+    def score(self, model, tokenizer, prompts):
+        return [float(len(p)) for p in prompts]
+
+
+class Edit(Shift):
+    """An edit of weights: the first block's query weights become zero."""
+
+    @classmethod
+    def fit(cls, model, *_args, **_kwargs):
+        made = cls(0.0)
+        name = "model.layers.0.self_attn.q_proj.weight"
+        made.tensors = {name: torch.zeros_like(model.get_parameter(name))}
+        return made
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    monkeypatch.setattr(dcr.steering, "KINDS", {"scans": Shift, "tied": Edit}, raising=False)
+    Shift.made.clear()
+
+
+def test_a_steering_method_is_fitted_once_and_its_strength_is_a_field(run, kinds):
+    from safetensors.torch import load_file
+
+    artifact = run.fitted("SCANS")
+    assert Shift.made[0][0] == {"harmful", "harmless"} and Shift.made[0][2]
+    assert run.fitted("SCANS").path == artifact.path and len(Shift.made) == 1
+    assert load_file(artifact.path / "tensors.safetensors")["mean"].shape == (1,)
+    assert artifact.manifest["fit"]["mean"] == run.steering("SCANS").settings["mean"]
+    assert [p.strength for p in run.points("SCANS")] == [0.0, 0.5, 1.0, 2.0]
+    assert run.weights_key("SCANS") == run.weights_key("STL")
+    assert run.steering("SCANS", 0.5).settings["strength"] == 0.5
+    off = run.generations("SCANS", strength=0.0)  # strength 0 is the model that is steered
+    same = run.generations("STL", 3)
+    assert off["response"].tolist() == same["response"].tolist() and set(off["method"]) == {"SCANS"}
+    scores = run.scores("SCANS").set_index("prompt_id")["score"]
+    assert scores[run.prompts["id"].iloc[0]] == len(run.prompts["text"].iloc[0])
+    with pytest.raises(DCRError, match="STL fits nothing.*SCANS"):
+        run.fitted("STL")
+
+
+def test_an_edit_of_weights_is_an_ordinary_model(run, kinds):
+    model, _ = run.model("Tied")
+    assert not model.model.layers[0].self_attn.q_proj.weight.any()
+    assert run.model("STL")[0].model.layers[0].self_attn.q_proj.weight.any()
+    assert run.steering("Tied") is None and run.weights_key("Tied") != run.weights_key("STL")
+
+
+def test_the_manifest_says_what_it_was(run, folder, root):
+    manifest = run.aligned("DCR").manifest
+    for key in (
+        "config",
+        "seed",
+        "model",
+        "rendering",
         "seconds",
         "peak_memory_mib",
-        "rendering",
-        "config",
-        "outputs",
-    } <= set(manifest)
-    assert manifest["rendering"]["rendered_prompt"] and manifest["dependencies"]["seed"] == 1
-    again = experiment(folder, run_dir)
-    whole = again.manifest()
-    assert whole["data"]["mix"]["rows"] == again.config.align.n_general + again.config.align.n_safe
-    assert any(a["kind"] == "align" for a in whole["artifacts"])
-    json.loads((run_dir / "manifest.json").read_text())
-
-
-def test_analysis_figures_tables_and_report(folder, run_dir):
-    exp = experiment(folder, run_dir)
-    analysis.question_shares(exp)
-    tables = analysis.separability(exp, layers=2)
-    assert set(tables) == {"probe", "transfer", "surface", "cosine", "clusters"}
-    mark = tables["surface"].query("baseline == 'question-mark'").set_index("pairing")["auroc"]
-    assert mark["sources (paper)"] == 1.0 and mark["matched pairs"] == pytest.approx(0.5)
-    analysis.before_after(exp)
-    trajectories = analysis.trajectories(exp)
-    assert set(trajectories["kernel"]["method"]) == {"STL", "DCR"}
-    metrics = exp.metrics()
-    from dcr.tables.table1 import plane_points
-
-    exp.write_table("plane", plane_points(exp.curves()))
-    paired = paired_table(exp)
-    assert (
-        set(paired["method"]) == {"base", "DCR", "question-mark"}
-        and (paired["p_holm"] >= paired["p"]).all()
-    )
-    assert len(costs(exp)) >= 5
-    assert set(still_refused(exp, "DCR").columns) >= {"text", "answer", "form"}
-    assert set(category_rates(exp)["label"]) == {"toxic", "seemingly_toxic", "general"}
-    answers = answers_table(exp)
-    assert answers.query("label == 'toxic'")["answer"].eq("").all() and set(answers["method"]) == {
-        "base",
-        "STL",
-        "DCR",
-        "question-mark",
-    }
-    drawn, missing = draw_all(run_dir / "tables", run_dir / "figures")
-    assert "losses" in missing and {"plane", "differences", "categories"} <= set(drawn)
-    assert all(
-        "run notebook" in message or "run `dcr run`" in message for message in missing.values()
-    )
-    draw_tables(metrics, run_dir / "tables")
-    exp.manifest()
-    assert "question-mark" in write_report(run_dir).read_text()
-
-
-def test_in_distribution_sets_are_marked(folder, run_dir):
-    exp = experiment(folder, run_dir)
-    assert exp.in_distribution("base") == set() and exp.in_distribution("DCR") == {
-        "dcr-pairs",
-        "dcr-general",
-    }
-
-
-def test_sham_and_matched_recipes_differ_from_dcr(folder, run_dir):
-    exp = experiment(folder, run_dir)
-    assert (
-        exp.recipe("DCR-sham").refine.pairing == "sham"
-        and exp.recipe("DCR-matched").refine.pairing == "matched"
-    )
-    assert exp.recipe("STL-aug").align.n_augment > 0 and exp.stages("STL") == ["align"]
-
-
-def test_unknown_method_and_missing_table(folder, run_dir):
-    with pytest.raises(DCRError, match="method 'DRC' is unknown; known: base"):
-        Experiment("quick", methods=("DRC",))
-    with pytest.raises(DCRError, match="run the notebook that writes it"):
-        experiment(folder, run_dir).read_table("nothing")
-
-
-def test_export_loads_without_the_kit(folder, run_dir, tmp_path):
-    import subprocess
-    import sys
-
-    from dcr.run.own import export
-
-    out = export(experiment(folder, run_dir), "DCR", tmp_path / "plain")
-    code = (
-        "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
-        "k = t.AutoTokenizer.from_pretrained(sys.argv[1]); assert k.chat_template and 'dcr' not in sys.modules; "
-        "assert not any('lora' in n for n, _ in m.named_parameters()); print('ok')"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code, str(out)], capture_output=True, text=True, timeout=120
-        ).stdout.strip()
-        == "ok"
-    )
-    card = (out / "README.md").read_text()
-    assert "## Results" in card and "| pairs-toxic | dsr |" in card
-
-
-def test_own_model_and_own_data(folder, tmp_path):
-    import pandas as pd
-
-    from dcr.run.own import align_own
-
-    words = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan", "trip", "game"] * 2
-    for name, text, answer in (
-        ("toxic", "steal the {} in {} .", "sorry , i cannot help ."),
-        ("mine", "bake the {} in {} ?", ""),
-        ("general", "list the {} of {} .", "sure , the cat ."),
+        "environment",
     ):
-        pd.DataFrame(
-            {"text": [text.format(w, i) for i, w in enumerate(words)], "response": answer}
-        ).to_csv(tmp_path / f"{name}.csv", index=False)
-    files = {
-        "toxic": str(tmp_path / "toxic.csv"),
-        "seemingly_toxic": str(tmp_path / "mine.csv"),
-        "general": str(tmp_path / "general.csv"),
-    }
-    text = "refine.layer=2,refine.max_steps=1,refine.batch_size=8,align.max_steps=1"
-    out = align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
-    assert (out / "model.safetensors").exists() and (out / "README.md").exists()
-    with pytest.raises(DCRError, match="is not empty"):
-        align_own(tmp_path / "out", model=str(folder), overrides=text, **files)
-    with pytest.raises(DCRError, match="row 0 has no response"):
-        align_own(
-            tmp_path / "out2",
-            model=str(folder),
-            overrides=text,
-            **{**files, "toxic": files["seemingly_toxic"]},
+        assert manifest[key] or key == "seed"
+    assert manifest["model"]["precision"] == "fp32" and manifest["model"]["device"]
+    assert {"tokenizer.json", "model.safetensors"} <= set(manifest["model"]["files"])
+    assert manifest["config"]["refine"]["pairing"] == "sources" and manifest["seed"] == 1
+    whole = make(folder, root).manifest()
+    assert json.loads((root / "manifest.json").read_text()) == json.loads(json.dumps(whole))
+    assert whole["data"]["test"]["rows"] == len(run.prompts) and "dropped" in whole
+    assert {a["kind"] for a in whole["artifacts"]} >= {"refine", "align", "generate", "judge"}
+    assert str(root) not in (root / "manifest.json").read_text()
+
+
+@pytest.fixture
+def dummy(monkeypatch):
+    registry.load_all()
+    monkeypatch.setattr(registry, "TABLES", dict(registry.TABLES))
+    monkeypatch.setattr(registry, "FIGURES", dict(registry.FIGURES))
+
+    @registry.table("dummy")
+    def dummy(experiment):
+        rows = experiment.runs[0].scores("base").rename(columns={"score": "value"})
+        return rows.assign(text="NA", missing=float("nan"))[
+            ["prompt_id", "value", "text", "missing"]
+        ]
+
+    @registry.figure("dummy", caption="Nothing.")
+    def draw(frame):
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.gca().plot(frame["value"])
+        return figure
+
+
+def test_tables_are_computed_written_read_and_verified(run, folder, root, dummy, tmp_path):
+    import shutil
+
+    live = make(folder, root)
+    live.manifest()
+    table = live.table("dummy")
+    assert (root / "tables" / "dummy.csv").is_file() and live.live
+    assert set(table["text"]) == {"NA"} and table["missing"].isna().all()
+    assert live.figure("dummy").axes[0].lines[0].get_ydata().tolist() == table["value"].tolist()
+    rows = verify(root)
+    assert set(rows["status"]) == {"ok"} and "tables/dummy.csv" in set(rows["what"])
+    only = tmp_path / "tables only"
+    shutil.copytree(root / "tables", only / "tables")
+    shutil.copy(root / "manifest.json", only)
+    read = Experiment("quick", run_dir=only)
+    pd.testing.assert_frame_equal(read.table("dummy"), table)
+    assert not read.live and read.runs == () and read.seeds == (1,) and read.figure("dummy").axes
+    assert read.config.refine.layer == 2 and read.methods == ("base", "STL", "DCR")
+    (only / "tables" / "dummy.csv").unlink()
+    with pytest.raises(DCRError, match=r"dummy.csv is missing.*dcr table dummy --profile quick"):
+        Experiment("quick", run_dir=only).table("dummy")
+    with pytest.raises(DCRError, match="holds tables only"):
+        _ = read.prompts
+    with pytest.raises(DCRError, match="unknown; did you mean: dummy"):
+        live.table("dumy")
+
+
+def test_verify_sees_a_changed_table_a_flipped_bit_and_what_is_missing(
+    run, folder, root, dummy, tmp_path
+):
+    import shutil
+
+    make(folder, root).table("dummy")
+    make(folder, root).manifest()
+    copy = tmp_path / "copied"
+    shutil.copytree(root, copy)
+    table = copy / "tables" / "dummy.csv"
+    table.write_text(table.read_text().replace("NA", "NB", 1))
+    found = verify(copy).set_index("what")["status"]
+    assert "differs" in found["tables/dummy.csv"]
+    scores = next((copy / "score").glob("base-*")) / "values.npy"
+    scores.write_bytes(scores.read_bytes()[:-1] + b"x")
+    found = verify(copy).set_index("what")["status"]
+    assert "values.npy has changed" in found[f"score/{scores.parent.name}"]
+    assert "cannot be made again: score/base-" in found["tables/dummy.csv"]
+    with pytest.raises(DCRError, match="holds no finished run"):
+        verify(tmp_path / "nothing")
+
+
+def test_reference_without_its_tables_says_so(tmp_path):
+    with pytest.raises(DCRError, match="figures/reference"):
+        Experiment("reference", run_dir=tmp_path)
+
+
+def test_bad_asks_are_one_sentence(run, folder, root, monkeypatch):
+    for change, message in (
+        ({"methods": ("DRC",)}, "method 'DRC' is unknown; known: base.*Did you mean 'DCR'"),
+        ({"seeds": "0-x"}, "seeds='0-x'"),
+        ({"profile": "quikc"}, "Did you mean 'quick'"),
+    ):
+        with pytest.raises(DCRError, match=message):
+            Experiment(**{"profile": "quick", "run_dir": root, **change})
+    with pytest.raises(DCRError, match="generation.endpoint: STL.*generation.served"):
+        make(folder, root, **{"generation.endpoint": "http://localhost:1"}).runs[0].generations(
+            "STL"
         )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DCRError, match="not under accelerate launch.*--engine ray"):
+        Experiment("quick", run_dir=root)
 
 
-def test_an_endpoint_answers_for_one_method_only(folder, tmp_path):
-    with pytest.raises(DCRError, match="serves one model, but the run has base, STL, DCR"):
-        experiment(
-            folder, tmp_path, **{"generation.endpoint": "http://127.0.0.1:9/v1"}
-        ).generations("base")
+def test_states_kernel_and_probability_of_any_prompts(run):
+    few = run.validation.head(3)
+    states = run.states("DCR", few, 0)
+    assert states.values.shape[:2] == (run.depth + 1, 3) and run.layer("DCR") == 2
+    assert run.layer("STL") == 2
+    norms = run.kernel("base", few)
+    assert norms.shape == (3, 3) and (np.diag(norms) > 0).all()
+    chances = run.refusal_probability("STL", few)
+    assert ((0 <= chances) & (chances <= 1)).all()
+    assert (run.refusal_probability("STL", few, 0) == run.refusal_probability("base", few)).all()
+    longer = run.judged("STL", few, tokens=5)
+    assert longer["n_tokens"].max() > 3 and set(longer["prompt_id"]) == set(few["id"])

@@ -57,7 +57,7 @@ class Run(Training):
 
     def _owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
         """The method and point that a point is the same as, so that nothing is asked twice."""
-        if strength == 0 and (on := self.entry(method).get("on")):
+        if strength == 0 and (on := self.entry(method).get("steers")):
             return on, Point()
         stages = self.stages(method)
         if step == 0 and "steering" not in self.entry(method) and stages == ["align"]:
@@ -72,7 +72,7 @@ class Run(Training):
         tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers nothing.
         """
         from dcr.data.sets import table_hash
-        from dcr.lm.generate import generate
+        from dcr.lm.generate import generate, inference_dtype
 
         step, strength = point or Point()
         steering = self.steering(method, strength)
@@ -101,6 +101,7 @@ class Run(Training):
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
+            model = model.to(inference_dtype(self.base_model.precision, str(model.device)))
             rows = generate(
                 model,
                 tokenizer,
@@ -211,14 +212,16 @@ class Run(Training):
 
     def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         """[n] refusal scores of any prompts (see `scores`)."""
-        from dcr.analysis.refusal import REFUSAL_OPENINGS, refusal_score
+        from scipy.special import logit
 
-        steering, path = self.steering(method), self.config.model.layers_path
+        from dcr.analysis.refusal import REFUSAL_OPENINGS, refusal_probability
+
+        steering = self.steering(method)
 
         def measure(model, tokenizer, texts, folder):
             if steering:
                 return np.asarray(steering.score(model, tokenizer, texts))
-            return np.asarray(refusal_score(model, tokenizer, texts, layers_path=path))
+            return logit(refusal_probability(model, tokenizer, texts).clip(1e-30, 1 - 1e-12))
 
         settings = {"openings": content_key(list(REFUSAL_OPENINGS))}
         settings["steering"] = steering.settings if steering else None

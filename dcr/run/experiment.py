@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +17,14 @@ from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.run import registry
 from dcr.run.answers import Run
+from dcr.run.grid import run_all
 from dcr.run.models import Base
 from dcr.run.store import Store, environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+log = logging.getLogger("dcr")
 CHECKOUT = Path(__file__).resolve().parents[2]
 REFERENCE = "reference"  # the profile whose tables are committed and read, never computed
 
@@ -51,7 +56,7 @@ class Experiment:
     ) -> None:
         self.root = run_directory(profile, run_dir)
         self.store = Store(self.root)
-        kept = self._read_manifest()
+        kept = _manifest(self.root)
         self.live = profile != REFERENCE and (not kept or bool(self.store.artifacts()))
         self._tables: dict[str, pd.DataFrame] = {}
         if not self.live:
@@ -60,13 +65,20 @@ class Experiment:
                     f"{self.root} holds no tables of the reference run; give the checkout's "
                     "figures/reference as run_dir, or a profile that computes."
                 )
-            self.config = Config().override(_dotted(kept["config"]))
+            profile = kept["config"]["profile"]
+            self.config = Config(profile=profile).override(_dotted(kept["config"]))
             self.seeds, self.methods = tuple(kept["seeds"]), tuple(kept["methods"])
             self.runs: tuple[Run, ...] = ()
             return
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise DCRError(
+                "an experiment runs in one process, not under accelerate launch; many cells go through "
+                "the grid engine: dcr run --seeds 0-4 --engine ray (or --jobs N), or dcr grid."
+            )
         self.seeds = parse_seeds(seeds)
         self.config = load_config(profile, seed=self.seeds[0], overrides=overrides)
         self.methods = tuple(methods) or self.config.methods
+        self._asked = {"profile": profile, "run_dir": self.root, "overrides": overrides}
         base = Base(self.config.model)
         self.runs = tuple(Run(self.config.replaced(seed=s), self.store, base) for s in self.seeds)
         for method in self.methods:
@@ -126,12 +138,28 @@ class Experiment:
 
     # ---- the whole run -------------------------------------------------------------------------
 
-    def complete(self, methods: Iterable[str] = ()) -> Iterator[tuple[int, str, str]]:
-        """Make all that the methods' curves and frontiers need; yields (seed, method, what was done)."""
-        for run in self.runs:
-            for method in tuple(methods) or self.methods:
-                for what in run.complete(method):
-                    yield run.seed, method, what
+    def complete(self, engine: str = "joblib", jobs: int = 1) -> Iterator[tuple[int, str, str]]:
+        """Make all that the methods' curves and frontiers need; yields (seed, method, why it failed).
+
+        engine, jobs: see `dcr.run.grid.run_all`.
+        """
+        self._first()
+        task = functools.partial(_complete, self._asked)
+        cells = [(seed, method) for seed in self.seeds for method in self.methods]
+        for (seed, method), problem in run_all(task, cells, engine=engine, jobs=jobs):
+            yield seed, method, problem
+
+    def make_tables(self) -> dict[str, str]:
+        """Make every registered table: name → "" or why it could not be made."""
+        registry.load_all()
+        found = {}
+        for name in registry.TABLES:
+            try:
+                self.table(name)
+                found[name] = ""
+            except DCRError as error:
+                found[name] = str(error)
+        return found
 
     def artifacts(self) -> list[dict[str, Any]]:
         """Every artifact of the run directory: kind, name, seed, seconds, peak_memory_mib, started."""
@@ -170,37 +198,49 @@ class Experiment:
         recipes = [self._first().recipe(m) for m in self.methods]
         return sorted({name for r in recipes for name in named(r)} & set(SOURCES))
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.root / "manifest.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise DCRError(f"{path} is no manifest ({error}). Delete it.") from error
 
-    def verify(self) -> pd.DataFrame:
-        """What `dcr verify` shows: a row an artifact (checksums) and a table (made again from artifacts)."""
-        rows = [
-            {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}
-            for a in self.store.artifacts()
-        ]
-        for path in sorted(self.root.glob("tables/*.csv")) if self.live else []:
-            rows.append({"what": f"tables/{path.name}", "status": self._follows(path)})
-        return pd.DataFrame(rows, columns=["what", "status"])
+def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
+    seed, method = cell
+    run = Experiment(**asked, seeds=seed, methods=(method,)).runs[0]
+    for what in run.complete(method):
+        log.info("%s, seed %d: %s", method, seed, what)
 
-    def _follows(self, path: Path) -> str:
-        held = Store(self.root, complete=True)
-        for run in self.runs:
-            run.store = held
+
+def verify(root: str | Path) -> pd.DataFrame:
+    """A row an artifact (its checksums) and a table (made again from artifacts alone): what, status."""
+    root = Path(root).expanduser().absolute()
+    rows = [
+        {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}
+        for a in Store(root).artifacts()
+    ]
+    kept = _manifest(root)
+    if not rows or not kept:
+        raise DCRError(f"{root} holds no finished run: no manifest.json or no artifact.")
+    experiment = Experiment(
+        kept["config"]["profile"],
+        seeds=kept["seeds"],
+        run_dir=root,
+        overrides=_dotted(kept["config"]) | {"model.precision": kept["model"]["precision"]},
+        methods=kept["methods"],
+    )
+    experiment.store.complete = True
+    for path in sorted(root.glob("tables/*.csv")):
         try:
-            same = registry.table_entry(path.stem).make(self).to_csv(index=False)
+            same = registry.table_entry(path.stem).make(experiment).to_csv(index=False)
+            differs = same != path.read_text(encoding="utf-8")
+            status = "differs from what the artifacts give" if differs else "ok"
         except DCRError as error:
-            return f"cannot be made again: {error}"
-        finally:
-            for run in self.runs:
-                run.store = self.store
-        if same == path.read_text(encoding="utf-8"):
-            return "ok"
-        return "differs from what the artifacts give"
+            status = f"cannot be made again: {error}"
+        rows.append({"what": f"tables/{path.name}", "status": status})
+    return pd.DataFrame(rows)
+
+
+def _manifest(root: Path) -> dict[str, Any]:
+    path = root / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise DCRError(f"{path} is no manifest ({error}). Delete it.") from error
 
 
 def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,4 +248,5 @@ def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
         f"{section}.{field}" if field else section: value
         for section, part in config.items()
         for field, value in (part.items() if isinstance(part, dict) else [("", part)])
+        if section not in ("profile", "seed", "methods")
     }

@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dcr.config import ModelConfig
-from dcr.data.files import content_key, sha256_of
+from dcr.data.files import cache_dir, content_key, sha256_of
 from dcr.errors import DCRError
+from dcr.run.store import environment
 
 TENSORS = "tensors.safetensors"
 KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")  # files that decide what a model says
@@ -24,10 +26,12 @@ class Base:
     """The base model of a run, and what identifies it."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from dcr.lm.load import pick_device, resolve_precision
+        from dcr.lm.generate import inference_dtype
+        from dcr.lm.load import pick_device
 
         self.config, self.device = config, pick_device(config.device)
-        self.precision = resolve_precision(config.precision, self.device)
+        dtype = inference_dtype(config.precision, self.device)
+        self.precision = {torch.bfloat16: "bf16"}.get(dtype, "fp32")
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -83,7 +87,6 @@ def _loaded(key: str, config: ModelConfig, commit: str):
     return models.load(
         config.name,
         revision=commit or config.revision,
-        precision=config.precision,
         device=config.device,
         chat_template=config.chat_template,
     )
@@ -130,3 +133,21 @@ def changed_by(path: Path) -> list[str]:
         with safe_open(file, "pt") as content:
             names += content.keys()
     return [re.sub(r"^base_model\.model\.|\.lora_[AB](?=\.weight$)", "", n) for n in names]
+
+
+def machine() -> dict:
+    """What a bug report needs: environment, device, precision, folders. No variable's value, no secret."""
+    from dcr import __version__
+    from dcr.data.sources import data_dir
+
+    base = Base(ModelConfig())
+    cpu = torch.backends.cpu.get_cpu_capability()
+    name = torch.cuda.get_device_name() if base.device == "cuda" else cpu
+    return {
+        "dcr": __version__,
+        **environment(),
+        "device": f"{base.device} ({name})",
+        "precision": base.precision,
+        "cache": str(cache_dir()),
+        "data": str(data_dir()),
+    }

@@ -155,7 +155,7 @@ def data_facts(run: Training, method: str) -> list[dict]:
     from dcr.data.sources import SOURCES
 
     stages, sets = run.stages(method), run.sets(method)
-    on = run.entry(method).get("on")
+    on = run.entry(method).get("steers")
     tables = data_facts(run, on) if on else []
     parts = [("stage 1, toxic", sets.toxic), ("stage 1, seemingly toxic", sets.seemingly_toxic)]
     found = parts if "refine" in stages else []
@@ -189,13 +189,13 @@ def save_plain(
     model, tokenizer, out: Path, facts: Mapping[str, Any], extra: Mapping[str, str | bytes] = {}
 ) -> Path:
     """Save an ordinary transformers model with a card; it loads, and stops, with transformers alone."""
-    from dcr.lm.chat import stop_ids
+    from dcr.lm.chat import stop_tokens
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(out):
-            model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+            model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
             model.config._name_or_path = ""
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

@@ -199,8 +199,9 @@ class Store:
         return True
 
     def _noted(self, where: list[str], kind: str, path: Path, text: str) -> Artifact:
-        where.append(f"{kind}/{path.name}")
-        log.info("%s/%s: %s", kind, path.name, text)
+        if (name := f"{kind}/{path.name}") not in (*self.computed, *self.reused):
+            where.append(name)
+            log.info("%s: %s", name, text)
         return Artifact(path)
 
     @contextlib.contextmanager

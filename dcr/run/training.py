@@ -31,6 +31,7 @@ class Training:
         self.config, self.store, self.base_model, self.seed = config, store, base, config.seed
         self.of = list(of) or [config.replaced(seed=0)]  # what shares one ledger of prompts
         self._steering: dict[str, Any] = {}
+        self._sets: dict[str, Any] = {}
 
     # ---- recipes and data ----------------------------------------------------------------------
 
@@ -56,7 +57,9 @@ class Training:
         """The `TrainingSets` of a method's recipe."""
         from dcr.data.sets import training_sets
 
-        return training_sets(self.recipe(method), of=self.of)
+        if method not in self._sets:
+            self._sets[method] = training_sets(self.recipe(method), of=self.of)
+        return self._sets[method]
 
     # ---- models --------------------------------------------------------------------------------
 
@@ -110,7 +113,7 @@ class Training:
     def weights(self, method: str, step: int = -1) -> list[tuple[Path, int]]:
         """What is put on the base, in order: an artifact's folder and its recorded step (-1: the last)."""
         stages = self.stages(method)
-        if on := self.entry(method).get("on"):
+        if on := self.entry(method).get("steers"):
             edit = [(self.fitted(method).path, -1)] if "edit" in stages else []
             return [*self.weights(on), *edit]
         kept = [(self.refined(method).path, -1)] if "refine" in stages else []
@@ -229,7 +232,7 @@ class Training:
         tables = {role: anchors(recipe, role, of=of) for role in kind.ANCHORS}
         validation = validation_prompts(recipe, of=of)
         options = recipe.steering.model_dump(exclude={"strengths"})
-        on = entry.get("on", method)
+        on = entry.get("steers", method)
         dependencies = {
             "weights": self.weights_key(on),
             "steering": {"kind": entry["steering"], **options},
@@ -256,13 +259,13 @@ class Training:
 
     def steering(self, method: str, strength: float = 1.0):
         """The method's steering object at a multiple of its strength, or None for a method that has none."""
+        name = self.entry(method).get("steering", "")
+        if not name or "edit" in self.stages(method):
+            return None
         from safetensors.torch import load_file
 
         from dcr.steering import KINDS
 
-        name = self.entry(method).get("steering", "")
-        if not name or "edit" in self.stages(method):
-            return None
         artifact = self.fitted(method)
         if artifact.path.name not in self._steering:  # one object, so that a prompt is read once
             self._steering[artifact.path.name] = KINDS[name].load(
@@ -285,8 +288,8 @@ class Training:
     def complete(self, method: str) -> Iterator[str]:
         """Train and fit all that a method needs; yields what was done."""
         entry, stages = self.entry(method), self.stages(method)
-        if "on" in entry:
-            yield from self.complete(entry["on"])
+        if "steers" in entry:
+            yield from self.complete(entry["steers"])
         if "refine" in stages:
             self.refined(method)
             yield "refined"
@@ -313,7 +316,7 @@ class Training:
     def in_distribution(self, method: str) -> set[str]:
         """Names of the sources whose prompts a method trained on or took anchors from."""
         entry, stages = self.entry(method), self.stages(method)
-        names = self.in_distribution(entry["on"]) if "on" in entry else set()
+        names = self.in_distribution(entry["steers"]) if "steers" in entry else set()
         found = [self.refined(method)] if "refine" in stages else []
         found += [self.aligned(method)] if "align" in stages else []
         found += [self.fitted(method)] if "steering" in entry else []
