@@ -6,7 +6,10 @@ Names load on first use, so `import dcr` costs nothing.
 from __future__ import annotations
 
 import importlib
+import os
 
+# What Apple's GPU lacks runs on the CPU; torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 __version__ = "0.1.0"
 _NAMES = {
     "Experiment": "dcr.run.experiment",

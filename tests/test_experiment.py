@@ -137,7 +137,7 @@ def test_keys_hold_what_matters_and_nothing_else(run, folder, tmp_path, root):
         return one.weights_key("base"), one.weights_key("STL")
 
     assert keys(**{"data.limit": 3, "evaluation.bootstrap": 99}) == keys()
-    for change in ({"align.lr": 1e-4}, {"align.n_safe": 20}, {"align.n_general": 16}):
+    for change in ({"align.lr": 1e-4}, {"align.n_general": 16}):
         assert keys(**change)[0] == keys()[0] and keys(**change)[1] != keys()[1]
     assert keys(**{"model.precision": "bf16"})[0] != keys()[0]
     assert keys(**{"model.chat_template": "alpaca"})[0] != keys()[0]
@@ -244,7 +244,7 @@ def test_the_manifest_says_what_it_was(run, folder, root):
     ):
         assert manifest[key] or key == "seed"
     assert manifest["model"]["precision"] == "fp32" and manifest["model"]["device"]
-    assert {"tokenizer.json", "model.safetensors"} <= set(manifest["model"]["files"])
+    assert {"tokenizer.json", "model.safetensors"} <= set(manifest["model"])
     assert manifest["config"]["refine"]["pairing"] == "sources" and manifest["seed"] == 1
     whole = make(folder, root).manifest()
     assert json.loads((root / "manifest.json").read_text()) == json.loads(json.dumps(whole))

@@ -143,7 +143,6 @@ def test_hold_out_keeps_pairs_together_and_shares_nothing():
         ({"toxic": ["a", "b", "c"]}, {}, "batch needs"),
         ({}, {"layer": 9}, "out of range.*4 blocks"),
         ({}, {"lora_targets": ("nope",)}, "match no linear layer.*q_proj"),
-        ({}, {"lr": 1e38}, "nan at step 2, batch 2 of 6.*No checkpoint had been written"),
         (
             {"seemingly_toxic": texts(20)["toxic"]},
             {},

@@ -72,7 +72,8 @@ class Run(Training):
         tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers nothing.
         """
         from dcr.data.sets import table_hash
-        from dcr.lm.generate import generate, inference_dtype
+        from dcr.lm.generate import generate
+        from dcr.lm.load import in_precision
 
         step, strength = point or Point()
         steering = self.steering(method, strength)
@@ -101,18 +102,18 @@ class Run(Training):
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
-            model = model.to(inference_dtype(self.base_model.precision, str(model.device)))
-            rows = generate(
-                model,
-                tokenizer,
-                prompts,
-                seed=seed,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                temperature=options.temperature,
-                out=out,
-                steering=steering,
-            )
+            with in_precision(model, self.base_model.precision):
+                rows = generate(
+                    model,
+                    tokenizer,
+                    prompts,
+                    seed=seed,
+                    max_new_tokens=options.max_new_tokens,
+                    batch_size=options.batch_size,
+                    temperature=options.temperature,
+                    out=out,
+                    steering=steering,
+                )
             facts = {"prompts": len(rows), "new_tokens": int(rows["n_tokens"].sum())}
             facts["truncated"] = int((rows["finish"] == "length").sum())
             return {**facts, **self._facts(self.config)}
@@ -183,12 +184,15 @@ class Run(Training):
     ) -> Path:
         """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to values.npy."""
         from dcr.data.sets import table_hash
+        from dcr.lm.load import in_precision
 
         owner, (step, _) = self._owner(method, step, 1.0)
         key = {"weights": self.weights_key(owner, step), "prompts": table_hash(prompts), **settings}
 
         def build(folder: Path) -> dict:
-            values = measure(*self.model(owner, step), prompts["text"].tolist(), folder=folder)
+            model, tokenizer = self.model(owner, step)
+            with in_precision(model, self.base_model.precision):
+                values = measure(model, tokenizer, prompts["text"].tolist(), folder=folder)
             if isinstance(values, np.ndarray):
                 np.save(folder / "values.npy", values)
             return {"prompts": len(prompts), **self._facts(self.config)}

@@ -14,64 +14,39 @@ import torch
 from torch import nn
 
 from dcr.config import ModelConfig
-from dcr.data.files import cache_dir, content_key, sha256_of
-from dcr.errors import DCRError
+from dcr.data.files import cache_dir, content_key
 from dcr.run.store import environment
 
 TENSORS = "tensors.safetensors"
-KEPT = (".safetensors", ".json", ".jinja", ".model", ".txt")  # files that decide what a model says
 
 
 class Base:
     """The base model of a run, and what identifies it."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from dcr.lm.generate import inference_dtype
-        from dcr.lm.load import pick_device
+        from dcr.lm.load import pick_device, resolve_precision
 
         self.config, self.device = config, pick_device(config.device)
-        dtype = inference_dtype(config.precision, self.device)
-        self.precision = {torch.bfloat16: "bf16"}.get(dtype, "fp32")
+        self.precision = resolve_precision(config.precision, self.device)
 
     @cached_property
     def key(self) -> dict[str, Any]:
         """Checksums of the model's, tokenizer's and template's files (on the hub: the commit), precision, device."""
         from dcr import __version__
-        from dcr.lm import embedded
+        from dcr.lm.load import identity
 
-        source = embedded.ensure() if self.config.name == "embedded" else Path(self.config.name)
-        key: dict[str, Any] = {
+        return {
+            **identity(self.config.name, self.config.revision),
             "precision": self.precision,
             "device": self.device.partition(":")[0],
             "chat_template": self.config.chat_template,
             "layers_path": self.config.layers_path,
             "dcr": __version__,
         }
-        if not source.is_dir():
-            return {**key, "name": self.config.name, "commit": self.commit}
-        files = [p for p in sorted(source.iterdir()) if p.suffix in KEPT and p.stem != "receipt"]
-        return {**key, "files": {p.name: sha256_of(p) for p in files}}
-
-    @cached_property
-    def commit(self) -> str:
-        """The commit that a model on the hub stands for now ("" for a folder): a branch may move."""
-        if self.config.name == "embedded" or Path(self.config.name).is_dir():
-            return ""
-        from transformers import AutoConfig
-
-        from dcr.lm.load import explain_load_error
-
-        try:
-            config = AutoConfig.from_pretrained(
-                self.config.name, revision=self.config.revision or "main", trust_remote_code=False
-            )
-        except Exception as error:  # whatever the hub client raises
-            raise DCRError(explain_load_error(self.config.name, error)) from error
-        return config._commit_hash or self.config.revision
 
     def loaded(self) -> tuple[nn.Module, Any]:
         """(model, tokenizer), the same objects at every call in this process. Never write into them."""
-        return _loaded(content_key(self.key), self.config, self.commit)
+        return _loaded(content_key(self.key), self.config, self.key.get("commit", ""))
 
     def facts(self) -> dict[str, Any]:
         """What every manifest says about the model: identity, precision, device, a rendered prompt."""
@@ -87,6 +62,7 @@ def _loaded(key: str, config: ModelConfig, commit: str):
     return models.load(
         config.name,
         revision=commit or config.revision,
+        precision=config.precision,
         device=config.device,
         chat_template=config.chat_template,
     )
