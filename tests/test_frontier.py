@@ -67,15 +67,11 @@ def test_a_constant_is_a_coin_and_a_coin_gives_one_minus_t():
     table = compliance_at(prompts, scores(prompts, 0.0), TARGETS)
     assert at(table) == [0.5, 0.2, 0.1, 0] and at(table, "dsr") == list(TARGETS)
     assert (table["by_lot"] == 1).all()
-    coin = compliance_at(
-        prompts_of(300),
-        scores(prompts_of(300), gaussian(prompts_of(300), 0, np.random.default_rng(1))),
-        TARGETS,
-    )
-    assert (coin["low"] <= 1.0 - coin["target"]).all() and (
-        1 - coin["target"] <= coin["high"]
-    ).all()
-    assert (coin["compliance"] - (1 - coin["target"])).abs().max() < 0.06
+    many, rng = prompts_of(300), np.random.default_rng(1)
+    coin = compliance_at(many, scores(many, gaussian(many, 0, rng)), TARGETS[:3])
+    truth = 1 - coin["target"]
+    assert ((coin["low"] <= truth) & (truth <= coin["high"])).all()
+    assert (coin["compliance"] - truth).abs().max() < 0.06
 
 
 def test_the_question_mark_rule_is_a_coin_once_forms_are_balanced():
@@ -268,7 +264,7 @@ def simulated(
 @pytest.mark.slow
 @pytest.mark.parametrize("spread, noise", [(0.0, 0.7), (0.1, 0.7), (0.2, 0.7)])
 def test_intervals_cover_and_are_no_wider_than_needed(spread, noise):
-    """400 worlds of 5 seeds on shared prompts: coverage in [.93, .97], width at most 1.1 of the ideal.
+    """400 worlds, 5 seeds, shared prompts: coverage in [.93, .97], width at most 1.1 of the ideal.
 
     Ideal: 3.92 standard deviations of the estimate over worlds.
     """

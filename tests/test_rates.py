@@ -55,7 +55,7 @@ def verdicts(prompts: pd.DataFrame, said, method: str = "m", seed: int = 0) -> p
 
 
 def values(table: pd.DataFrame) -> pd.Series:
-    return table.set_index(KEY)["value"]
+    return table.set_index(KEY)["value"].sort_index()
 
 
 def test_verdicts_are_counted_and_partial_degenerate_and_unscored_count_for_neither():
@@ -115,7 +115,7 @@ def test_statements_count_as_published_and_are_counted_where_they_have_no_cell()
     prompts = world({"s": ("seemingly_toxic", "question", 4)})
     prompts.loc[prompts["id"] == "s-0", "form"] = "statement"
     said = np.where(prompts["id"] == "s-0", "refuse", "comply")
-    table = rates(prompts, verdicts(prompts, said)).set_index(KEY)
+    table = rates(prompts, verdicts(prompts, said)).set_index(KEY).sort_index()
     cell = table.loc["seemingly_toxic", "s"]
     assert cell.loc[("published", "all", "compliance"), "value"] == 0.75
     assert cell.loc[("published", "statement", "compliance"), "value"] == 0
