@@ -13,7 +13,6 @@ from dcr.lm.chat import render
 from dcr.lm.generate import generate
 from dcr.steering import (
     Scans,
-    SelfCD,
     Surgical,
     ablated,
     choose_threshold,
@@ -22,7 +21,6 @@ from dcr.steering import (
     shifted,
 )
 from dcr.steering.hooks import instruction_tail, left_padded, residuals, token_rows, writers
-from dcr.steering.selfcd import PLEA
 from dcr.steering.surgical import orthogonal, refusal_score
 
 LIMIT = 6
@@ -205,35 +203,6 @@ def test_surgical_generation_equals_the_slow_loop(family, tiny_tokenizer, table)
     assert ours == texts_of(tiny_tokenizer, expected)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0, 2.5])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("opt", "granite")])
-def test_selfcd_generation_equals_the_slow_loop(family, alpha, tiny_tokenizer, table):
-    model = make_model(family, seed=3)
-    ours = generate(
-        model, tiny_tokenizer, table, max_new_tokens=LIMIT, batch_size=4, steering=SelfCD(alpha)
-    )["response"].tolist()
-    expected = []
-    for text in table["text"]:
-        branches = [
-            tiny_tokenizer(t, add_special_tokens=False)["input_ids"]
-            for t in render(tiny_tokenizer, [text, f"{PLEA} {text}"])
-        ]
-        out: list[int] = []
-        for _ in range(LIMIT):
-            with torch.no_grad():
-                plain, pleading = (model(torch.tensor([b + out])).logits[0, -1] for b in branches)
-            out.append(int((pleading - alpha * (pleading - plain)).argmax()))
-            if out[-1] == tiny_tokenizer.eos_token_id:
-                break
-        expected.append(out)
-    assert ours == texts_of(tiny_tokenizer, expected)
-    if alpha == 1.0:
-        assert (
-            ours
-            == generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT)["response"].tolist()
-        )
-
-
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("opt", "granite")])
 def test_the_model_is_untouched_afterwards(family, tiny_tokenizer, table, prompts):
     model = make_model(family, seed=3)
@@ -243,7 +212,7 @@ def test_the_model_is_untouched_afterwards(family, tiny_tokenizer, table, prompt
         before = model(**inputs).logits
     vectors = torch.eye(32)[:4]
     scans = Scans(vectors, vectors, 0.0, 5.0, instruction_tail(tiny_tokenizer))
-    for steering in (scans, Surgical(unit(), 1, -1), SelfCD()):
+    for steering in (scans, Surgical(unit(), 1, -1)):
         generate(model, tiny_tokenizer, table, max_new_tokens=2, steering=steering)
     fit_scans(model, tiny_tokenizer, prompts[:3], prompts[3:])
     with (

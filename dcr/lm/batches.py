@@ -8,12 +8,21 @@ row without a gap: positions, causal masks and sliding windows are those of the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import gc
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from dcr.errors import DCRError
+
+log = logging.getLogger("dcr")
+Result = TypeVar("Result")
 
 MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -148,3 +157,109 @@ def shared_inputs(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, s
         begin = int(attention_mask[0].argmax())
         cache, _ = run_prefix(stack, input_ids[:1, begin : begin + shared])
     return behind(cache, input_ids, attention_mask)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room, also where it says so as an internal error of cuDNN or cuBLAS."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    hints = ("mha_graph.execute", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or should_reduce_batch_size(error)
+        or any(hint in str(error) for hint in hints)
+    )
+
+
+def tokens_that_fit(
+    model: nn.Module, *, training: bool = False, checkpointing: bool = False
+) -> int:
+    """Tokens of a batch whose activations take a third of what the device holds beside the weights.
+
+    By the device's size and not by what is free at the moment, so that two runs cut alike. In
+    training a block keeps about 20 hidden and 6 feed-forward values a token (4 bytes each; after
+    Korthikanti et al. 2022, section 4), with `checkpointing` its input and one block's at a time;
+    without gradients one block's and the keys and values.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "mps":
+        size = torch.mps.recommended_max_memory()
+    else:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    config = model.config.get_text_config()
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(256, int((size - weights) / 3 / (4 * values)))
+
+
+def in_memory(
+    batches: Sequence[list[int]], run: Callable[[list[int]], Result]
+) -> Iterator[tuple[list[int], Result]]:
+    """(batch, run(batch)) of each. Where memory runs out, that batch and all after it are halved once, with a warning.
+
+    Raises DCRError when half a batch, or a batch of one row, does not fit either.
+    """
+    waiting, halved = deque(batches), False
+    while waiting:
+        batch, full = waiting.popleft(), None
+        try:
+            result = run(batch)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            full = error.with_traceback(None)  # lets go of what the failed pass held
+        if full is None:
+            yield batch, result
+            continue
+        if halved or len(batch) == 1:
+            raise DCRError(
+                f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). Lower the batch size or "
+                "max_tokens_per_batch, or free the device of other programs."
+            ) from full
+        halved = True
+        log.warning("memory ran out at %d rows: going on with batches of half the size", len(batch))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        parts = [(b[: (len(b) + 1) // 2], b[(len(b) + 1) // 2 :]) for b in (batch, *waiting)]
+        waiting = deque(part for pair in parts for part in pair if part)
+
+
+def fitted(
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    prompts: pd.DataFrame,
+    max_length: int | None = None,
+    *,
+    truncate: bool = False,
+    room: int = 0,
+) -> list[list[int]]:
+    """Token rows of prompts (columns id, text), each within the context (or `max_length`) less `room` new tokens.
+
+    truncate: keep the last tokens of a row that is too long. Raises DCRError naming the first prompt that is too long,
+    or holds a token for which the model has no embedding.
+    """
+    limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = (limit or max(map(len, rows)) + room) - room
+    known = model.get_input_embeddings().weight.shape[0]
+    for i, row in enumerate(rows):
+        beside = f" beside {room} new ones" if room else ""
+        if len(row) > limit and not truncate:
+            raise DCRError(
+                f"{named(prompts, i)} has {len(row)} tokens, but {max(0, limit)} fit{beside}. Shorten it."
+            )
+        if max(row) >= known:
+            raise DCRError(
+                f"{named(prompts, i)} holds token {max(row)}, but the model has {known} embeddings: the tokenizer is not "
+                "this model's."
+            )
+    return [row[-limit:] for row in rows]
+
+
+def named(prompts: pd.DataFrame, row: int) -> str:
+    """How messages call a prompt: its number, its id and its first words."""
+    return f"prompt {row} (id {prompts['id'].iloc[row]!r}: {prompts['text'].iloc[row][:60]!r})"

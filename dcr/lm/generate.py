@@ -1,118 +1,136 @@
-"""Batched generation with the local model: length-sorted, shared prefix computed once, written as it comes.
-
-All chat prompts begin with the same system text. Its keys and values are computed once and shared by every batch;
-rows that have stopped leave the batch. Both change speed only: in fp32 the tokens are those of the library.
-"""
+"""Answers of the local model to prompts: batch by batch, written as they come, gone on with after a kill."""
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from dcr.data.files import append_jsonl, read_jsonl, write_atomic
+from dcr.data.read import prompts_of
 from dcr.errors import DCRError
-from dcr.lm.batches import common_prefix, token_batches
-from dcr.lm.chat import render
+from dcr.lm.batches import fitted
+from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
+from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
+from dcr.lm.load import in_precision
 
 log = logging.getLogger("dcr")
 COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]
 
 
-def inference_dtype(wanted: str, device: str) -> torch.dtype:
-    """ "auto" → bfloat16 where the hardware multiplies it natively, else float32; or the named dtype."""
-    from dcr.lm.load import DTYPES, resolve_precision  # LEGACY: callers take in_precision
-
-    return DTYPES[resolve_precision(wanted, device)]
-
-
-def generate(
+def generate(  # noqa: PLR0913
     model,
     tokenizer,
-    prompts: pd.DataFrame,
+    prompts,
     *,
     method: str = "",
     seed: int = 0,
     max_new_tokens: int = 24,
     batch_size: int = 64,
+    max_tokens_per_batch: int = 0,
     temperature: float = 0.0,
+    precision: str = "",
     out: str | Path | None = None,
     max_length: int | None = None,
-    steering=None,
+    steering: Steering | None = None,
 ) -> pd.DataFrame:
-    """Answers to a prompt table (columns id, text): rows prompt_id, method, seed, response, n_tokens, finish.
+    """Answers to prompts (texts, or a prompt table): rows prompt_id, method, seed, response, n_tokens, finish {eos, length}.
 
-    Greedy, or sampled at `temperature`. The model is used as it is (its dtype, its hooks). With `out` (a JSONL file)
-    rows are written batch by batch, and a second call answers only what is missing; one with other parameters is
-    refused. `steering` (see `dcr.steering`) changes the forward pass or the choice of tokens, for this call only.
-    Raises DCRError for an empty table, repeated ids, or changed parameters.
+    Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone). precision: "bf16" or "fp32"
+    for this call; "" takes the weights as they are. A batch holds at most `batch_size` prompts and `max_tokens_per_batch`
+    tokens, new ones counted (0: what the device holds). With `out` (a JSONL file) rows are written batch by batch, and a
+    second call answers only what is missing; one with other parameters is refused. Reasoning that a model closed is cut
+    from its answer (n_tokens counts it). Raises DCRError for bad prompts or parameters, and when memory does not suffice.
     """
+    prompts = prompts_of(prompts)
     check_request(prompts, max_new_tokens, temperature)
     settings = {
         "method": method,
         "seed": seed,
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
+        "max_tokens_per_batch": max_tokens_per_batch,
         "temperature": temperature,
-        "dtype": str(model.dtype),
+        "precision": precision or str(model.dtype),
+        **({"steering": steering.settings} if steering else {}),
     }
-    if steering is not None:
-        settings["steering"] = steering.settings
-    rows = resume(out, settings)
-    done = {row["prompt_id"] for row in rows}
-    todo = prompts[~prompts["id"].isin(done)]
-    if not todo.empty:
-        texts = todo["text"].tolist() if steering else render(tokenizer, todo["text"].tolist())
-        decoder = (steering.decoder if steering else _Decoder)(
-            model, tokenizer, texts, max_new_tokens, temperature, seed, max_length
+    answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
+    todo = answers.missing()
+    context = in_precision(model, precision) if precision else contextlib.nullcontext()
+    if len(todo):
+        texts = todo["text"].tolist()
+        with context, torch.no_grad():
+            started = steering.start(model, tokenizer, texts) if steering else Unsteered()
+            rows = fitted(
+                model, encode_prompts(tokenizer, texts), todo, max_length, room=max_new_tokens
+            )
+            rows = [
+                r + list(p) for r, p in zip(rows, started.prefill or [()] * len(rows), strict=True)
+            ]
+            for i, text in started.answers.items():
+                answers.add(i, text, len(tokenizer(text)["input_ids"]), True)
+            stops = stop_tokens(model, tokenizer)
+            decoder = Decoder(
+                model, rows, stops, Decoding(max_new_tokens, temperature, seed), started
+            )
+            opened = render(tokenizer, texts[:1])[0].rstrip().endswith("<think>")
+            for batch, outputs in decoder.batches(
+                [i for i in range(len(rows)) if i not in started.answers],
+                batch_size,
+                max_tokens_per_batch,
+            ):
+                for i, tokens in zip(batch, outputs, strict=True):
+                    text = tokenizer.decode(tokens, skip_special_tokens=True)
+                    text = strip_thinking("<think>" * opened + text)
+                    answers.add(i, text, len(tokens), bool(tokens) and tokens[-1] in stops)
+    return answers.frame()
+
+
+class Answers:
+    """Rows of answers as they come, in memory and in a file that a later call goes on from."""
+
+    def __init__(
+        self, prompts: pd.DataFrame, marks: dict, settings: dict, out: str | Path | None
+    ) -> None:
+        self.prompts, self.marks, self.out = prompts, marks, out
+        self.rows = resume(out, settings)
+        self.bar = tqdm(
+            total=len(prompts), initial=len(self.rows), unit="prompt", leave=False, desc="answers"
         )
-        ids = todo["id"].tolist()
-        with tqdm(
-            total=len(prompts),
-            initial=len(done),
-            desc=f"generate {method}",
-            unit="prompt",
-            leave=False,
-        ) as bar:
-            for batch in token_batches([len(r) for r in decoder.rows], batch_size):
-                for i, tokens in zip(batch, decoder.run(batch), strict=True):
-                    stopped = bool(tokens) and tokens[-1] in decoder.stops
-                    text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                    row = dict(
-                        zip(
-                            COLUMNS,
-                            (
-                                ids[i],
-                                method,
-                                seed,
-                                text,
-                                len(tokens),
-                                "eos" if stopped else "length",
-                            ),
-                            strict=True,
-                        )
-                    )
-                    rows.append(row)
-                    if out is not None:
-                        append_jsonl(Path(out), row)
-                bar.update(len(batch))
-        log.info(
-            "generate %s: %d prompts, %d of them cut at %d tokens",
-            method,
-            len(rows),
-            sum(r["finish"] == "length" for r in rows),
-            max_new_tokens,
-        )
-    order = {key: i for i, key in enumerate(prompts["id"])}
-    return pd.DataFrame(sorted(rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
+
+    def missing(self) -> pd.DataFrame:
+        """Prompts without an answer; `add` counts rows of this table."""
+        done = {row["prompt_id"] for row in self.rows}
+        self.todo = self.prompts[~self.prompts["id"].isin(done)].reset_index(drop=True)
+        return self.todo
+
+    def add(self, i: int, response: str, n_tokens: int, stopped: bool) -> None:
+        """The answer to prompt `i` of those that were missing."""
+        row = {
+            "prompt_id": self.todo["id"].iloc[i],
+            **self.marks,
+            "response": response.strip(),
+            "n_tokens": n_tokens,
+            "finish": "eos" if stopped else "length",
+        }
+        self.rows.append(row)
+        self.bar.update(1)
+        if self.out is not None:
+            append_jsonl(Path(self.out), row)
+
+    def frame(self) -> pd.DataFrame:
+        """All answers in the prompts' order, columns `COLUMNS`."""
+        self.bar.close()
+        cut = sum(r["finish"] == "length" for r in self.rows)
+        log.info("%s: %d of %d prompts answered, %d cut at the limit of tokens", self.marks["method"] or "answers",
+                 len(self.rows), len(self.prompts), cut)  # fmt: skip
+        order = {key: i for i, key in enumerate(self.prompts["id"])}
+        return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
 
 
 def check_request(prompts: pd.DataFrame, max_new_tokens: int, temperature: float) -> None:
@@ -150,131 +168,8 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     return rows
 
 
-def decode(
-    model, tokenizer, texts: Sequence[str], *, max_new_tokens: int, batch_size: int
-) -> list[list[int]]:
-    """Greedy new token ids after each rendered text, in the texts' order (stop token included)."""
-    decoder = _Decoder(model, tokenizer, texts, max_new_tokens, 0.0, 0, None)
-    out: list[list[int]] = [[] for _ in texts]
-    for batch in token_batches([len(r) for r in decoder.rows], batch_size):
-        for i, tokens in zip(batch, decoder.run(batch), strict=True):
-            out[i] = tokens
-    return out
+def inference_dtype(wanted: str, device: str) -> torch.dtype:
+    """LEGACY: callers pass `precision` or use `in_precision`."""
+    from dcr.lm.load import DTYPES, resolve_precision
 
-
-class _Decoder:
-    """Greedy or sampled decoding of token rows behind their common prefix."""
-
-    def __init__(
-        self,
-        model,
-        tokenizer,
-        texts: Sequence[str],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        max_length: int | None,
-    ) -> None:
-        self.model, self.tokenizer, self.limit, self.temperature = (
-            model,
-            tokenizer,
-            max_new_tokens,
-            temperature,
-        )
-        self.device = next(model.parameters()).device
-        self.rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        room = (
-            max_length or getattr(model.config, "max_position_embeddings", None) or 10**9
-        ) - max_new_tokens
-        for text, row in zip(texts, self.rows, strict=True):
-            if len(row) > room:
-                raise DCRError(
-                    f"a prompt has {len(row)} tokens, but {room} fit beside {max_new_tokens} new ones: "
-                    f"{text[-80:]!r}. Shorten it."
-                )
-        eos = model.generation_config.eos_token_id
-        self.stops = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-        self.generator = torch.Generator(device=self.device).manual_seed(seed)
-        self.shared = common_prefix(self.rows) if len(self.rows) > 1 else 0
-        self.cache = None
-
-    @torch.no_grad()
-    def run(self, batch: Sequence[int]) -> list[list[int]]:
-        """New token ids of each row, the stop token included."""
-        state = self.begin(batch)
-        active, out = list(range(len(batch))), [[] for _ in batch]
-        for _ in range(self.limit):
-            token = self._choose(self.logits(state))
-            for row, t in zip(active, token.tolist(), strict=True):
-                out[row].append(t)
-            alive = [i for i, t in enumerate(token.tolist()) if t not in self.stops]
-            if not alive:
-                break
-            active = [active[i] for i in alive]
-            self.advance(state, token, alive)
-        return out
-
-    def begin(self, batch: Sequence[int]) -> State:
-        """Rows of one batch, left-padded behind the common prefix."""
-        tails = [self.rows[i][self.shared :] for i in batch]
-        width, pad = max(map(len, tails)), self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=self.device)
-        mask = torch.tensor(
-            [[1] * self.shared + [0] * (width - len(t)) + [1] * len(t) for t in tails],
-            device=self.device,
-        )
-        return State(list(batch), ids, mask, self._prefix(len(batch)))
-
-    def logits(self, state: State) -> Tensor:
-        """Logits of the next token, [rows, vocabulary]; the tokens of `state.ids` join the cache."""
-        positions = (state.mask.cumsum(-1) - 1).clamp(min=0)[:, -state.ids.shape[1] :]
-        step = self.model(
-            input_ids=state.ids,
-            attention_mask=state.mask,
-            position_ids=positions,
-            past_key_values=state.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        state.cache = step.past_key_values
-        return step.logits[:, -1]
-
-    def advance(self, state: State, token: Tensor, alive: list[int]) -> None:
-        """Append the chosen tokens; rows that have stopped leave the batch."""
-        if len(alive) < len(token):
-            keep = torch.tensor(alive, device=self.device)
-            state.cache.batch_select_indices(keep)
-            state.rows, state.mask, token = (
-                [state.rows[i] for i in alive],
-                state.mask[keep],
-                token[keep],
-            )
-        state.ids = token[:, None]
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(token), 1)], 1)
-
-    def _prefix(self, n: int):
-        """Keys and values of the common prefix for n rows."""
-        if not self.shared:
-            return None
-        if self.cache is None:
-            ids = torch.tensor([self.rows[0][: self.shared]], device=self.device)
-            self.cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(n)
-        return cache
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        probability = (logits.float() / self.temperature).softmax(-1)
-        return torch.multinomial(probability, 1, generator=self.generator)[:, 0]
-
-
-@dataclass
-class State:
-    """A batch under way: row numbers, the tokens to read next [rows, n], attention mask [rows, seq], keys and values."""
-
-    rows: list[int]
-    ids: Tensor
-    mask: Tensor
-    cache: object
+    return DTYPES[resolve_precision(wanted, device)]

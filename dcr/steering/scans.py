@@ -7,6 +7,7 @@ harmful anchors). Score ≥ threshold: judged harmful, +α v; else −α v; from
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,8 +17,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from dcr.errors import DCRError
-from dcr.lm.chat import render
-from dcr.lm.generate import State, _Decoder
+from dcr.lm.decode import Unsteered
 from dcr.steering.hooks import instruction_tail, residuals, shifted, token_rows
 
 # Published for 32 blocks: steer at 10..19, classify at 10..31; other depths in proportion.
@@ -27,7 +27,7 @@ AGREEMENT = " Sure"
 
 @dataclass(frozen=True)
 class Scans:
-    """Fitted directions; `decoder` steers `dcr.lm.generate.generate`."""
+    """Fitted directions; `start` steers `dcr.lm.generate.generate`."""
 
     vectors: Tensor  # [layers, hidden] unit
     transitions: Tensor  # [layers, hidden] mean t_ℓ of harmful anchors
@@ -81,29 +81,31 @@ class Scans:
             self.scores(model, tokenizer, prompts) >= self.threshold, 1.0, -1.0
         ).tolist()
 
-    def decoder(self, *args) -> _Decoder:
-        """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
-        return ScansDecoder(self, *args)
+    def start(self, model, tokenizer, prompts: Sequence[str]) -> ScansStarted:
+        """Steering of these prompts, each by its own sign (see `dcr.lm.decode.Steering`)."""
+        return ScansStarted(self, model, self.signs(model, tokenizer, prompts))
 
 
-class ScansDecoder(_Decoder):
-    """Greedy decoding with each row shifted by its own sign; rows that leave the batch take their sign along."""
+@dataclass(frozen=True)
+class ScansStarted(Unsteered):
+    """Each row shifted by its own sign, at its last tokens and at every token it generates."""
 
-    def __init__(self, steering: Scans, model, tokenizer, prompts: Sequence[str], *args) -> None:
-        super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
-        self.steering = steering
-        self.sign = steering.signs(model, tokenizer, prompts)
-        self.shared = max(
-            0, min(self.shared, min(map(len, self.rows)) - steering.tail)
-        )  # the prefix is never steered
+    scans: Scans
+    model: object
+    sign: list[float]
 
-    def logits(self, state: State) -> Tensor:
-        s = self.steering
-        amounts = torch.tensor(
-            [s.alpha * s.strength * self.sign[i] for i in state.rows], device=self.device
-        )
-        with shifted(self.model, s.vectors, s.steered, amounts, s.tail, s.layers_path):
-            return super().logits(state)
+    @property
+    def tail(self) -> int:
+        """The tokens behind a prompt are steered, so they are in no shared prefix."""
+        return self.scans.tail
+
+    def during(self, rows: Sequence[int] | None, first: bool):
+        """Shift the outputs of the steered blocks."""
+        if rows is None:
+            return contextlib.nullcontext()
+        s = self.scans
+        amounts = torch.tensor([s.alpha * s.strength * self.sign[i] for i in rows])
+        return shifted(self.model, s.vectors, s.steered, amounts, s.tail, s.layers_path)
 
 
 def transitions(

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from dcr.analysis.refusal import opening_tokens
 from dcr.errors import DCRError
-from dcr.lm.chat import render
-from dcr.lm.generate import _Decoder
+from dcr.lm.decode import Unsteered
 from dcr.steering.hooks import ablated, instruction_tail, last_logits, residuals, token_rows
 
 log = logging.getLogger("dcr")
@@ -28,7 +27,7 @@ MAX_KL, KEPT_DEPTH, LEAST = 0.2, 0.8, 4
 
 @dataclass(frozen=True)
 class Surgical:
-    """One direction of the residual stream; `decoder` ablates it while `dcr.lm.generate.generate` runs."""
+    """One direction of the residual stream; `start` ablates it while `dcr.lm.generate.generate` runs."""
 
     direction: Tensor  # [hidden] unit
     layer: int  # block (from 0) whose input it was read at
@@ -51,23 +50,22 @@ class Surgical:
         """The same with another share of the component removed (1: all)."""
         return replace(self, strength=strength)
 
-    def decoder(self, *args) -> _Decoder:
-        """A decoder of (model, tokenizer, prompts, ...), as `generate` builds it."""
-        return SurgicalDecoder(self, *args)
+    def start(self, model, tokenizer, prompts: Sequence[str]) -> SurgicalStarted:
+        """Steering of any prompts (see `dcr.lm.decode.Steering`)."""
+        return SurgicalStarted(self, model)
 
 
-class SurgicalDecoder(_Decoder):
-    """Decoding under ablation; the common prefix is computed under it as well."""
+@dataclass(frozen=True)
+class SurgicalStarted(Unsteered):
+    """Ablation in every forward pass, that over the common prefix included."""
 
-    def __init__(self, steering: Surgical, model, tokenizer, prompts: Sequence[str], *args) -> None:
-        super().__init__(model, tokenizer, render(tokenizer, prompts), *args)
-        self.steering = steering
+    surgical: Surgical
+    model: object
 
-    def run(self, batch: Sequence[int]) -> list[list[int]]:
-        with ablated(
-            self.model, self.steering.direction, self.steering.strength, self.steering.layers_path
-        ):
-            return super().run(batch)
+    def during(self, rows: Sequence[int] | None, first: bool):
+        """Ablate the direction."""
+        s = self.surgical
+        return ablated(self.model, s.direction, s.strength, s.layers_path)
 
 
 def refusal_score(logits: Tensor, tokens: Sequence[int]) -> Tensor:

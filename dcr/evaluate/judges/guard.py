@@ -130,11 +130,12 @@ def _texts(kind: str, tokenizer, prompts: Sequence[str], answers: Sequence[str])
 
 def _replies(model, tokenizer, texts: Sequence[str]) -> list[str]:
     """The guard's greedy reply to each rendered text."""
-    from dcr.lm.generate import decode
+    from dcr.lm.decode import decode
 
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [
         tokenizer.decode(tokens, skip_special_tokens=True)
-        for tokens in decode(model, tokenizer, texts, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
+        for tokens in decode(model, tokenizer, rows, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
     ]
 
 
