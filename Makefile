@@ -20,10 +20,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: $(STAMP)
 	@$(BIN)/dcr model
-	@for seed in $(SEEDS); do \
-	  if [ "$(words $(SEEDS))" -gt 1 ]; then dir="$(if $(RUN_DIR),$(RUN_DIR),runs/$(PROFILE))/seed-$$seed"; else dir="$(if $(RUN_DIR),$(RUN_DIR),runs/$(PROFILE))"; fi; \
-	  TQDM_MININTERVAL=5 $(BIN)/dcr reproduce --profile $(PROFILE) --seed $$seed --run-dir "$$dir" || exit 1; \
-	done
+	@TQDM_MININTERVAL=5 $(BIN)/dcr reproduce --profile $(PROFILE) --seeds "$(SEEDS)" --run-dir "$(RUN_DIR)"
 
 test: $(STAMP)
 	@$(BIN)/dcr model
@@ -33,12 +30,11 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 
-# Execute the committed notebooks again on `quick`, in place, from an empty run directory.
+# Execute the committed notebooks again on their default profile, in place; keep outputs and cell ids only.
 notebooks: $(STAMP)
-	rm -rf runs/quick
 	cd notebooks && for n in 0*.ipynb; do \
 	  TQDM_DISABLE=1 ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$n || exit 1; done
-	$(BIN)/python -m dcr.notebook_files notebooks/0*.ipynb
+	$(BIN)/nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill cell.metadata.execution" notebooks/0*.ipynb
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks

@@ -88,7 +88,8 @@ def figures_command(
     """Draw every figure of a run from its tables alone."""
     from dcr.book.report import draw
 
-    draw(run, out)
+    for name, why in draw(run, out).items():
+        typer.echo(f"not drawn: {name} ({why})")
     typer.echo(f"Figures: {out}")
 
 

@@ -1,398 +1,231 @@
-"""A run directory of made-up tables, so that figures, tables and report are tested without a model."""
+"""A run directory of made-up tables: figures, tables and report are tested without a model.
+
+Every registered figure has its frame here; the columns are those of the table functions.
+"""
 
 from __future__ import annotations
 
-import atexit
 import functools
+import itertools
 import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-SETS = (
-    ("oktest", "seemingly_toxic", 0.98),
-    ("coconot", "seemingly_toxic", 0.8),
-    ("i-alpaca", "general", 0.1),
-    ("advbench", "toxic", 0.0),
-    ("q-harm", "toxic", 1.0),
-)
-METHODS = ("base", "STL", "DCR", "question-mark")
-STEPS = (0, 2, 8)
+METHODS = ("base", "STL", "DCR", "DCR-sham", "Gate", "question-mark")
+TRAINED = ("STL", "DCR")
+CLASSES = ("toxic", "seemingly_toxic", "general")
+FORMS = ("question", "imperative")
+SETS = (("oktest", "seemingly_toxic", 0.98), ("or-80k", "seemingly_toxic", 0.6))
+SETS += (("advbench", "toxic", 0.0), ("q-harm", "toxic", 1.0))
+STEPS = (0, 1, 4, 16, 64)
+SCREEN = ("cross_similarity", "probe_auroc", "general_drift", "compliance", "dsr", "refusal_auroc")
 
 
-def metric_rows(
-    profile: str = "p",
-    seed: int = 0,
-    step: int = -1,
-    methods: tuple[str, ...] = METHODS,
-    strength: float = 1.0,
-) -> pd.DataFrame:
-    """Metric rows of made-up rates: DCR complies more than STL by 0.1, toxic sets are refused at 0.5 and more."""
-    rows = []
-    for method in methods:
-        for name, label, questions in SETS:
-            n = {
-                "all": 50,
-                "question": round(50 * questions),
-                "imperative": 50 - round(50 * questions),
-            }
-            rate = (
-                strength
-                * (
-                    (0.7 if label == "toxic" else 0.4)
-                    - (0.1 if method == "DCR" and label != "toxic" else 0)
-                )
-                + 0.01 * seed
-            )
-            rate = 0.05 if method == "base" else rate
-            for form in ("all", "question", "imperative", "balanced"):
-                if form == "balanced" and min(n.values()) == 0 or n.get(form, 1) == 0:
-                    continue
-                for metric in ("dsr" if label == "toxic" else "compliance", "refusal_rate"):
-                    value = 1 - rate if metric == "compliance" else rate
-                    rows.append(
-                        {
-                            "profile": profile,
-                            "method": method,
-                            "seed": seed,
-                            "judge": "phrases",
-                            "benchmark": name,
-                            "metric": metric,
-                            "form": form,
-                            "value": value,
-                            "low": value - 0.05,
-                            "high": value + 0.05,
-                            "n": n.get(form, 50),
-                            "step": step,
-                            "in_distribution": name == "coconot" and method == "DCR",
-                        }
-                    )
-    return pd.DataFrame(rows)
+def rows(columns: str, *values) -> pd.DataFrame:
+    """Every combination of the values, one iterable a column; a tuple fills several columns."""
+    flat = [
+        [v for part in row for v in (part if isinstance(part, tuple) else (part,))]
+        for row in itertools.product(*values)
+    ]
+    return pd.DataFrame(flat, columns=columns.split())
 
 
-def tables(seed: int = 0, profile: str = "p") -> dict[str, pd.DataFrame]:
-    """One table of each kind that figures read."""
-    trained, classes = ("STL", "DCR"), ("toxic", "seemingly_toxic", "general")
-    rng = np.random.default_rng(seed)
-    pairings = ("sources (paper)", "matched pairs")
-    layers = pd.DataFrame(
-        [
-            {"layer": layer, "auroc": 0.6 + layer / 100, "low": 0.5, "high": 0.8, "pairing": p}
-            for p in pairings
-            for layer in (1, 10, 20)
-        ]
-    )
+def valued(frame: pd.DataFrame, name: str = "value", base: float = 0.3, **more) -> pd.DataFrame:
+    """The frame with values that rise with the row, and intervals of ± 0.05 around them."""
+    value = base + 0.4 * np.arange(len(frame)) / max(1, len(frame))
+    ends = {"low": value - 0.05, "high": value + 0.05}
+    return frame.assign(**{name: value}, **ends, **{"n": 50, "seeds": 2} | more)
+
+
+def renamed(frame: pd.DataFrame, prefix: str) -> pd.DataFrame:
+    """Intervals that carry their value's name."""
+    return frame.rename(columns={"low": f"{prefix}_low", "high": f"{prefix}_high"})
+
+
+def points(prompts: int = 8) -> list[tuple]:
+    """x, y, label and form of prompts on a map."""
+    return [(i * 0.7 % 3, i * 1.3 % 2, CLASSES[i % 3], FORMS[i % 2]) for i in range(prompts)]
+
+
+@functools.cache
+def _tables() -> dict[str, pd.DataFrame]:
+    pairings, layers = ("sources (paper)", "matched pairs"), (1, 10, 20)
+    cells = tuple(itertools.product(FORMS, FORMS))
+    equal = [("balanced", "balanced")]
+    plane = valued(rows("forms method step", ["published", "equal"], METHODS, [-1, 0, 16]), "dsr")
+    plane = renamed(plane, "dsr").assign(nominal=lambda t: t["step"] == -1)
+    plane = renamed(valued(plane, "compliance", 0.5), "compliance")
+    frontier = valued(rows("target method", (0.8, 0.9), METHODS), "dsr", 0.6)
+    surface = rows("pairing reader layer", pairings, ["question-mark", "tf-idf"], [-1])
+    probe = valued(rows("pairing reader layer", pairings, ["probe"], layers), "auroc")
+    grid = rows("cell status seed", [("layer=0.5", "done"), ("loss=nt", "failed")], [0, 1])
+    grid = pd.concat([grid, grid.replace({"layer=0.5": "layer=0.7"}).query("status == 'done'")])
+    grid = grid.assign(**{m: 0.4 + 0.1 * grid["seed"] for m in SCREEN}, method="DCR")
+    grid.loc[grid["status"] == "failed", list(SCREEN)] = np.nan
+    by_class = rows("method label step", TRAINED, CLASSES, STEPS)
+    models = [("base", "base"), ("DCR", "refined")]
+    kernel = rows("method stage class_a class_b", models[:0] or models, CLASSES, CLASSES)
+    named = {"low": "normalised_low", "high": "normalised_high"}
+    pairs = rows("method stage pair i", models, ["toxic / toxic", "toxic / general"], range(6))
+    differ = "method against label benchmark"
+    table1 = rows("method column", METHODS, ["compliance ↑, as published", "DSR ↑, forms equal"])
     return {
-        "metrics": metric_rows(profile, seed),
-        "curves": pd.concat(
-            [metric_rows(profile, seed, s, trained, s / 8) for s in STEPS], ignore_index=True
-        ).assign(strength=np.nan),
-        "question_shares": pd.DataFrame(
-            [{"set": s, "label": label, "question_share": q, "n": 50} for s, label, q in SETS]
+        "question_shares": pd.DataFrame(SETS, columns=["set", "label", "question_share"]).assign(
+            n=50, use="test"
         ),
-        "separability_probe_base": layers,
-        "separability_surface_base": pd.DataFrame(
-            [{"baseline": "length", "auroc": 0.55, "pairing": p} for p in pairings]
+        "separability": pd.concat([probe, surface.assign(auroc=0.55)], ignore_index=True),
+        "transfer": valued(rows("pairing tested_on layer", pairings, ["a", "b"], layers), "auroc"),
+        "probe_cells": valued(
+            rows("pairing layer toxic_form harmless_form", pairings, [20], cells), "auroc"
         ),
-        "separability_transfer_base": layers.assign(tested_on="matched pairs, forms swapped"),
-        "refinement_DCR": pd.DataFrame(
+        "source_shortcut": valued(
+            rows(
+                "pairing source toxic_form harmless_form",
+                pairings,
+                ["mean", "oktest", "or-80k"],
+                [*cells, *equal],
+            ),
+            "auroc",
+        ),
+        "map": rows("pairing layer x y label form", pairings, [20], points()),
+        "kernel": valued(kernel, "normalised").rename(columns=named),
+        "proposition": pairs.assign(
+            bilinear=lambda t: 2.0 ** t["i"], kernel=lambda t: 3.0 ** t["i"], layer=20
+        ).assign(spearman=0.4, low=0.1, high=0.6, constant=9.0),
+        "overview": pd.DataFrame(
             {
-                "step": [0, 5],
-                "cross_similarity": [0.9, 0.1],
-                "within_similarity": [0.9, 0.8],
-                "probe_auroc": [0.6, 0.9],
-                "method": "DCR",
+                "stage": ["refine", "align"],
+                "blocks": 8,
+                "trained": [6, 8],
+                "layer": [6, 8],
+                "loss": ["Circle loss", "next-token loss"],
+                "prompts": ["toxic and seemingly toxic", "general, toxic"],
             }
         ),
-        "losses": pd.DataFrame(
-            [
-                {
-                    "step": s,
-                    "loss": 2.0 / s,
-                    "method": m,
-                    "stage": g,
-                    "seconds": 1.0 * s,
-                    "tokens": 10 * s + seed,
-                }
-                for m in trained
-                for g in ("align", "refine")[: 1 + (m == "DCR")]
-                for s in (1, 2, 3)
-            ]
+        "refinement": rows("method seed step", TRAINED, [0, 1], STEPS).assign(
+            cross_similarity=lambda t: 0.9 - t["step"] / 100 - 0.1 * t["seed"],
+            within_similarity=0.8,
+            probe_auroc=0.7,
         ),
-        "trajectory_rejection": pd.DataFrame(
-            [
-                {
-                    "id": f"{c}{i}",
-                    "step": s,
-                    "label": c,
-                    "form": "question",
-                    "method": m,
-                    "probability": float(rng.uniform(0, (1 + s) / 10)),
-                }
-                for m in trained
-                for s in STEPS
-                for c in classes
-                for i in range(4)
-            ]
+        "similarity": valued(
+            rows(
+                "method measure when", TRAINED, ["cross_similarity", "kernel"], ["before", "after"]
+            )
         ),
-        "trajectory_kernel": pd.DataFrame(
-            [
-                {
-                    "step": s,
-                    "class_a": "toxic",
-                    "class_b": "seemingly_toxic",
-                    "normalised": 0.8 - 0.2 * (m == "DCR"),
-                    "normalised_low": 0.5,
-                    "normalised_high": 0.9,
-                    "method": m,
-                }
-                for m in trained
-                for s in STEPS
-            ]
+        "refinement_maps": rows(
+            "method when x y label form", ["DCR"], ["before", "after"], points()
         ),
-        "paired": pd.DataFrame(
-            [
-                {
-                    "prompts": label,
-                    "benchmark": b,
-                    "metric": "dsr" if label == "toxic" else "compliance",
-                    "method": m,
-                    "difference": 0.1,
-                    "low": 0.0,
-                    "high": 0.2,
-                    "p": 0.1,
-                    "p_holm": 0.2,
-                    "n": 50,
-                }
-                for b, label, _ in (*SETS, ("all", "toxic", 0))
-                for m in METHODS
-                if m != "STL"
-            ]
+        "refinement_drift": rows("method label layer", ["DCR"], CLASSES, layers).assign(
+            drift=lambda t: t["layer"] / 100, refined_at=10
         ),
-        "categories": pd.DataFrame(
-            [
-                {
-                    "profile": profile,
-                    "method": m,
-                    "label": c,
-                    "benchmark": "oktest",
-                    "category": k,
-                    "value": 0.5,
-                    "low": 0.4,
-                    "high": 0.6,
-                    "n": 10,
-                }
-                for m in METHODS
-                for c in classes
-                for k in ("privacy", "weapons & tools")
-            ]
+        "losses": rows(
+            "method stage seed step", TRAINED, ["align", "refine"], [0, 1], [1, 2, 3]
+        ).assign(loss=lambda t: 2 / t["step"] + t["seed"]),
+        "refusal_rates": valued(by_class),
+        "refusal_probability": valued(by_class, seeds=1),
+        "kernel_trajectory": valued(rows("method step", TRAINED, STEPS), "normalised").rename(
+            columns=named
         ),
-        "judge_calibration": pd.DataFrame(
-            [
-                {
-                    "judge": j,
-                    "model": m,
-                    "tokens": t,
-                    "half": "all",
-                    "kappa": 0.7,
-                    "low": 0.6,
-                    "high": 0.8,
-                }
-                for j in ("annotators", "phrases", "learned")
-                for m in ("gpt4", "llama2new")
-                for t in (0, 24)
-                if t == 0 or j != "annotators"
-            ]
+        "same_rows": rows("method other", TRAINED, TRAINED).assign(share=1.0, shared=40, n=40),
+        "plane": plane,
+        "frontier": valued(renamed(frontier, "dsr"), "compliance"),
+        "frontier_differences": valued(
+            rows(
+                "method against measure target",
+                ["DCR", "Gate"],
+                ["STL"],
+                [("compliance", 0.8), ("compliance", 0.9), ("auroc", np.nan)],
+            ),
+            "difference",
+            -0.2,
+            p_holm=[0.01, 0.2, 0.03, 0.04, 0.9, 1.0],
         ),
-        "cost": pd.DataFrame(
-            [
-                {"name": m, "kind": k, "seconds": 10.0, "peak_memory_mib": 900.0}
-                for m in trained
-                for k in ("align", "generate")
-            ]
+        "paired": valued(
+            rows(differ, ["DCR", "Gate"], ["STL"], [(c, b) for b, c, _ in SETS]), "difference", -0.2
+        ).assign(version="published", form="all", p_holm=0.04),
+        "auroc_by_source": valued(
+            rows(
+                "method source toxic_form harmless_form",
+                METHODS,
+                ["mean", "oktest", "or-80k"],
+                [*cells, *equal],
+            ),
+            "auroc",
         ),
-        "capabilities": pd.DataFrame(
-            [
-                {
-                    "method": m,
-                    "task": t,
-                    "metric": k,
-                    "value": 0.3 + 0.1 * (m == "DCR"),
-                    "low": 0.2,
-                    "high": 0.6,
-                    "change": 0.1,
-                    "change_low": -0.1,
-                    "change_high": 0.2,
-                    "n": 100,
-                }
-                for m in trained
-                for t, k in (
-                    ("piqa", "acc"),
-                    ("arc_easy", "acc"),
-                    ("held-out answers", "perplexity"),
-                )
-            ]
+        "gap": valued(
+            rows("method reader stage", METHODS, ["refusal", "probe"], ["aligned"]), "auroc"
         ),
-        "ablations": pd.DataFrame(
-            [
-                {
-                    "profile": profile,
-                    "cell": c,
-                    "method": "DCR",
-                    "seed": seed,
-                    "cross_similarity": 0.2 + 0.1 * i,
-                    "status": "failed" if c == "loss=nt" else "done",
-                    "probe_auroc": 0.6 + 0.02 * i,
-                    "general_drift": 0.1,
-                    "harm_auroc": 0.8 - 0.1 * i,
-                    "mean_auroc": 0.6,
-                    "dsr": 0.5 + 0.1 * i,
-                    "compliance": 0.8 - 0.1 * i,
-                    "refusal_auroc": 0.7 + 0.05 * seed,
-                }
-                for i, c in enumerate(("layer=0.5", "layer=0.75", "loss=nt"))
-            ]
+        "rates_by_form": valued(
+            rows("method benchmark label question_share form", METHODS, SETS, FORMS)
         ),
-        "bias_sweep": pd.DataFrame(
-            [
-                {
-                    "profile": profile,
-                    "method": m,
-                    "bias": b,
-                    "dsr": 0.5 + 0.1 * b,
-                    "compliance": 0.6 - 0.1 * b,
-                }
-                for m in trained
-                for b in (-2.0, 0.0, 2.0)
-            ]
+        "template_effect": valued(
+            rows("method label form", METHODS, CLASSES[:2], FORMS), "difference", -0.2
         ),
-        "matched_safety": pd.DataFrame(
-            [
-                {
-                    "method": m,
-                    "quantity": "compliance",
-                    "target": t,
-                    "compliance": 1.2 - t,
-                    "low": 0.2,
-                    "high": 0.6,
-                    "reason": "",
-                }
-                for m in trained
-                for t in (0.8, 0.85)
-            ]
+        "categories": valued(
+            rows(
+                "method label benchmark category", METHODS, CLASSES[:2], ["s"], ["privacy", "w & t"]
+            )
         ),
-        "sweep_search": pd.DataFrame(
-            [
-                {
-                    "profile": profile,
-                    "cell": f"{m}: some",
-                    "method": m,
-                    "seed": seed,
-                    "cross_similarity": 0.5,
-                    "status": "done",
-                    "probe_auroc": 0.6,
-                    "general_drift": 0.1,
-                    "dsr": 0.5,
-                    "compliance": 0.7,
-                    "refusal_auroc": 0.6,
-                }
-                for m in trained
-            ]
+        "robustness": valued(
+            rows("method label wrapper", METHODS, CLASSES[:2], ["plain", "polite"])
         ),
-        "outcomes": _outcomes(profile, seed, trained),
-        "scores": _scores(profile, seed, trained),
-        "quality": pd.DataFrame(
-            [
-                {
-                    "method": "DCR",
-                    "prompts": "seemingly_toxic",
-                    "measure": "win rate against STL",
-                    "value": 0.55,
-                    "low": 0.45,
-                    "high": 0.65,
-                    "n": 100,
-                }
-            ]
+        "ability": valued(
+            rows(
+                "method task metric", TRAINED, [("piqa", "acc"), ("held-out answers", "perplexity")]
+            ),
+            "change",
+        )
+        .rename(columns={"low": "change_low", "high": "change_high"})
+        .assign(against="base"),
+        "judge_calibration": valued(
+            rows(
+                "judge model tokens half",
+                ["cues", "annotators"],
+                ["gpt4", "llama2"],
+                [0, 24],
+                ["all"],
+            ),
+            "kappa",
+        ),
+        "cost": rows("method kind seed", TRAINED, ["align", "generate"], [0, 1]).assign(
+            seconds=lambda t: 10.0 + t.index, peak_memory_mib=900.0
+        ),
+        "ablations": grid.reset_index(drop=True),
+        "search": grid.reset_index(drop=True).assign(method="STL"),
+        "table1": valued(table1).assign(best=lambda t: t["value"] > 0.6, mark="†"),
+        "claims": valued(
+            rows(
+                "claim reading",
+                ["DCR complies more than STL", "DCR is as safe as STL"],
+                ["as published", "forms equal", "sources controlled"],
+            ),
+            base=0.1,
+            where="notebook 04, table plane",
         ),
     }
 
 
-def _outcomes(profile: str, seed: int, methods: tuple[str, ...]) -> pd.DataFrame:
-    """Curves from complying with all to refusing nearly all; DCR keeps more harmless prompts, and STL never gets to DSR 0.8."""
-    rows = pd.DataFrame(
-        [
-            {
-                "id": f"{name}-{form}-{i}",
-                "label": label,
-                "form": form,
-                "benchmark": name,
-                "source": name,
-                "profile": profile,
-                "seed": seed,
-                "rank": i / 20,
-            }
-            for name, label, _ in SETS
-            if label != "general"
-            for form in ("question", "imperative")
-            for i in range(20)
-        ]
-    )
-    toxic = rows["label"] == "toxic"
-    for method, reach, kept in zip(methods, (0.7, 0.9), (0.4, 0.6), strict=True):
-        rows[f"{method}@0"] = (~toxic).astype(int)
-        rows[f"{method}@8"] = np.where(toxic, rows["rank"] < reach, rows["rank"] < kept).astype(int)
-    return rows.drop(columns="rank")
+def tables() -> dict[str, pd.DataFrame]:
+    """{name: frame}, copies to do with as one likes."""
+    return {name: frame.copy() for name, frame in _tables().items()}
 
 
-def _scores(profile: str, seed: int, methods: tuple[str, ...]) -> pd.DataFrame:
-    """Scores that tell harm by chance (STL), mostly (DCR) and always (a probe on the base model)."""
-    rows, rng = _outcomes(profile, seed, methods).iloc[:, :7], np.random.default_rng(seed)
-    toxic = (rows["label"] == "toxic").to_numpy()
-    return rows.assign(
-        **{
-            "refusal@STL": rng.random(len(rows)),
-            "refusal@DCR": rng.random(len(rows)) + 0.5 * toxic,
-            "probe@base": toxic + 0.9 * rng.random(len(rows)),
-            "means@base": rng.random(len(rows)) + 0.2 * toxic,
-        }
-    )
+SMALL = (
+    *("question_shares", "refinement_drift", "kernel_trajectory", "same_rows", "plane", "frontier"),
+    *("gap", "ability", "cost", "auroc_by_source", "table1", "claims"),
+)
 
 
-def write_run(root: Path, seeds: int = 1, profile: str = "p") -> Path:
-    """A run directory with every table; with several seeds, a folder of seed-*/ as `make reproduce SEEDS=` leaves it."""
-    for seed in range(seeds):
-        run = root / f"seed-{seed}" if seeds > 1 else root
-        (run / "tables").mkdir(parents=True)
-        for name, table in tables(seed, profile).items():
-            table.to_csv(run / "tables" / f"{name}.csv", index=False)
-        (run / "manifest.json").write_text(
-            json.dumps(
-                {
-                    "config": {"profile": profile, "seed": seed, "model": {"name": "embedded"}},
-                    "methods": list(METHODS),
-                }
-            )
-        )
+def write_run(root: Path, names: tuple[str, ...] = SMALL) -> Path:
+    """A run directory with some tables, a manifest and an executed notebook."""
+    (root / "tables").mkdir(parents=True)
+    (root / "notebooks").mkdir()
+    for name in names:
+        tables()[name].to_csv(root / "tables" / f"{name}.csv", index=False)
+    config = {"profile": "embedded", "model": {"name": "<i>embedded</i>"}}
+    manifest = {"config": config, "methods": [*METHODS], "seeds": [0, 1]}
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "notebooks" / "01_representations.ipynb").write_text("{}")
     return root
-
-
-@functools.cache
-def drawn() -> tuple[Path, dict, dict]:
-    """(run directory, figures, missing) of a run with every table, drawn once for all tests; read it, don't change it."""
-    from dcr.book.figures import draw_all, draw_tables
-
-    root = Path(tempfile.mkdtemp(prefix="dcr-fake-run-"))
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    run = write_run(root / "run")
-    figures, missing = draw_all(run / "tables", run / "figures")
-    found = tables()
-    draw_tables(found["metrics"].replace("STL", "<b>STL</b>"), run / "tables", found)
-    return run, figures, missing
-
-
-def copy_of_drawn(target: Path) -> Path:
-    """The drawn run once more, to change."""
-    return Path(shutil.copytree(drawn()[0], target))

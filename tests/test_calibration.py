@@ -12,7 +12,6 @@ from test_judges import people
 
 from dcr.errors import DCRError
 from dcr.evaluate.judges import calibration, learned
-from dcr.plots.judges import calibration as figure
 
 
 def test_agreement_is_scikit_learns_with_partials_apart():
@@ -45,7 +44,6 @@ def test_a_model_is_never_judged_by_a_classifier_that_saw_it(monkeypatch):
         "kappa"
     ]
     assert whole["annotators", "m1"] == 1.0 and whole["phrases", "m1"] == 1.0
-    assert len(figure(table.assign(tokens=table["tokens"])).axes) == 2
 
 
 def test_cuts_keep_the_first_words():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dcr.analysis.proposition import bound_check, bound_pairs
 from dcr.errors import DCRError
-from dcr.plots import proposition
 
 LABELS = np.array(["toxic", "seemingly_toxic", "general"] * 6)
 
@@ -49,27 +46,3 @@ def test_a_reversed_relation_is_said():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(DCRError, match="18 states, kernel"):
         bound_pairs(states(), np.ones((4, 4)), LABELS)
-
-
-def test_numbers_of_a_narrow_axis_do_not_overlap():
-    rng = np.random.default_rng(0)
-    pairs = pd.DataFrame(
-        {
-            "bilinear": np.linspace(31_900, 47_600, 40),
-            "kernel": rng.uniform(2e4, 6e5, 40),
-            "pair": "toxic / toxic",
-            "layer": 22,
-        }
-    )
-    found = {"spearman": 0.1, "low": -0.2, "high": 0.4, "constant": 20.0}
-    checks = pd.DataFrame([{"model": m, **found} for m in ("base", "DCR after stage 1")])
-    figure = proposition(pd.concat([pairs.assign(model=m) for m in checks["model"]]), checks)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    labels = [
-        t
-        for t in (*figure.axes[0].get_xticklabels(), *figure.axes[0].get_xticklabels(minor=True))
-        if t.get_text()
-    ]
-    boxes = sorted((t.get_window_extent(canvas.get_renderer()) for t in labels), key=lambda b: b.x0)
-    assert len(boxes) >= 2 and all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))

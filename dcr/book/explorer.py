@@ -1,213 +1,160 @@
-"""Small explorers for JupyterLab (ipywidgets): a map of prompts by layer, and the answers of a run by method and category.
+"""Explorers for JupyterLab (ipywidgets): type a prompt and see how it is read; look at answers.
 
-Each shows a static table as well, which stays where widgets do not run (GitHub, a reopened notebook without a kernel).
-Prompts are escaped; toxic ones are blurred until clicked, and no answer to a toxic prompt is kept or shown.
+All text is escaped; toxic prompts are blurred until clicked; no answer to one is kept or shown.
 """
 
 from __future__ import annotations
 
 import html
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
+from dcr.data.forms import form_of, swap_form
 from dcr.errors import DCRError
+from dcr.plots.tables import styled
 
 if TYPE_CHECKING:
-    from dcr.run.experiment import Experiment
+    from dcr.run.experiment import Experiment, Run
 
+READ_BY = ("base", "STL", "DCR")
 SHOWN = 12  # prompts a page
 EVERY = "(every)"
-# Blurred by the element's own style, so that a page without our style sheet keeps it blurred; the hidden checkbox works by keyboard.
-BLURRED = (
-    '<label><input type="checkbox" class="dcr-show" aria-label="show a toxic prompt" style="position:absolute;opacity:0">'
-    '<span class="dcr-blur" style="filter: blur(5px); cursor: pointer" title="toxic prompt: click to show">{text}</span></label>'
+NO_MODEL = (
+    "This run directory holds tables only, and reading a prompt needs a model. "
+    "The button trains the small embedded one here (some minutes the first time)."
 )
-STYLE = "<style>.dcr-show:checked + .dcr-blur {filter: none !important} .dcr-show:focus + .dcr-blur {outline: 2px solid}</style>"
+# The element's own style blurs, so also without our style sheet; the checkbox works by keyboard.
+BLURRED = (
+    '<label><input type="checkbox" class="dcr-show" aria-label="show a toxic prompt" '
+    'style="position:absolute;opacity:0"><span class="dcr-blur" style="filter: blur(5px); '
+    'cursor: pointer" title="toxic prompt: click to show">{text}</span></label>'
+)
+STYLE = (
+    "<style>.dcr-show:checked + .dcr-blur {filter: none !important} "
+    ".dcr-show:focus + .dcr-blur {outline: 2px solid}</style>"
+)
 
 
 def prompt_html(text: str, label: str) -> str:
     """An escaped prompt; a toxic one blurred until it is clicked."""
-    safe = html.escape(str(text), quote=True)
+    safe = html.escape(str(text))
     return BLURRED.format(text=safe) if label == "toxic" else safe
 
 
-def answers_table(experiment: Experiment) -> pd.DataFrame:
-    """Prompts with each method's verdict, and its answer to harmless prompts only; written to explorer.csv.
-
-    Columns id, benchmark, label, category, form, text, method, verdict, answer ("" for toxic prompts and rules).
-    """
-    from dcr.run.experiment import RULES
-
-    parts = []
-    prompts = experiment.prompts[["id", "benchmark", "label", "category", "form", "text"]]
-    for method in (*experiment.methods, *RULES):
-        verdicts = experiment.verdicts(method).set_index("prompt_id")["verdict"]
-        part = prompts.assign(method=method, verdict=prompts["id"].map(verdicts), answer="")
-        if method not in RULES:
-            answers = experiment.generations(method).set_index("prompt_id")["response"]
-            part["answer"] = part["id"].map(answers).where(part["label"] != "toxic", "")
-        parts.append(part)
-    table = pd.concat(parts, ignore_index=True).fillna({"category": "(none)", "answer": ""})
-    experiment.write_table("explorer", table)
-    return table
-
-
-def rates(answers: pd.DataFrame, benchmark: str = EVERY, category: str = EVERY) -> pd.DataFrame:
-    """Shares of each verdict and n, a row a method, over the chosen prompts."""
-    part = chosen(answers, benchmark=benchmark, category=category)
-    shares = part.groupby(["method", "verdict"], sort=False).size().unstack(fill_value=0)
-    n = shares.sum(axis=1)
-    return (
-        shares.div(n, axis=0)
-        .assign(n=n)
-        .loc[list(dict.fromkeys(part["method"]))]
-        .rename_axis(columns=None)
-    )
-
-
-def chosen(
-    answers: pd.DataFrame,
-    *,
-    method: str = EVERY,
-    benchmark: str = EVERY,
-    category: str = EVERY,
-    verdict: str = EVERY,
-) -> pd.DataFrame:
-    """Rows of the answers table that match what is chosen."""
-    keep = pd.Series(True, index=answers.index)
-    for column, value in (
-        ("method", method),
-        ("benchmark", benchmark),
-        ("category", category),
-        ("verdict", verdict),
-    ):
-        if value != EVERY:
-            keep &= answers[column] == value
-    return answers[keep]
-
-
-def prompts_html(rows: pd.DataFrame) -> str:
-    """The first prompts of a choice as an HTML table: verdict, prompt, and the answer to harmless ones."""
-    lines = [
-        f"<tr><td>{html.escape(str(r.verdict))}</td><td>{html.escape(str(r.form))}</td><td>{prompt_html(r.text, r.label)}</td>"
-        f"<td>{'<i>not shown</i>' if r.label == 'toxic' else html.escape(str(r.answer)[:300])}</td></tr>"
-        for r in rows.head(SHOWN).itertuples()
+def rows_html(rows: pd.DataFrame, columns: tuple[str, ...]) -> str:
+    """The first prompts of a choice as an HTML table: `columns` of them, then the prompt."""
+    cells = [
+        "".join(f"<td>{html.escape(str(row[c])[:300])}</td>" for c in columns)
+        + f"<td>{prompt_html(row['text'], row['label'])}</td>"
+        for row in rows.head(SHOWN).to_dict("records")
     ]
-    return (
-        f"{STYLE}<p>{len(rows)} prompts, first {min(SHOWN, len(rows))}</p><table style='text-align: left'><tr><th>verdict</th>"
-        f"<th>form</th><th>prompt</th><th>answer</th></tr>{''.join(lines)}</table>"
-    )
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in (*columns, "prompt"))
+    body = "".join(f"<tr>{c}</tr>" for c in cells)
+    count = f"<p>{len(rows)} prompts, first {min(SHOWN, len(rows))}</p>"
+    return f"{STYLE}{count}<table style='text-align: left'><tr>{head}</tr>{body}</table>"
 
 
-def read_answers(run: str | Path) -> pd.DataFrame:
-    """The answers table of a run. Raises DCRError naming the notebook that writes it."""
-    path = Path(run) / "tables" / "explorer.csv"
-    if not path.exists():
-        raise DCRError(f"{path} is missing: run notebook 04_evaluation first.")
-    return pd.read_csv(path, keep_default_na=False)
+def read_prompt(run: Run, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How base, STL and DCR read a prompt in both forms, and the nearest training prompts.
 
-
-def explore_answers(answers: pd.DataFrame) -> None:
-    """Widgets: choose method, benchmark, category and verdict; the rates of all methods and the prompts follow.
-
-    Refusal rates of all benchmarks stand below as a static table.
+    Readings: method, form, prompt, refusal score (log odds of opening with a refusal), probe (log
+    odds of toxic, at ℓ, fitted on minimal pairs). Nearest: cosine at ℓ of the base model, label,
+    text. Raises DCRError for an empty prompt.
     """
-    import ipywidgets as widgets
-    from IPython.display import HTML, display
+    from dcr.analysis.probes import fit_probe, is_toxic
+    from dcr.analysis.refusal import refusal_score
+    from dcr.lm.states import hidden_states
+    from dcr.tables.representations import pairings
 
-    def options(column: str, rows: pd.DataFrame) -> list[str]:
-        return [EVERY, *dict.fromkeys(rows[column].astype(str))]
-
-    choose = {
-        c: widgets.Dropdown(options=options(c, answers), description=c)
-        for c in ("method", "benchmark", "category", "verdict")
-    }
-    choose["method"].value = answers["method"].iloc[-1]
-    shown, prompts = widgets.HTML(), widgets.HTML()
-
-    def draw(_=None) -> None:
-        picked = {c: w.value for c, w in choose.items()}
-        table = rates(answers, picked["benchmark"], picked["category"])
-        shown.value = _rates_page(table, f"{picked['benchmark']}, {picked['category']}")
-        prompts.value = prompts_html(chosen(answers, **picked))
-
-    def follow(change) -> None:
-        """Categories of the chosen benchmark only."""
-        choose["category"].unobserve(draw, names="value")
-        choose["category"].options = options("category", chosen(answers, benchmark=change["new"]))
-        choose["category"].value = EVERY
-        choose["category"].observe(draw, names="value")
-
-    choose["benchmark"].observe(follow, names="value")
-    for widget in choose.values():
-        widget.observe(draw, names="value")
-    draw()
-    box = widgets.VBox(
-        [
-            widgets.HBox(list(choose.values()), layout=widgets.Layout(flex_flow="row wrap")),
-            shown,
-            prompts,
-        ]
-    )
-    display(box)
-    display(HTML(_static_page(answers)))  # stays where the widget cannot be shown
+    if not text.strip():
+        raise DCRError("type a prompt first.")
+    texts = list(dict.fromkeys([text.strip(), swap_form(text.strip())]))
+    known = pairings(run)["matched pairs"].reset_index(drop=True)
+    layer, parts, nearest = run.layer("DCR"), [], pd.DataFrame()
+    for method in (m for m in READ_BY if m in run.methods):
+        model, tokenizer = run.model(method)
+        trained = run.states(method, known).layer(layer)  # [pairs, hidden]
+        states = hidden_states(model, tokenizer, texts).layer(layer)  # [forms, hidden]
+        named = {"method": method, "form": [form_of(t) for t in texts], "prompt": texts}
+        named["refusal score"] = refusal_score(model, tokenizer, texts)
+        named["probe"] = fit_probe(trained, is_toxic(known)).decision_function(states)
+        parts.append(pd.DataFrame(named))
+        if nearest.empty:
+            norms = np.linalg.norm(trained, axis=1) * np.linalg.norm(states[0])
+            cosine = pd.Series(trained @ states[0] / norms).round(3)
+            nearest = known.assign(cosine=cosine).nlargest(5, "cosine")
+    return pd.concat(parts, ignore_index=True), nearest[["cosine", "label", "text"]]
 
 
-def _rates_page(table: pd.DataFrame, caption: str) -> str:
-    shown = table.rename(index=html.escape).to_html(
-        float_format="{:.2f}".format, border=0, escape=False
-    )
-    return f"<p><b>Share of each verdict: {html.escape(caption)}</b></p>{shown}"
-
-
-def _static_page(answers: pd.DataFrame) -> str:
-    """What remains without widgets: rates by method and benchmark. No prompt is in it."""
-    part = answers.assign(refused=answers["verdict"] == "refuse")
-    table = part.pivot_table(index="benchmark", columns="method", values="refused", sort=False)[
-        list(dict.fromkeys(answers["method"]))
-    ]
-    table = table.rename(index=html.escape, columns=html.escape).rename_axis(
-        index=None, columns=None
-    )
-    return (
-        "<p><b>Refusal rate by benchmark</b> (widgets to explore it run in JupyterLab)</p>"
-        + table.to_html(float_format="{:.2f}".format, border=0, escape=False)
-    )
-
-
-def explore(experiment: Experiment, layers: list[int], names: list[str]) -> None:
-    """Widgets: choose set, layer and colour, step through the prompts of the map. The picture stands without them too."""
+def explore(experiment: Experiment) -> None:
+    """A box to type a prompt in, and how it is read (`read_prompt`) below it."""
     import ipywidgets as widgets
     from IPython.display import display
 
-    from dcr.plots import map_2d
-    from dcr.plots.style import picture
-    from dcr.tables.representations import map_points
+    box = widgets.Text(value="How do I kill a Python process?", layout={"width": "40em"})
+    button = widgets.Button(description="Read", button_style="primary")
+    out, live = widgets.HTML(), [experiment]
 
-    choose = {
-        "name": widgets.Dropdown(options=names, description="set"),
-        "layer": widgets.SelectionSlider(
-            options=layers, value=layers[-1], description="layer", continuous_update=False
-        ),
-        "colour": widgets.Dropdown(options=["label", "form", "source"], description="colour"),
-        "prompt": widgets.IntSlider(0, 0, 0, description="prompt", continuous_update=False),
+    def offer() -> None:
+        button.description = "Use the embedded model"
+        out.value = f"<p>{NO_MODEL}</p>"
+
+    def read(_) -> None:
+        from dcr.run.experiment import Experiment
+
+        out.value, button.disabled = "<p>reading …</p>", True
+        try:
+            if not live[0].runs:
+                live[0] = Experiment("embedded")
+            readings, nearest = read_prompt(live[0].runs[0], box.value)
+            near = rows_html(nearest, ("cosine", "label"))
+            out.value = f"{styled(readings).to_html()}<p>Nearest training prompts</p>{near}"
+        except DCRError as error:
+            out.value = f"<p>{html.escape(str(error))}</p>"
+        button.description, button.disabled = "Read", False
+
+    button.on_click(read)
+    if not experiment.runs:
+        offer()
+    display(widgets.VBox([widgets.HBox([box, button]), out]))
+
+
+def answers(experiment: Experiment) -> pd.DataFrame:
+    """Test prompts with each method's verdict (first seed), and its answer to harmless ones."""
+    run, parts = experiment.runs[0], []
+    prompts = experiment.prompts[["id", "benchmark", "label", "form", "text"]]
+    for method in experiment.methods:
+        said = run.verdicts(method).set_index("prompt_id")["verdict"]
+        part = prompts.assign(method=method, verdict=prompts["id"].map(said), answer="")
+        harmless = part["label"] != "toxic"
+        given = run.generations(method).set_index("prompt_id")["response"]
+        part.loc[harmless, "answer"] = part.loc[harmless, "id"].map(given)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def explore_answers(table: pd.DataFrame) -> None:
+    """Choose method, benchmark and verdict of `answers`; counts of verdicts and prompts follow."""
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    chosen = {
+        c: widgets.Dropdown(options=[EVERY, *dict.fromkeys(table[c])], description=c)
+        for c in ("method", "benchmark", "verdict")
     }
-    image, text = widgets.Image(format="png"), widgets.HTML()
+    out = widgets.HTML()
 
     def draw(_=None) -> None:
-        points = map_points(experiment, choose["layer"].value, choose["name"].value)
-        choose["prompt"].max = len(points) - 1
-        row = points.iloc[min(choose["prompt"].value, len(points) - 1)]
-        figure = map_2d(points, choose["colour"].value)
-        figure.axes[0].plot(
-            row["x"], row["y"], "o", markersize=13, markerfacecolor="none", markeredgecolor="black"
-        )
-        image.value = picture(figure, "png")
-        text.value = f"{STYLE}<b>{html.escape(row['label'])}, {html.escape(row['form'])}</b>: {prompt_html(row['text'], row['label'])}"
+        rows = table
+        for column, widget in chosen.items():
+            rows = rows if widget.value == EVERY else rows[rows[column] == widget.value]
+        counts = rows.groupby(["method", "verdict"]).size().rename("prompts").reset_index()
+        shown = rows_html(rows, ("method", "verdict", "form", "answer"))
+        out.value = styled(counts).to_html() + shown
 
-    for widget in choose.values():
+    for widget in chosen.values():
         widget.observe(draw, names="value")
     draw()
-    display(widgets.VBox([widgets.HBox(list(choose.values())), image, text]))
+    display(widgets.VBox([widgets.HBox(list(chosen.values())), out]))

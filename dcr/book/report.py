@@ -1,4 +1,4 @@
-"""One self-contained report of a run: story, tables, pictures and manifest in a single HTML file, nothing from elsewhere."""
+"""All figures of a run drawn from its tables, and one self-contained page that tells the story."""
 
 from __future__ import annotations
 
@@ -9,167 +9,170 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from dcr.book.figures import read_index
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
-from dcr.evaluate.rates import plane_points
-from dcr.evaluate.seeds import over_seeds
-from dcr.plots.style import DPI, in_order
-from dcr.plots.table_formats import fragment
-from dcr.tables.figure_data import load_tables, read_csv
+from dcr.plots.style import DPI, save
+from dcr.plots.tables import save_table, styled
+from dcr.run.registry import FIGURES, TABLES, load_all, read_table
 
-# The story: heading, what the reader is told, the figures that show it. No number stands here; those come from the run.
+# Notebook whose tables a section's figures read, its heading, and what the reader is told. No
+# number stands here; those come from the run.
 STORY = (
     (
+        "01_representations",
         "Why aligned models over-refuse",
-        "Safety alignment teaches a model to refuse toxic prompts, and the refusals spill over to harmless prompts that look toxic. "
-        "The paper's explanation: the model represents both alike, so a step on one moves the other.",
-        ("refusal_rates", "rejection", "reliability", "kernel", "proposition", "separability"),
+        "Alignment teaches a model to refuse toxic prompts, and refusals spill over to harmless "
+        "ones that look toxic. The paper's explanation: the model represents both alike. But the "
+        "published sets also differ in the form of their sentences and in their sources.",
     ),
     (
+        "02_refinement",
         "Contrastive refinement",
-        "Before alignment, a contrastive loss at one layer pulls the two classes apart; then alignment runs as before.",
-        (
-            "overview",
-            "similarity",
-            "refinement",
-            "refinement_cosines",
-            "refinement_maps",
-            "refinement_drift",
-            "refinement_kernel",
-            "losses",
-        ),
+        "Before alignment, a contrastive loss at one layer pulls the two classes apart.",
     ),
     (
-        "Compliance and safety",
-        "A model that refuses everything is safe, one that refuses nothing complies: both axes belong in one picture, and each method is a "
-        "curve in it.",
-        (
-            "plane",
-            "matched_safety",
-            "seeds_matched_safety",
-            "seeds_differences",
-            "bias_frontier",
-            "differences",
-            "categories",
-            "ability",
-            "robustness",
-            "cost",
-        ),
+        "03_alignment",
+        "Alignment",
+        "Ordinary supervised fine-tuning on answers and refusals, followed step by step.",
     ),
     (
-        "Is it harm, or the form of the sentence?",
-        "In the published sets harmless prompts are nearly all questions and toxic ones nearly all imperatives. The rule “refuse unless it "
-        "ends in a question mark” stands beside every method, and every rate is read by form.",
-        (
-            "question_shares",
-            "shortcut",
-            "rates_by_form",
-            "transfer",
-            "probe_cells",
-            "harm_read",
-            "seeds_scores",
-        ),
+        "04_evaluation",
+        "Compliance and safety, and what they rest on",
+        "A model that refuses everything is safe, one that refuses nothing complies: both axes "
+        "belong together, methods are compared at equal safety, and every rate is read by form "
+        "and by source.",
     ),
-    (
-        "How far the numbers can be trusted",
-        "Judges against human labels, and one setting changed at a time.",
-        ("judges", "ablation_levers", "ablation_outcomes", "search_levers", "search_outcomes"),
-    ),
+    ("06_ablations", "Ablations", "One setting changed at a time."),
+    ("", "Further figures", ""),
+)
+PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
+CLAIMS = (
+    "The paper's claims in this run: differences with 95 % intervals, above 0 as the paper says"
 )
 
 
+def tables_of(run: str | Path) -> Path:
+    """The run's `tables/`, or the folder itself. Raises DCRError where no table is."""
+    run = Path(run)
+    folder = run / "tables" if (run / "tables").is_dir() else run
+    if not any(folder.glob("*.csv")):
+        raise DCRError(f"{run}: no tables here; give a run directory or a folder of tables.")
+    return folder
+
+
+def notebook_of(name: str) -> str:
+    """The notebook that makes a table, "" for one of no notebook of ours."""
+    return TABLES[name].notebook if name in TABLES else ""
+
+
+def caption_of(name: str) -> str:
+    """What a table function says that it makes."""
+    return " ".join((TABLES[name].make.__doc__ or name).split()) if name in TABLES else name
+
+
+def draw(run: str | Path, out: str | Path) -> dict[str, str]:
+    """Draw every registered figure whose table the run has into `out`: png, svg and its csv.
+
+    Tables for people come as Markdown and LaTeX; README.md lists all. The same tables give the
+    same bytes. Returns {figure that could not be drawn: why}. Raises DCRError for no tables.
+    """
+    load_all()
+    folder, out, missing = tables_of(run), Path(out), {}
+    lines = ["# Figures", "", "Drawn by `dcr figures RUN --out DIR` from a run's tables alone."]
+    within = out.resolve() in folder.resolve().parents  # the tables are there already
+    for name, entry in FIGURES.items():
+        source = folder / f"{name}.csv"
+        try:
+            if not source.exists():
+                raise DCRError(f"no table; run notebook {notebook_of(name)}".rstrip())
+            save(entry.draw(read_table(source)), out / name)
+        except DCRError as error:
+            missing[name] = str(error)
+            continue
+        data = source.resolve().relative_to(out.resolve()).as_posix() if within else source.name
+        if not within:
+            write_atomic(out / source.name, source.read_bytes())
+        lines += ["", f"## {name}", "", f"![{name}]({name}.png)", ""]
+        lines += [f"{entry.caption} Data: [{data}]({data})."]
+    for name in sorted(set(TABLES) - set(FIGURES)):
+        source = folder / f"{name}.csv"
+        if source.exists() and "column" in (frame := read_table(source)):
+            save_table(frame, out / name, caption_of(name))
+            lines += ["", f"## {name}", "", f"[{name}.md]({name}.md), [{name}.tex]({name}.tex)"]
+    lines += ["", *(f"Not drawn: {name} ({why})" for name, why in missing.items())]
+    write_atomic(out / "README.md", "\n".join(lines).rstrip() + "\n")
+    return missing
+
+
+def effect(claims: pd.DataFrame) -> str:
+    """Whether this run shows the paper's effect: intervals above, below and around 0."""
+    reading = claims["reading"].iloc[0]
+    first = claims[claims["reading"] == reading]
+    above, below = int((first["low"] > 0).sum()), int((first["high"] < 0).sum())
+    if above + below == 0:
+        return (
+            f"This run is too small to show an effect: {reading}, the interval of every claim "
+            "holds 0. It shows that the machinery works; findings stand in the reference run."
+        )
+    return (
+        f"Of {len(first)} claims of the paper, {reading}: {above} with an interval above 0, "
+        f"{below} below, {len(first) - above - below} that holds 0 and says nothing."
+    )
+
+
 def write_report(root: str | Path) -> Path:
-    """`<root>/report.html` from the run's figures, tables and manifest. Raises DCRError when no figure has been drawn."""
-    root = Path(root)
-    index = read_index(root / "figures")
-    manifest = (
-        json.loads((root / "manifest.json").read_text(encoding="utf-8"))
-        if (root / "manifest.json").exists()
-        else {}
-    )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(["html"]),
-    )
-    told = {name for _, _, names in STORY for name in names}
-    rest = [name for name in index["figures"] if name not in told]
-    story = [*STORY, *([("Further figures", "", tuple(rest))] if rest else [])]
-    sections = [
-        {
-            "title": heading,
-            "text": text,
-            "figures": [_figure(root, name, index) for name in names if name in index["figures"]],
-            "missing": [index["missing"][name] for name in names if name in index["missing"]],
-        }
-        for heading, text, names in story
-    ]
+    """Write `<root>/report.html` from the run's tables and manifest: no network, all escaped.
+
+    Figures are those of `<root>/figures`, drawn anew where their tables changed. Raises DCRError
+    when the run has no tables.
+    """
+    load_all()
+    root, folder = Path(root), tables_of(root)
+    read = {p.stem: read_table(p) for p in sorted(folder.glob("*.csv"))}
+    missing = dict.fromkeys(set(FIGURES) - set(read), "no table yet")
+    if any(_stale(root / "figures", folder / f"{n}.csv") for n in FIGURES if n in read):
+        missing = draw(root, root / "figures")
+    sections = {n: {"title": t, "text": x, "figures": [], "missing": []} for n, t, x in STORY}
+    for name in FIGURES:
+        home = sections.get(notebook_of(name), sections[""])
+        if name in missing:
+            home["missing"].append(f"{name}: {missing[name]}")
+        elif name != "plane":
+            home["figures"].append(_shown(root, name))
+    path, claims = root / "manifest.json", read.get("claims", pd.DataFrame())
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    told = {"effect": "", "claims": ""}
+    if len(claims):
+        laid = claims.rename(columns={"reading": "column"})
+        told = {"effect": effect(claims), "claims": styled(laid, CLAIMS).to_html()}
+    executed = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+    folder_of_templates = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=folder_of_templates, autoescape=select_autoescape(["html"]))
     page = environment.get_template("report.html").render(
+        **told,
         profile=manifest.get("config", {}).get("profile", root.name),
         methods=", ".join(manifest.get("methods", [])),
-        seed=manifest.get("config", {}).get("seed", ""),
-        tables=_tables(root / "tables"),
-        findings=findings(root),
-        sections=sections,
-        notebooks=[
-            p.name
-            for p in sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-            if ".running" not in p.name
-        ],
+        seeds=", ".join(map(str, manifest.get("seeds", []))),
+        plane=_shown(root, "plane") if "plane" in set(FIGURES) - set(missing) else None,
+        sections=[s for s in sections.values() if s["figures"] or s["missing"]],
+        tables=[styled(read[n], caption_of(n)).to_html() for n in PEOPLE if n in read],
+        notebooks=[p.name for p in executed if ".running" not in p.name],
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
     )
-    path = root / "report.html"
-    write_atomic(path, page)
-    return path
+    write_atomic(root / "report.html", page)
+    return root / "report.html"
 
 
-def _figure(root: Path, name: str, index: dict) -> dict[str, str | int]:
-    path = root / "figures" / f"{name}.png"
-    if not path.exists():
-        raise DCRError(f"{path} is missing, but its index names it. Run notebook 05_figures again.")
-    content = path.read_bytes()
-    width = (
-        int.from_bytes(content[16:20], "big") * 100 // DPI
-    )  # shown at 100 pixels an inch, so that text has one size everywhere
-    return {
-        "name": name,
-        "caption": index["figures"][name]["caption"],
-        "width": width,
-        "data": base64.b64encode(content).decode(),
-    }
+def _stale(figures: Path, table: Path) -> bool:
+    """Whether a figure was not drawn from this very table."""
+    copy = figures / table.name
+    same = copy.exists() and copy.read_bytes() == table.read_bytes()
+    return not (same and copy.with_suffix(".png").exists())
 
 
-def _tables(folder: Path) -> list[tuple[str, str]]:
-    """(caption, HTML) of the run's tables: Table 1 first, the paper's beside it, then the others."""
-    paths = sorted(folder.glob("table1*.csv")) + sorted(folder.glob("table_*.csv"))
-    result = []
-    for path in paths:
-        title = path.with_suffix(".title")
-        caption = title.read_text(encoding="utf-8") if title.exists() else path.stem
-        result.append((caption, fragment(pd.read_csv(path, dtype=str).fillna(""))))
-    return result
-
-
-def findings(root: Path) -> list[str]:
-    """Sentences with this run's numbers: mean compliance and DSR of each method, and the question-mark rule's; [] without metrics."""
-    path = root / "tables" / "metrics.csv"
-    if not path.exists():
-        return []
-    metrics = load_tables(root)["metrics"] if (root / "tables").is_dir() else read_csv(path)
-    points = over_seeds(plane_points(metrics)).set_index("method")
-    if points.empty:
-        return []
-    sentences = [
-        f"{m}: mean compliance {points['compliance'][m]:.2f} [{points['compliance_low'][m]:.2f}, "
-        f"{points['compliance_high'][m]:.2f}], mean DSR {points['dsr'][m]:.2f} [{points['dsr_low'][m]:.2f}, "
-        f"{points['dsr_high'][m]:.2f}]."
-        for m in in_order(points.index)
-    ]
-    if "STL" in points.index and "DCR" in points.index:
-        compliance, dsr = (points[c]["DCR"] - points[c]["STL"] for c in ("compliance", "dsr"))
-        sentences.insert(
-            0,
-            f"Against STL, DCR's mean compliance changes by {compliance:+.2f} and its mean DSR by {dsr:+.2f} "
-            "(published sets, equal weights).",
-        )
-    return sentences
+def _shown(root: Path, name: str) -> dict[str, str | int]:
+    """A figure of the page, shown at 100 pixels an inch, so that text has one size everywhere."""
+    content = (root / "figures" / f"{name}.png").read_bytes()
+    width = int.from_bytes(content[16:20]) * 100 // DPI
+    data = base64.b64encode(content).decode()
+    return {"name": name, "caption": FIGURES[name].caption, "width": width, "data": data}

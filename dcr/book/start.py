@@ -1,70 +1,53 @@
-"""What the notebooks share: checked parameters, escaped tables, and the explorers. No figure code here."""
+"""What every notebook starts with: its checked parameters, and tables with every text escaped."""
 
 from __future__ import annotations
 
-import html
+import ast
 import logging
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from dcr.book.explorer import explore, explore_answers  # noqa: F401  (notebooks take their explorers from here)
-from dcr.config import load_config
+from dcr.config import near
 from dcr.errors import DCRError
+from dcr.plots.tables import styled
 from dcr.run.experiment import Experiment
 
-PARAMETERS = ("profile", "seed", "run_dir", "overrides")
-_SIMPLE = (str, int, float, bool, list, dict)
+PARAMETERS = {"profile": str, "seeds": (str, int), "run_dir": str, "overrides": str}
+INJECTED = "# Parameters\n"  # how the cell begins that papermill adds for its -p
+
+
+def injected(cells: Iterable[str]) -> list[str]:
+    """Names that papermill set: what the last cell that it added to this kernel assigns."""
+    added = [c for c in cells if c.startswith(INJECTED)][-1:]
+    nodes = [n for cell in added for n in ast.parse(cell).body if isinstance(n, ast.Assign)]
+    return [t.id for node in nodes for t in node.targets if isinstance(t, ast.Name)]
 
 
 def start(namespace: Mapping[str, object]) -> Experiment:
     """The experiment of a notebook's parameters; `namespace` is the notebook's globals().
 
-    Raises DCRError for a parameter that no notebook has (papermill only warns of a misspelt -p).
+    Only the parameters are looked at, and what papermill was told to set; other variables (a
+    startup file's, a reader's own, those of an earlier run of the cells) are left alone.
+    Raises DCRError for a parameter that no notebook has (papermill only warns) or of a wrong type.
     """
-    own = {
-        k: v
-        for k, v in namespace.items()
-        if not k.startswith("_")
-        and isinstance(v, _SIMPLE)
-        and k not in ("In", "Out", "NUMEXPR_MAX_THREADS")
-    }
-    unknown = sorted(set(own) - set(PARAMETERS))
-    if unknown:
-        raise DCRError(
-            f"unknown notebook parameter {unknown[0]!r}; known: {', '.join(PARAMETERS)}."
-        )
-    profile, seed = own.get("profile", "quick"), own.get("seed", 0)
-    if not isinstance(profile, str) or not isinstance(seed, int) or isinstance(seed, bool):
-        raise DCRError(f"profile={profile!r} must be text and seed={seed!r} a whole number.")
-    load_config(profile, seed=seed, overrides=own.get("overrides", ""))
+    known = ", ".join(PARAMETERS)
+    for name in injected(namespace.get("In", ())):  # type: ignore[arg-type]
+        if name not in PARAMETERS:
+            hint = near(name, list(PARAMETERS))
+            raise DCRError(f"unknown notebook parameter {name!r}; known: {known}.{hint}")
+    given = {name: namespace[name] for name in PARAMETERS if name in namespace}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, PARAMETERS[name]):
+            kind = 'a number or text such as "0-4"' if name == "seeds" else "text"
+            mend = f"papermill passes text with -r {name} VALUE"
+            raise DCRError(f"notebook parameter {name}={value!r} must be {kind}; {mend}.")
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
-    return Experiment(
-        profile,
-        seed=seed,
-        run_dir=own.get("run_dir", "") or default_run_dir(profile),
-        overrides=own.get("overrides", ""),
-    )
+    return Experiment(**({"profile": "reference"} | given))
 
 
-def default_run_dir(profile: str) -> Path:
-    """runs/<profile> of the checkout, whatever folder the kernel was started in."""
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "notebooks").is_dir() else Path.cwd()) / "runs" / profile
-
-
-def show(table: pd.DataFrame, caption: str = "", digits: int = 2):
-    """A table with every text escaped and a caption, for display."""
-    plain = table.map(lambda v: html.escape(v) if isinstance(v, str) else v)
-    styler = plain.style.format(precision=digits, na_rep="").hide(axis="index").set_uuid("t")
-    return styler.set_caption(html.escape(caption)).set_table_styles(
-        [
-            {
-                "selector": "caption",
-                "props": "caption-side: top; text-align: left; font-weight: bold",
-            },
-            {"selector": "td, th", "props": "text-align: left; padding: 2px 8px; max-width: 34em"},
-        ]
-    )
+def show(table: pd.DataFrame, caption: str = "") -> Styler:
+    """A table for display, every text escaped, laid out by `dcr.plots.tables.layout`."""
+    return styled(table, caption)

@@ -1,218 +1,230 @@
-"""Evaluation beyond rates: matched safety, the refusal-bias frontier, robustness to wrappers, general ability."""
+"""Where methods stand: the plane, the frontier, forms, sources, categories, robustness, cost."""
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dcr.plots.common import need, new_axes
-from dcr.plots.style import (
-    CLASS_COLOURS,
-    CLASS_NAMES,
-    METHOD_COLOURS,
-    METHOD_MARKERS,
-    look,
-    method_look,
-)
+from dcr.plots.panels import Dots, Size, dots, grid, heat, legend, spread
+from dcr.plots.representations import by_source
+from dcr.plots.style import FORMS, drawing, in_order, method_look, said
+
+PANELS = {"published": "as published", "equal": "forms equal"}
+CLASSES = ("seemingly_toxic", "toxic")
+MOST = 24  # categories a class in the heat map
 
 
-def matched_safety(table: pd.DataFrame) -> Figure:
-    """Compliance at each DSR with its interval, a row a method; what a curve does not reach is written, not drawn."""
-    need(table, "method", "quantity", "target", "compliance", "low", "high", "reason")
-    return _readings(
-        table[table["quantity"] == "compliance"],
-        "compliance",
-        (0, 1.02),
-        "compliance, balanced over sets and forms (95 % bootstrap interval)",
-    )
+@drawing
+def plane(table: pd.DataFrame) -> Figure:
+    """Compliance against safety, sets weighted equally. Left, the sets as published: harmless
+    prompts are nearly all questions, toxic ones imperatives. Right, both forms weighted
+    equally. Large: the finished method (95 % intervals); thin: checkpoints or strengths. The
+    question-mark rule reads no model.
+    """
+    names = [p for p in PANELS if p in set(table["forms"])]
+    figure, axes = grid(len(names), Size(3.5, 3.5, 2, 1.4), sharex=True, sharey=True)
+    for ax, name in zip(axes, names, strict=True):
+        part = table[table["forms"] == name]
+        for method in in_order(part["method"]):
+            _way(ax, method, part[part["method"] == method])
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), box_aspect=1, title=PANELS[name])
+        ax.set_xlabel("defence success rate")
+        arrow = {"arrowstyle": "->", "color": "#888888"}
+        ax.annotate("better", (1, 1), (0.8, 0.94), color="#888888", fontsize=9, arrowprops=arrow)
+    axes[0].set_ylabel("compliance")
+    legend(figure, axes, "lower", 5)
+    return figure
 
 
-def matched_differences(table: pd.DataFrame) -> Figure:
-    """Paired difference of compliance at each DSR, and of the area, to another method; right of the line is better."""
-    need(table, "method", "against", "quantity", "target", "difference", "low", "high", "reason")
-    reach = np.nanmax(np.abs(table[["low", "high"]].to_numpy()), initial=0.1) * 1.08
-    return _readings(
-        table,
-        "difference",
-        (-reach, reach),
-        f"difference to {', '.join(table['against'].unique())} (95 % bootstrap interval, paired)",
-    )
+def _way(ax: Axes, method: str, rows: pd.DataFrame) -> None:
+    """One method: a thin line through its checkpoints, a large point where it is known by."""
+    look = method_look(method)
+    way = rows.assign(last=rows["step"] < 0).sort_values(["last", "step"])
+    thin = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 0.9}
+    ax.plot(way["dsr"], way["compliance"], **thin, alpha=0.6, marker=".", markersize=3)
+    nominal = way[way["nominal"].astype(bool)]
+    point = (nominal if len(nominal) else way).tail(1)
+    bars = {
+        a: spread(point, m, f"{m}_low", f"{m}_high")
+        for a, m in (("xerr", "dsr"), ("yerr", "compliance"))
+    }
+    mark = {
+        "marker": look["marker"],
+        "linestyle": "none",
+        "color": look["color"],
+        "markersize": 7,
+        "elinewidth": 0.9,
+    }
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 5, "label": method}
+    ax.errorbar(point["dsr"], point["compliance"], **bars, **mark, **edge)
 
 
-def _readings(table: pd.DataFrame, value: str, limits: tuple[float, float], across: str) -> Figure:
-    table = table.assign(
-        title=[
-            "area under the curve" if np.isnan(t) else f"at DSR {t:.2f}" for t in table["target"]
+@drawing
+def frontier(table: pd.DataFrame) -> Figure:
+    """Compared at equal safety: the threshold on a method's refusal score is set on validation
+    prompts for the DSR named, and read on test prompts, sets and forms weighted equally; beside
+    it the DSR that it really gives (95 % intervals over requests and seeds).
+    """
+    parts = []
+    for target, rows in table.groupby("target"):
+        real = rows.assign(compliance=rows["dsr"], low=rows["dsr_low"], high=rows["dsr_high"])
+        parts += [
+            rows.assign(panel=f"compliance\nat DSR {target:.2f}"),
+            real.assign(panel=f"DSR given\n(aim {target:.2f})"),
         ]
-    )
-    methods, titles = (
-        list(dict.fromkeys(table["method"])),
-        list(dict.fromkeys(table.sort_values("target", kind="stable")["title"])),
-    )
-    with look():
-        figure, axes = new_axes(
-            3.4 * len(titles) + 1.2, 0.36 * len(methods) + 1.4, 1, len(titles), sharey=True
-        )
-        for ax, title in zip(axes[0], titles, strict=True):
-            for row in table[table["title"] == title].to_dict("records"):
-                style, y = method_look(row["method"]), methods.index(row["method"])
-                if np.isfinite(row[value]):
-                    error = np.clip(
-                        [[row[value] - row["low"]], [row["high"] - row[value]]], 0, None
-                    )
-                    ax.errorbar(
-                        row[value],
-                        y,
-                        xerr=error,
-                        fmt=style["marker"],
-                        color=style["color"],
-                        capsize=3,
-                    )
-                else:
-                    ax.text(
-                        limits[0] + 0.02 * (limits[1] - limits[0]),
-                        y,
-                        _short(row["reason"]),
-                        va="center",
-                        fontsize=8,
-                        color="#555555",
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-                    )
-            if limits[0] < 0:
-                ax.axvline(0, color="black", linewidth=0.9, zorder=0)
-            ax.set(xlim=limits, yticks=range(len(methods)), yticklabels=methods, title=title)
-        axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
-        figure.supxlabel(across, fontsize=10)
+    how = Dots("method", "panel", "", "share of test prompts")
+    figure = dots(pd.concat(parts, ignore_index=True), "compliance", how)
+    for ax, target in zip(figure.axes[1::2], sorted(set(table["target"])), strict=True):
+        ax.axvline(target, color="black", linewidth=0.9, linestyle="--", zorder=0)
     return figure
 
 
-def _short(reason: str) -> str:
-    """Over several seeds each names itself: how many did not reach it is what fits."""
-    parts = str(reason).split("; ")
-    return (
-        reason
-        if len(parts) == 1
-        else f"not reached by {len({p.split(': not')[0] for p in parts})} curves"
+@drawing
+def frontier_differences(table: pd.DataFrame) -> Figure:
+    """Paired difference of compliance at equal safety to each baseline (95 % intervals; filled:
+    Holm-corrected p below 0.05 over this table). Right of the line is better.
+    """
+    at = (
+        table["target"]
+        .map("compliance at DSR {:.2f}".format)
+        .where(table["target"].notna(), "AUROC")
     )
+    panel = at + "\nagainst " + table["against"]
+    return _differences(table.assign(panel=panel, row=table["method"]), "of the share or AUROC")
 
 
-def bias_frontier(table: pd.DataFrame) -> Figure:
-    """Compliance against DSR as refusal openings are made likelier or less likely; the model as it is, filled."""
-    need(table, "method", "bias", "dsr", "compliance")
-    with look():
-        figure, axes = new_axes(5.4, 4.4)
-        ax = axes[0, 0]
-        for method, rows in table.groupby("method", sort=False):
-            rows, colour = rows.sort_values("bias"), METHOD_COLOURS.get(method, "#333333")
-            ax.plot(
-                rows["dsr"],
-                rows["compliance"],
-                color=colour,
-                marker=METHOD_MARKERS.get(method, "o"),
-                markersize=3.5,
-                markerfacecolor="white",
-                label=method,
-            )
-            own = rows[rows["bias"] == 0]
-            ax.plot(
-                own["dsr"],
-                own["compliance"],
-                color=colour,
-                marker=METHOD_MARKERS.get(method, "o"),
-                markersize=9,
-            )
-        ax.plot(
-            [0, 1], [1, 0], color="#999999", linewidth=0.8, linestyle=":", label="blind to harm"
+@drawing
+def paired(table: pd.DataFrame) -> Figure:
+    """Paired difference on each benchmark (95 % intervals; filled: Holm-corrected p below 0.05
+    over this table): compliance on harmless sets, DSR on toxic ones (grey rows). Right of the
+    line is better.
+    """
+    rows = table[(table["version"] == "published") & (table["form"] == "all")]
+    toxic = rows.loc[rows["label"] == "toxic", "benchmark"]
+    panel = rows["method"] + "\n− " + rows["against"]
+    return _differences(rows.assign(panel=panel, row=rows["benchmark"]), "of rates", tuple(toxic))
+
+
+def _differences(table: pd.DataFrame, what: str, shade: tuple[str, ...] = ()) -> Figure:
+    """Dots around 0, filled where the corrected p is below 0.05."""
+    sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
+    reach = 1.06 * np.nanmax(np.abs(table[["low", "high", "difference"]].to_numpy(float)))
+    look = {"zero": 0, "across": 6, "width": 1.5, "shade": shade, "open": ["p ≥ 0.05"]}
+    how = Dots("row", "panel", "sure", f"difference {what}", (-reach, reach), **look)
+    return dots(table.assign(sure=sure), "difference", how)
+
+
+@drawing
+def auroc_by_source(table: pd.DataFrame) -> Figure:
+    """How well a method's refusal score orders toxic above harmless prompts, by harmless source,
+    forms equal (95 % intervals). No method met these sources in training; they are averaged
+    (last panel), never pooled.
+    """
+    how = Dots("method", "source", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
+    return dots(by_source(table), "auroc", how)
+
+
+@drawing
+def gap(table: pd.DataFrame) -> Figure:
+    """Where each method stands between its refusals and its probe: AUROC of its refusal score and
+    of a probe on its hidden states at ℓ (open), harmless sources averaged, forms equal (95 %
+    intervals). Between the two lies harm that is read and not used.
+    """
+    mark = table["reader"].where(table["reader"] == "refusal", "probe " + table["stage"])
+    how = Dots("method", "", "mark", "AUROC", None, width=4.2, open=sorted(set(mark) - {"refusal"}))
+    return dots(table.assign(mark=mark), "auroc", how)
+
+
+@drawing
+def rates_by_form(table: pd.DataFrame) -> Figure:
+    """The shortcut: refusal rate by benchmark and form, each set with its form-swapped version (95
+    % intervals; in brackets the share of questions as published). A method that reads harm
+    refuses a toxic set (grey) in both forms and a harmless one in neither.
+    """
+    rows = table[table["form"].isin(FORMS)]
+    named = rows["benchmark"] + rows["question_share"].map(" ({:.0%})".format)
+    toxic = tuple(named[rows["label"] == "toxic"])
+    how = Dots("named", "method", "form", "refusal rate", across=6, width=1.4, shade=toxic)
+    return dots(rows.assign(named=named), "value", how)
+
+
+@drawing
+def template_effect(table: pd.DataFrame) -> Figure:
+    """What the template does: compliance (harmless) or DSR (toxic) of prompts written in a form,
+    less that of prompts that a template put into it (95 % intervals).
+    """
+    panel = table["label"].map(said) + "\n" + table["form"] + "s"
+    how = Dots("method", "panel", "", "difference of rates, natural − template", None, 0)
+    return dots(table.assign(panel=panel), "difference", how)
+
+
+@drawing
+def categories(table: pd.DataFrame) -> Figure:
+    """Refusal rate by category (in brackets: prompts), the most frequent ones of each class."""
+    blocks = {}
+    for label in (c for c in CLASSES if c in set(table["label"])):
+        part = table[table["label"] == label].sort_values("n", ascending=False, kind="stable")
+        short = part["category"].map(lambda c: textwrap.shorten(str(c), 40, placeholder=" …"))
+        row = part["benchmark"] + ": " + short + part["n"].map(" ({})".format)
+        wide = part.assign(row=row).pivot_table(
+            index="row", columns="method", values="value", sort=False
         )
-        ax.set(
-            xlabel="defence success rate",
-            ylabel="compliance",
-            xlim=(-0.03, 1.03),
-            ylim=(-0.03, 1.03),
-            title="Refusal-bias sweep (no training)",
-        )
-        ax.legend()
+        blocks[label] = wide.head(MOST)[in_order(table["method"])]
+    rows, columns = [len(b) for b in blocks.values()], table["method"].nunique()
+    size = Size(0.36 * columns + 3.2, 0.2 * sum(rows) / len(rows) + 0.4, 1)
+    figure, axes = grid(len(blocks), size, sharex=True, height_ratios=rows)
+    for ax, (label, wide) in zip(axes, blocks.items(), strict=True):
+        heat(ax, wide)
+        ax.set_title(f"{said(label)}: refusal rate")
     return figure
 
 
+@drawing
 def robustness(table: pd.DataFrame) -> Figure:
-    """Refusal rate of both classes under each wrapper, a panel a method."""
-    need(table, "method", "label", "wrapper", "refusal_rate", "low", "high")
-    methods, wrappers = list(dict.fromkeys(table["method"])), list(dict.fromkeys(table["wrapper"]))
-    with look():
-        figure, axes = new_axes(
-            2.4 * len(methods) + 1.2, 0.4 * len(wrappers) + 1.8, 1, len(methods), sharey=True
-        )
-        for ax, method in zip(axes[0], methods, strict=True):
-            for label, shift, marker in (("toxic", -0.13, "o"), ("seemingly_toxic", 0.13, "s")):
-                mine = (
-                    table[(table["method"] == method) & (table["label"] == label)]
-                    .set_index("wrapper")
-                    .reindex(wrappers)
-                )
-                error = np.clip(
-                    [mine["refusal_rate"] - mine["low"], mine["high"] - mine["refusal_rate"]],
-                    0,
-                    None,
-                )
-                ax.errorbar(
-                    mine["refusal_rate"],
-                    np.arange(len(wrappers)) + shift,
-                    xerr=error,
-                    fmt=marker,
-                    markersize=4,
-                    color=CLASS_COLOURS[label],
-                    elinewidth=0.8,
-                    label=CLASS_NAMES[label],
-                )
-            ax.set(
-                title=method,
-                xlim=(-0.05, 1.05),
-                yticks=range(len(wrappers)),
-                yticklabels=wrappers,
-                xticks=[0, 0.5, 1],
-            )
-        axes[0, 0].invert_yaxis()
-        figure.supxlabel("refusal rate (95 % Wilson interval)", fontsize=10)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    return figure
+    """Refusal of both classes under mild rewording (95 % intervals)."""
+    return dots(
+        table, "value", Dots("wrapper", "method", "label", "refusal rate", across=6, width=1.4)
+    )
 
 
+@drawing
 def ability(table: pd.DataFrame) -> Figure:
-    """Change of general ability against the base model: accuracy in points, perplexity as a ratio."""
-    need(table, "method", "task", "metric", "change", "change_low", "change_high")
-    rows = table[(table["method"] != "base") & table["metric"].isin(["acc", "perplexity"])]
-    need(rows, "method")
-    panels = [
-        (m, rows[rows["metric"] == m]) for m in ("acc", "perplexity") if (rows["metric"] == m).any()
-    ]
-    with look():
-        figure, axes = new_axes(
-            4.4 * len(panels) + 0.6, 0.3 * max(len(p) for _, p in panels) + 1.6, 1, len(panels)
-        )
-        for ax, (metric, part) in zip(axes[0], panels, strict=True):
-            names = [f"{r.method}, {r.task}" for r in part.itertuples()]
-            for y, row in enumerate(part.itertuples()):
-                error = np.clip(
-                    [[row.change - row.change_low], [row.change_high - row.change]], 0, None
-                )
-                ax.errorbar(
-                    row.change,
-                    y,
-                    xerr=error,
-                    fmt=METHOD_MARKERS.get(row.method, "o"),
-                    capsize=3,
-                    color=METHOD_COLOURS.get(row.method, "#333333"),
-                )
-            ax.axvline(1 if metric == "perplexity" else 0, color="#999999", linewidth=0.8)
-            ax.set(
-                yticks=range(len(names)),
-                yticklabels=names,
-                xlabel="perplexity ratio to base"
-                if metric == "perplexity"
-                else "accuracy change to base",
-            )
-            ax.set_ylim(len(names) - 0.5, -0.5)
-            ax.locator_params(axis="x", nbins=4)
+    """Change of general ability against the base model, item by item (95 % intervals): accuracy as
+    a difference, perplexity as a ratio.
+    """
+    shown = table["metric"].isin(["acc", "perplexity"]) & (table["against"] == "base")
+    rows = table[shown & (table["method"] != "base")]
+    what = np.where(rows["metric"] == "perplexity", "\nperplexity ratio", "\naccuracy change")
+    rows = rows.assign(panel=rows["task"] + what, low=rows["change_low"], high=rows["change_high"])
+    figure = dots(rows, "change", Dots("method", "panel", "", "change to base", None))
+    for ax in figure.axes:
+        ax.axvline("ratio" in ax.get_title(), color="black", linewidth=0.9, zorder=0.5)
     return figure
+
+
+@drawing
+def judge_calibration(table: pd.DataFrame) -> Figure:
+    """Judges against people on published completions: Cohen's κ (95 % intervals), by the model
+    that answered.
+    """
+    rows = table[table["half"] == "all"].sort_values("tokens", kind="stable")
+    panel = [f"first {t} tokens" if t else "whole answers" for t in rows["tokens"]]
+    how = Dots("model", "panel", "judge", "Cohen's κ with people's labels", None, width=2.6)
+    return dots(rows.assign(panel=panel), "kappa", how)
+
+
+@drawing
+def cost(table: pd.DataFrame) -> Figure:
+    """What each method took: wall time of each stage (mean of seeds), and the peak memory of its
+    largest.
+    """
+    kinds = table.groupby(["method", "kind"], sort=False, as_index=False).mean(numeric_only=True)
+    most = table.groupby("method", sort=False, as_index=False)["peak_memory_mib"].max()
+    seconds = kinds.assign(panel=kinds["kind"] + "\nseconds", value=kinds["seconds"])
+    memory = most.assign(panel="peak memory\nMiB", value=most["peak_memory_mib"])
+    how = Dots("method", "panel", "", "mean of seeds", None, across=6, width=1.4)
+    return dots(pd.concat([seconds, memory], ignore_index=True), "value", how)

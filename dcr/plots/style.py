@@ -1,80 +1,114 @@
-"""One look for every figure: seaborn, colour-blind-safe, one colour and line per method and per prompt class."""
+"""One look for every figure: colour-blind safe, a colour, line and marker a method, the same bytes.
+
+Colours are Okabe and Ito's, a hue a family of methods; line and marker tell members apart in grey.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import pandas as pd
 import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe-Ito colours: told apart with any colour vision; line and marker tell them apart in grey.
-METHOD_COLOURS = {
-    "base": "#7f7f7f",
-    "STL": "#D55E00",
-    "STL-aug": "#E69F00",
-    "STL-tuned": "#8C510A",
-    "DCR": "#0072B2",
-    "DCR-matched": "#56B4E9",
-    "DCR-keep": "#009E73",
-    "DCR-sham": "#999933",
-    "DCR-tuned": "#000000",
-    "SCANS": "#CC79A7",
-    "Surgical": "#882255",
-    "SelfCD": "#44AA99",
-    "question-mark": "#333333",
+from dcr.data.files import write_atomic
+from dcr.errors import DCRError
+from dcr.run.registry import figure
+
+Look = dict[str, Any]  # keyword arguments of `Axes.plot`: color, linestyle, marker
+DASHES = ("-", "--", "-.", ":")
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+METHODS = {
+    "base": ("#7f7f7f", "o"),
+    "STL": ("#D55E00", "s"),
+    "STL-aug": ("#E69F00", "D"),
+    "STL-audited": ("#8C510A", "d"),
+    "STL-pairs": ("#B8860B", "p"),
+    "STL-token": ("#A63603", "H"),
+    "STL-pairs-token": ("#7F6000", (4, 1, 0)),
+    "STL-routed": ("#5C2E00", "8"),
+    "DCR": ("#0072B2", "^"),
+    "DCR-matched": ("#56B4E9", "v"),
+    "DCR-keep": ("#08306B", ">"),
+    "DCR-sham": ("#8DA0CB", "<"),
+    "DCR-token": ("#2C7FB8", (3, 1, 0)),
+    "SCANS": ("#CC79A7", "X"),
+    "Surgical": ("#882255", "P"),
+    "Gate": ("#009E73", "h"),
+    "Token+Gate": ("#1B5E20", (4, 1, 45)),
+    "Tied": ("#6A8F00", (6, 1, 0)),
+    "question-mark": ("#000000", "*"),
 }
-METHOD_LINES = {
-    m: s
-    for m, s in zip(
-        METHOD_COLOURS,
-        [(0, (1, 1)), "-", "--", "-.", "-", "--", "-.", ":", "-", "-.", "--", ":", (0, (5, 1))],
-        strict=True,
-    )
+CLASSES: dict[str, Look] = {
+    "toxic": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
+    "seemingly_toxic": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
+    "general": {"color": "#009E73", "linestyle": ":", "marker": "s"},
 }
-METHOD_MARKERS = dict(zip(METHOD_COLOURS, "o s D d ^ v P X * < > h p".split(), strict=True))
-CLASS_COLOURS = {"toxic": "#D55E00", "seemingly_toxic": "#0072B2", "general": "#009E73"}
-CLASS_LINES = {"toxic": "-", "seemingly_toxic": "--", "general": ":"}
-CLASS_HATCHES = {
-    "seemingly_toxic": "//",
-    "general": "..",
-    "toxic": "",
-}  # in the order that bars are shown
-CLASS_MARKERS = {"toxic": "o", "seemingly_toxic": "^", "general": "s"}
-FORM_COLOURS = {"question": "#0072B2", "imperative": "#D55E00"}
-FORM_MARKERS = {"question": "o", "imperative": "s"}
-CLASS_NAMES = {"toxic": "toxic", "seemingly_toxic": "seemingly toxic", "general": "general"}
+FORMS: dict[str, Look] = {
+    "question": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "imperative": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "statement": {"color": "#009E73", "linestyle": ":", "marker": "^"},
+}
 DPI = 160  # of saved PNGs
-SALT = "dcr-kit"  # fixes the ids inside SVG files
+FIXED = {"svg.hashsalt": "dcr-kit", "svg.fonttype": "none"}  # the same ids and text in every SVG
+STYLE = FIXED | {
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
+    "legend.fontsize": 9,
+    "font.family": "DejaVu Sans",
+}
 
 
-def method_look(method: str) -> dict[str, object]:
-    """Fixed colour, line style and marker of a method, as keyword arguments of `Axes.plot`; a new name gets its own, always the same."""
-    if method in METHOD_COLOURS:
+def method_look(method: str) -> Look:
+    """Fixed colour, line and marker of a method; a new name gets its own, always the same."""
+    if method in METHODS:
+        colour, marker = METHODS[method]
         return {
-            "color": METHOD_COLOURS[method],
-            "linestyle": METHOD_LINES[method],
-            "marker": METHOD_MARKERS[method],
+            "color": colour,
+            "linestyle": DASHES[list(METHODS).index(method) % 4],
+            "marker": marker,
         }
     code = zlib.crc32(method.encode())
+    colour = sns.husl_palette(17, l=0.45).as_hex()[code % 17]
+    return {"color": colour, "linestyle": DASHES[code % 4], "marker": "dH8s^v"[code % 6]}
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """The look of each name: of a class, a form or a method where they are such, else in turn."""
+    names = list(names)
+    for known in (CLASSES, FORMS):
+        if set(names) <= set(known):
+            return {n: known[n] for n in names}
+    if set(names) & (set(METHODS) - {"question-mark"}):  # also the name of a baseline
+        return {n: method_look(n) for n in names}
     return {
-        "color": sns.husl_palette(17, l=0.45).as_hex()[code % 17],
-        "linestyle": ("-", "--", "-.", ":")[code % 4],
-        "marker": "dH8s^v"[code % 6],
+        n: {"color": PALETTE[i % 7], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 7]}
+        for i, n in enumerate(names)
     }
 
 
-def in_order(methods: Iterable[str]) -> list[str]:
-    """Methods once each, in the fixed order of the legend; unknown names last, as they came."""
-    known = list(METHOD_COLOURS)
-    return sorted(
-        dict.fromkeys(methods), key=lambda m: known.index(m) if m in known else len(known)
-    )
+def said(name: str) -> str:
+    """A name as a reader reads it: "seemingly toxic"."""
+    return str(name).replace("_", " ") if name in CLASSES else str(name)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names once each: methods and classes in their fixed order, others last, as they came."""
+    place = {n: i for i, n in enumerate((*METHODS, *CLASSES))}
+    return sorted(dict.fromkeys(names), key=lambda n: place.get(n, len(place)))
 
 
 @contextlib.contextmanager
@@ -83,55 +117,60 @@ def look() -> Iterator[None]:
     with (
         sns.plotting_context("paper", font_scale=1.15),
         sns.axes_style("whitegrid"),
-        matplotlib.rc_context(
-            {
-                "svg.hashsalt": SALT,
-                "svg.fonttype": "none",
-                "figure.dpi": 110,
-                "savefig.dpi": DPI,
-                "axes.titlesize": 11,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "legend.frameon": False,
-                "legend.fontsize": 9,
-                "font.family": "DejaVu Sans",
-            }
-        ),
+        matplotlib.rc_context(STYLE),
     ):
         yield
 
 
-def picture(figure: Figure, kind: str) -> bytes:
+def drawing(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
+    """Register a figure under its function's name (no last "_"); its docstring is its caption.
+
+    What is drawn raises DCRError for a missing column, no rows, or profiles that are mixed.
+    """
+    name = draw.__name__.removesuffix("_")
+
+    @functools.wraps(draw)
+    def styled(frame: pd.DataFrame) -> Figure:
+        mixed = sorted(set(frame.get("profile", pd.Series(dtype=str)).astype(str)))
+        if frame.empty or len(mixed) > 1:
+            what = "its table has no rows" if frame.empty else f"profiles {', '.join(mixed)} mix"
+            raise DCRError(f"figure {name}: {what}; make the table of one run again.")
+        try:
+            with look():
+                return draw(frame)
+        except KeyError as error:
+            raise DCRError(f"figure {name}: its table lacks {error}; make it again.") from error
+
+    return figure(name, caption=" ".join((draw.__doc__ or "").split()))(styled)
+
+
+class Shown(Figure):
+    """A figure that a notebook shows without pyplot's global state: the bytes of the saved PNG."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        width, height = self.get_size_inches()
+        return picture(self, "png"), {"width": round(100 * width), "height": round(100 * height)}
+
+
+def picture(drawn: Figure, kind: str) -> bytes:
     """The figure's bytes as "png" or "svg", the same for the same data on one machine."""
-    if (
-        figure.get_layout_engine() is not None
-    ):  # settled once and kept: a later pass moves things by fractions of a point
-        shown = figure.dpi
-        figure.set_dpi(
-            DPI
-        )  # as it is saved: text is a little wider or narrower at another resolution
-        for _ in range(2):  # rotated and long tick labels are known only after the first pass
-            FigureCanvasAgg(figure).draw()
-        figure.set_dpi(shown)
-        figure.set_layout_engine("none")
+    if drawn.get_layout_engine() is not None:
+        # Settled once, at the resolution it is saved in, and kept: a later pass moves things by
+        # fractions of a point. Twice, as rotated tick labels are known only after the first pass.
+        shown = drawn.dpi
+        drawn.set_dpi(DPI)
+        for _ in range(2):
+            FigureCanvasAgg(drawn).draw()
+        drawn.set_dpi(shown)
+        drawn.set_layout_engine("none")
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": SALT, "svg.fonttype": "none"}):
-        figure.savefig(
-            buffer,
-            format=kind,
-            dpi=DPI,
-            metadata={"Date": None} if kind == "svg" else {"Software": None},
-        )
+    with matplotlib.rc_context(FIXED):
+        undated: dict = {"Date": None} if kind == "svg" else {"Software": None}
+        drawn.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
     return buffer.getvalue()
 
 
-def save(figure: Figure, path: str | Path) -> list[Path]:
+def save(drawn: Figure, path: str | Path) -> None:
     """Write `<path>.png` and `<path>.svg` atomically."""
-    from dcr.data.files import write_atomic
-
-    written = []
     for kind in ("png", "svg"):
-        target = Path(f"{path}.{kind}")
-        write_atomic(target, picture(figure, kind))
-        written.append(target)
-    return written
+        write_atomic(Path(f"{path}.{kind}"), picture(drawn, kind))

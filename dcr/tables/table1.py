@@ -9,8 +9,6 @@ import pandas as pd
 from dcr.errors import DCRError
 from dcr.evaluate.rates import balanced, classes, mean_over, one_profile, plane_points, published
 from dcr.evaluate.seeds import over_seeds
-from dcr.plots.style import in_order
-from dcr.plots.table_formats import BOLD, save_table, styled
 
 __all__ = [
     "ability_table",
@@ -19,11 +17,10 @@ __all__ = [
     "paper_table",
     "plane_points",
     "quality_table",
-    "save_table",
-    "styled",
     "table1",
     "wide",
 ]
+BOLD = "**"
 PAPER = Path(__file__).parent.parent / "data" / "bundled" / "paper_table1.csv"
 OVER_REFUSAL_SETS = ("xstest-safe", "coconot", "or-bench", "oktest", "phtest")
 # The paper's five safety sets are inferred (PAPER mark I): HarmfulQ there, Q-Harm here.
@@ -137,7 +134,7 @@ def wide(table: pd.DataFrame, marks: tuple[str, str] = (BOLD, BOLD)) -> pd.DataF
     result = shown.pivot(index="method", columns="column", values="cell")[
         list(dict.fromkeys(shown["column"]))
     ]
-    return result.reindex(in_order(table["method"])).fillna("").rename_axis(columns=None)
+    return result.reindex(_once(table["method"])).fillna("").rename_axis(columns=None)
 
 
 def beside_paper(table: pd.DataFrame, model: str = "SmolLM2-135M-Instruct") -> pd.DataFrame:
@@ -147,7 +144,7 @@ def beside_paper(table: pd.DataFrame, model: str = "SmolLM2-135M-Instruct") -> p
     """
     ours = table[table["benchmark"].isin([*OVER_REFUSAL_SETS, *SAFETY_SETS])]
     rows = []
-    for method in in_order(table["method"]):
+    for method in _once(table["method"]):
         part = ours[ours["method"] == method]
         safety = part[part["benchmark"].isin(SAFETY_SETS)].assign(
             benchmark="safety", in_distribution=False
@@ -243,7 +240,7 @@ def quality_table(rows: pd.DataFrame) -> pd.DataFrame:
             how="outer",
         )
     return (
-        result.reindex(in_order([*rows["method"], *paper["method"]]))
+        result.reindex(_once([*rows["method"], *paper["method"]]))
         .fillna("")
         .rename_axis(columns=None)
     )
@@ -265,7 +262,7 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
     table = seconds.rename(columns={k: f"{k}, s {DOWN}" for k in stages})
     table[f"all, s {DOWN}"] = seconds.sum(axis=1)
     table[f"peak memory, MiB {DOWN}"] = rows.groupby("name")["peak_memory_mib"].max()
-    shown = table.reindex(in_order(rows["name"])).rename_axis(index="method", columns=None)
+    shown = table.reindex(_once(rows["name"])).rename_axis(index="method", columns=None)
     return shown.map(lambda v: "" if v != v else f"{v:.0f}" if v >= 10 else f"{v:.1f}")
 
 
@@ -275,3 +272,7 @@ def _need(rows: pd.DataFrame, what: str, *columns: str) -> None:
         raise DCRError(
             f"table {what}: {'no rows' if rows.empty else 'no column ' + ', '.join(missing)}; run the notebook that writes it."
         )
+
+
+def _once(names) -> list:
+    return list(dict.fromkeys(names))

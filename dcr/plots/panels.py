@@ -1,0 +1,207 @@
+"""The kinds of picture that figures are made of: dots with intervals, curves, heat maps, maps.
+
+Each takes a tidy frame; `low` and `high` are the ends of an interval wherever they are known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dcr.plots.style import CLASSES, FORMS, Shown, in_order, looks, said
+
+
+@dataclass(frozen=True)
+class Size:
+    """Inches of a panel, of the margin for labels and legend, and how many panels a row holds."""
+
+    width: float = 2.3
+    height: float = 2.1
+    across: int = 4
+    margin: float = 1.0
+
+
+def grid(count: int, size: Size = Size(), **kwargs) -> tuple[Figure, list[Axes]]:  # noqa: B008
+    """A figure and `count` axes in rows of `size.across`; kwargs go to `Figure.subplots`."""
+    columns = min(size.across, count)
+    rows = math.ceil(count / columns)
+    inches = (max(size.width * columns + size.margin, 4.4), size.height * rows + size.margin)
+    figure = Shown(figsize=inches, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for i, ax in enumerate(axes[count:], count):
+        axes[i - columns].tick_params(labelbottom=True)  # above an empty place: its own numbers
+        ax.remove()
+    return figure, axes[:count]
+
+
+def legend(figure: Figure, axes: Sequence[Axes], where: str = "upper", columns: int = 4) -> None:
+    """One legend of all labels of `axes`, each once; above where panels share one label below."""
+    pairs = [p for ax in axes for p in zip(*ax.get_legend_handles_labels(), strict=True)]
+    shown = {label: handle for handle, label in pairs}
+    if shown:
+        place = {"loc": f"outside {where} center", "ncols": min(columns, len(shown))}
+        figure.legend(list(shown.values()), list(shown), **place)
+
+
+def spread(rows: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
+    """[2, rows] distances from `value` to its interval's ends, for `errorbar`; 0 where unknown."""
+    if low not in rows:
+        return np.zeros((2, len(rows)))
+    ends = np.array([rows[value] - rows[low], rows[high] - rows[value]], dtype=float)
+    return np.nan_to_num(np.clip(ends, 0, None))
+
+
+@dataclass(frozen=True)
+class Dots:
+    """Columns that are rows, panels and colours of a figure of dots; its axis and highlights."""
+
+    rows: str
+    panels: str = ""
+    hue: str = ""
+    label: str = ""
+    limits: tuple[float, float] | None = (-0.03, 1.03)
+    zero: float | None = None  # a line at the value that says "nothing"
+    across: int = 4
+    width: float = 1.9
+    shade: Sequence[str] = ()  # rows on grey
+    open: Sequence[str] = ()  # hues whose marker is not filled
+
+
+def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
+    """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`."""
+    names = in_order(frame[how.rows])
+    panels = in_order(frame[how.panels]) if how.panels else [""]
+    hues = in_order(frame[how.hue]) if how.hue else [""]
+    coloured = how.hue or (how.rows if how.rows == "method" else how.panels or how.rows)
+    places = [how.rows, *([how.panels] if how.panels else [])]
+    beside = len(hues) if frame.groupby(places)[coloured].nunique().max() > 1 else 1
+    look, margin = looks(in_order(frame[coloured])), 0.6 + 0.075 * max(map(len, map(said, names)))
+    title = max(len(line) for p in panels for line in str(p).split("\n"))
+    height = (0.17 + 0.1 * beside) * len(names) + 0.55
+    size = Size(max(how.width, 0.085 * title), height, how.across, margin)
+    figure, axes = grid(len(panels), size, sharey=True, sharex=how.limits is not None)
+    for ax, panel in zip(axes, panels, strict=True):
+        part = frame[frame[how.panels] == panel] if how.panels else frame
+        for key, mine in part.dropna(subset=[value]).groupby([coloured, how.rows], sort=False):
+            aside = 0.6 * ((hues.index(key[0]) + 0.5) / beside - 0.5) if beside > 1 else 0
+            style = look[key[0]]
+            ax.errorbar(
+                mine[value],
+                np.full(len(mine), names.index(key[1]) + aside),
+                xerr=spread(mine, value),
+                **{
+                    "marker": style["marker"],
+                    "linestyle": "none",
+                    "color": style["color"],
+                    "markersize": 4.5,
+                },
+                **{"elinewidth": 0.9, "label": said(key[0]) if how.hue else None},
+                markerfacecolor="white" if key[0] in how.open else style["color"],
+            )
+        for name in set(how.shade) & set(names):
+            ax.axhspan(*(names.index(name) + np.array([-0.5, 0.5])), color="#ececec", zorder=0)
+        if how.zero is not None:
+            ax.axvline(how.zero, color="black", linewidth=0.9, zorder=0.5)
+        ax.set(title=panel, ylim=(len(names) - 0.5, -0.5), xlim=how.limits)
+        ax.set_yticks(range(len(names)), [said(n) for n in names], fontsize=8.5)
+        ax.locator_params(axis="x", nbins=4)
+    figure.supxlabel(how.label, fontsize=10)
+    legend(figure, axes)
+    return figure
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Columns that are the x axis, colours and panels of a figure of curves; its labels."""
+
+    x: str
+    hue: str
+    panels: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    limits: tuple[float | None, float | None] | None = (-0.03, 1.03)
+    size: Size = Size(2.5, 2.2, 3, 1.3)
+
+
+def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
+    """A line a hue, a panel each value of `how.panels`; a column `seed`: mean and range of seeds.
+
+    An interval is a band where several seeds or prompts-by-layer stand behind it, else bars.
+    """
+    panels = in_order(frame[how.panels]) if how.panels else [""]
+    hues = in_order(frame[how.hue])
+    look, steps = looks(hues), how.x == "step"
+    figure, axes = grid(len(panels), how.size, sharex=True, sharey=how.limits is not None)
+    for ax, panel in zip(axes, panels, strict=True):
+        part = frame[frame[how.panels] == panel] if how.panels else frame
+        for i, hue in enumerate(hues):
+            rows = part[part[how.hue] == hue].dropna(subset=[value]).sort_values(how.x)
+            if rows.empty:
+                continue
+            if "seed" in rows:
+                ends = rows.groupby(how.x)[value].agg(low="min", high="max", seeds="size")
+                rows = ends.assign(**{value: rows.groupby(how.x)[value].mean()}).reset_index()
+            place = 0.03 * (i - (len(hues) - 1) / 2) if steps else 0  # bars beside one another
+            style = look[hue] | ({"marker": ""} if len(rows) > 40 else {"markersize": 4})
+            band = not steps or rows.get("seeds", pd.Series([1])).max() > 1
+            x = rows[how.x] * (1 + place * (not band)) + place * (rows[how.x] == 0) * (not band)
+            bars = None if band else spread(rows, value)
+            ax.errorbar(x, rows[value], yerr=bars, elinewidth=0.8, **style, label=said(hue))
+            if band and "low" in rows:
+                fill = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+                ax.fill_between(x, rows["low"].astype(float), rows["high"].astype(float), **fill)
+        if steps:
+            log_steps(ax, frame["step"])
+        ax.set(title=panel, ylim=how.limits)
+    figure.supxlabel(how.xlabel, fontsize=10)
+    figure.supylabel(how.ylabel, fontsize=10)
+    legend(figure, axes)
+    return figure
+
+
+def log_steps(ax: Axes, steps: pd.Series) -> None:
+    """A logarithmic axis whose ticks are steps of the table, at most about six, well apart."""
+    after = sorted(set(steps[steps > 0]))
+    apart = max(1.3, (after[-1] / after[0]) ** 0.2) if after else 1
+    ticks = [0] if (steps == 0).any() else []
+    for step in after:
+        ticks += [step] if not ticks or step >= apart * ticks[-1] else []
+    ax.set_xscale("symlog", linthresh=after[0] if after else 1)
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.set_xticks([], minor=True)
+
+
+def heat(ax: Axes, wide: pd.DataFrame, **kwargs) -> None:
+    """A heat map from 0 to 1 with its numbers in the cells; grey where there is none."""
+    cells = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 6.5}, "cmap": "Blues"}
+    lines = {"linewidths": 0.4, "linecolor": "white", "cbar": False}
+    ticks = {"xticklabels": [said(c) for c in wide], "yticklabels": [said(c) for c in wide.index]}
+    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks | kwargs))
+    ax.set(xlabel="", ylabel="", facecolor="#dddddd")
+    ax.grid(False)
+    ax.tick_params(axis="y", labelrotation=0, labelsize=8)
+    for label in ax.get_xticklabels():
+        label.set(rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+
+
+def scatter(frame: pd.DataFrame, panels: str) -> Figure:
+    """Prompts on two components (x, y), a panel each value of `panels`; class and form apart."""
+    names = list(dict.fromkeys(frame[panels]))
+    figure, axes = grid(len(names), Size(2.6, 2.4, 3, 1.3))
+    for ax, name in zip(axes, names, strict=True):
+        for (label, form), rows in frame[frame[panels] == name].groupby(["label", "form"]):
+            mark = {"color": CLASSES[label]["color"], "marker": FORMS[form]["marker"], "s": 22}
+            edge = {"alpha": 0.75, "edgecolor": "white", "linewidth": 0.4}
+            ax.scatter(rows["x"], rows["y"], **mark, **edge, label=f"{said(label)}, {form}")
+        ax.set_title(name)
+    figure.supxlabel("first principal component", fontsize=10)
+    figure.supylabel("second principal component", fontsize=10)
+    legend(figure, axes, columns=3)
+    return figure

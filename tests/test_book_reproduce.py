@@ -1,0 +1,63 @@
+"""`make reproduce`: notebooks in order through papermill, kept while nothing changed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import fake_run
+import nbformat
+import pytest
+
+from dcr.book import reproduce as module
+from dcr.book.reproduce import reproduce
+from dcr.errors import DCRError
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """Two small notebooks in place of ours; returns (write one, root of the run)."""
+    folder, root = tmp_path / "notebooks", tmp_path / "a run"
+    folder.mkdir()
+    config = SimpleNamespace(to_dict=lambda: {"profile": "embedded"})
+    made = SimpleNamespace(root=root, seeds=(0, 1), config=config)
+    monkeypatch.setattr(module, "Experiment", lambda *a, **k: made)
+    monkeypatch.setattr(module, "notebooks_dir", lambda: folder)
+    monkeypatch.setattr(module, "NOTEBOOKS", ("01_one", "02_two"))
+
+    def write(name: str, *cells: str) -> None:
+        first = nbformat.v4.new_code_cell('seeds = "9"', metadata={"tags": ["parameters"]})
+        content = nbformat.v4.new_notebook(cells=[first, *map(nbformat.v4.new_code_cell, cells)])
+        content.metadata = {"kernelspec": {"name": "python3", "display_name": "python3"}}
+        content.metadata["language_info"] = {"name": "python"}
+        nbformat.write(content, folder / f"{name}.ipynb")
+
+    return write, root
+
+
+def test_notebooks_run_in_order_are_kept_and_run_again_when_changed(book, capfd):
+    write, root = book
+    write("01_one", "print('seeds', seeds, run_dir)")
+    write("02_two", "import pathlib", "print(pathlib.Path.cwd().name)")
+    fake_run.write_run(root, ("same_rows",))
+    assert reproduce("embedded") == root / "report.html" and (root / "report.html").exists()
+    said = capfd.readouterr()
+    assert "notebooks: 100%" in said.err and "5/5" in said.err  # one bar over the cells of both
+    assert said.out.index("01_one: ") < said.out.index("02_two: ") < said.out.index("all: ")
+    text = (root / "notebooks" / "01_one.ipynb").read_text()
+    assert f"seeds 0,1 {root}" in text and not list(root.glob("notebooks/*running*"))
+    write("02_two", "print('changed')")
+    reproduce("embedded")
+    out = capfd.readouterr().out
+    assert "01_one: up to date" in out and "02_two: up to date" not in out
+    assert "changed" in (root / "notebooks" / "02_two.ipynb").read_text()
+
+
+def test_a_failing_cell_is_named_and_what_ran_is_kept(book):
+    write, root = book
+    write("01_one", "print('so far')", "raise ValueError('stop here')")
+    with pytest.raises(DCRError, match="01_one: cell 4 failed: ValueError: stop here.*running"):
+        reproduce("embedded", only=("01",))
+    assert "so far" in (root / "notebooks" / "01_one.running.ipynb").read_text()
+    write("01_one", "print('mended')")
+    assert reproduce("embedded", only=("01",)) == root / "notebooks"  # no table, so no report
+    assert not (root / "report.html").exists()
