@@ -250,7 +250,7 @@ def fitted(
         beside = f" beside {room} new ones" if room else ""
         if len(row) > limit and not truncate:
             raise DCRError(
-                f"{named(prompts, i)} has {len(row)} tokens, but {max(0, limit)} fit{beside}. Shorten it."
+                f"{named(prompts, i)} has {len(row)} tokens, but {max(0, limit)} fit{beside}. Shorten it{'' if room else ' or ask for truncation (truncate=True)'}."
             )
         if max(row) >= known:
             raise DCRError(

@@ -1,7 +1,7 @@
-"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): same rows as `dcr.lm.generate.generate`.
+"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): the rows of `dcr.lm.generate.generate`.
 
-The key is read from `OPENAI_API_KEY` when a request is made and is written nowhere. A prompt whose request fails after
-all retries is left out and counted: judges call it `unscored`, the run goes on, and a later call asks only for those.
+The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all retries is left out
+and counted: judges call it `unscored`, the run goes on, and a later call asks only for those.
 """
 
 from __future__ import annotations
@@ -13,20 +13,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from dcr.data.files import append_jsonl
+from dcr.config import GenerationConfig
+from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-RETRY_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+RETRY_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
 GIVE_UP = 10  # failed prompts in a row, with none answered, before the server counts as down
+Reply = TypeVar("Reply")
+
+
+class Failed(DCRError):
+    """A request that failed for good."""
 
 
 class Endpoint:
-    """One served model: chat completions with timeouts, retries and exponential backoff."""
+    """One served model: chat completions with a time limit, retries and exponential backoff."""
 
     def __init__(
         self,
@@ -38,171 +44,134 @@ class Endpoint:
         backoff: float = 1.0,
     ) -> None:
         """url: base address such as http://host:8000/v1. model: name at the server ("" asks it for its first one)."""
-        import httpx
+        from openai import OpenAI
 
         if not url.startswith(("http://", "https://")):
             raise DCRError(
                 f"generation.endpoint={url!r} is no address; give one such as http://localhost:8000/v1."
             )
         self.url, self.retries, self.backoff = url.rstrip("/"), retries, backoff
-        self.client = httpx.Client(timeout=timeout)
+        self.key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=0)
         self.model = model or self._first_model()
-
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get("OPENAI_API_KEY", "")
-        return {"Authorization": f"Bearer {key}"} if key else {}
 
     def _first_model(self) -> str:
         try:
-            return str(self._request("GET", "/models", None)["data"][0]["id"])
-        except (_Failed, KeyError, IndexError, TypeError) as error:
+            return self._asked(lambda: self.client.models.list().data[0].id)
+        except Failed as error:
             raise DCRError(
-                f"{self.url}: the server did not name a model ({error or type(error).__name__}). Start it, check the "
-                "address (it usually ends in /v1), or name the model."
+                f"{self.url}: the server did not name a model ({error}). Start it, check the address (it usually ends "
+                "in /v1), or name the model."
             ) from error
 
     def chat(self, prompt: str, **options) -> tuple[str, str, int]:
-        """(text, finish {eos, length}, tokens) of one user message. options: max_tokens, temperature, seed.
+        """(text, finish {eos, length}, tokens or -1) of one user message. options: max_tokens, temperature, seed.
 
-        Raises `_Failed` (a DCRError) with the last reason when every attempt failed.
+        Raises `Failed` with the server's own last word when every attempt failed.
         """
 
-        def read(content: dict) -> tuple[str, str, int]:
-            choice = content["choices"][0]
-            text = choice["message"]["content"]
-            if not isinstance(text, str):
-                raise TypeError("message content is no text")
-            used = (content.get("usage") or {}).get("completion_tokens")
+        def call() -> tuple[str, str, int]:
+            reply = self.client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": prompt}], **options
+            )
+            choice = reply.choices[0]
+            used = reply.usage.completion_tokens if reply.usage else -1
             return (
-                text.strip(),
-                "length" if choice.get("finish_reason") == "length" else "eos",
-                int(used or -1),
+                _said(choice.message),
+                "length" if choice.finish_reason == "length" else "eos",
+                used,
             )
 
-        return self._request(
-            "POST",
-            "/chat/completions",
-            {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options},
-            read,
-        )
+        return self._asked(call)
 
-    def _request(
-        self, verb: str, path: str, body: dict | None, read: Callable = lambda content: content
-    ):
-        import httpx
+    def _asked(self, call: Callable[[], Reply]) -> Reply:
+        import openai
 
-        problem = "no attempt"
+        problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                answer = self.client.request(
-                    verb, self.url + path, json=body, headers=self._headers()
-                )
-                if answer.status_code in RETRY_STATUS:
-                    problem = f"status {answer.status_code}"
-                    continue
-                if answer.status_code >= 400:
-                    raise _Failed(f"status {answer.status_code}")
-                return read(answer.json())
-            except httpx.TransportError as error:
+                return call()
+            except openai.APIStatusError as error:
+                body = error.body.get("message") if isinstance(error.body, dict) else error.body
+                said = str(body or "").replace(self.key, "***").strip()[:300]
+                problem = f"status {error.status_code}" + (f": {said}" if said else "")
+                if error.status_code not in RETRY_STATUS:
+                    raise Failed(problem) from error
+            except openai.APIConnectionError as error:
                 problem = type(error).__name__
-            except (ValueError, KeyError, IndexError, TypeError) as error:
+            except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
                 problem = f"unreadable reply ({type(error).__name__})"
-        raise _Failed(f"{problem} after {self.retries + 1} attempts")
+        raise Failed(f"{problem} after {self.retries + 1} attempts")
 
 
-class _Failed(DCRError):
-    """A request that failed for good."""
+def _said(message) -> str:
+    """Text of a message: its content, whole or in parts, or the refusal that stands in its place."""
+    from dcr.lm.chat import strip_thinking
+
+    parts = message.content or getattr(message, "refusal", None)
+    if isinstance(parts, list):
+        known = [p if isinstance(p, dict) else vars(p) for p in parts]
+        parts = "".join(p.get("text") or p.get("refusal") or "" for p in known)
+    if not isinstance(parts, str):
+        raise TypeError("message content is no text")
+    return strip_thinking(parts)
 
 
 def generate_remote(
-    prompts: pd.DataFrame,
-    url: str,
+    prompts,
+    options: GenerationConfig,
     *,
-    model: str = "",
+    served: str = "",
     method: str = "",
     seed: int = 0,
-    max_new_tokens: int = 24,
-    temperature: float = 0.0,
     out: str | Path | None = None,
+    server: Endpoint | None = None,
     concurrency: int = 8,
-    timeout: float = 60.0,
-    retries: int = 4,
-    backoff: float = 1.0,
 ) -> pd.DataFrame:
-    """Answers to a prompt table (columns id, text) from a served model: the rows and columns of `generate`.
+    """Answers to prompts (texts, or a prompt table) from a served model: the rows and columns of `generate`.
 
-    n_tokens is the server's count, -1 where it gives none. With `out` rows are written as they come; a second call asks only
-    for what is missing, and one with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad
-    tables or parameters, and for a server that answers nothing at all.
+    options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens is the server's count,
+    -1 where it gives none. With `out` rows are written as they come; a second call asks only for what is missing, and one
+    with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad prompts or parameters, and
+    for a server that answers nothing at all.
     """
-    from dcr.lm.generate import COLUMNS, check_request, resume
+    from dcr.lm.generate import Answers, check_request
 
-    check_request(prompts, max_new_tokens, temperature)
-    server = Endpoint(url, model, timeout=timeout, retries=retries, backoff=backoff)
-    settings = {
-        "method": method,
-        "seed": seed,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "endpoint": server.url,
-        "model": server.model,
-    }
-    rows = resume(out, settings)
-    done = {row["prompt_id"] for row in rows}
-    todo = prompts[~prompts["id"].isin(done)]
-    failed: dict[str, str] = {}
-    down = threading.Event()
+    prompts = prompts_of(prompts)
+    check_request(options.max_new_tokens, options.temperature)
+    server = server or Endpoint(options.endpoint, served)
+    sampling = {"temperature": options.temperature, "seed": seed}
+    settings = {"method": method, "max_new_tokens": options.max_new_tokens, **sampling}
+    settings |= {"endpoint": server.url, "model": server.model}
+    answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
+    before, failed, down = len(answers.rows), {}, threading.Event()
 
-    def ask(key: str, text: str) -> dict:
+    def ask(text: str) -> tuple[str, str, int]:
         if down.is_set():
-            raise _Failed("not asked: the server is down")
-        answer = server.chat(text, max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return dict(zip(COLUMNS, (key, method, seed, answer[0], answer[2], answer[1]), strict=True))
+            raise Failed("not asked: the server is down")
+        return server.chat(text, max_tokens=options.max_new_tokens, **sampling)
 
-    with (
-        ThreadPoolExecutor(max_workers=concurrency) as pool,
-        tqdm(
-            total=len(prompts), initial=len(done), unit="prompt", leave=False, desc=f"ask {method}"
-        ) as bar,
-    ):
-        waiting = {
-            pool.submit(ask, key, text): key
-            for key, text in zip(todo["id"], todo["text"], strict=True)
-        }
+    with ThreadPoolExecutor(max_workers=concurrency) as pool:
+        waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.missing()["text"])}
         for future in as_completed(waiting):
+            i = waiting[future]
             try:
-                rows.append(future.result())
-                if out is not None:
-                    append_jsonl(Path(out), rows[-1])
-            except _Failed as error:
-                failed[waiting[future]] = str(error)
-                if len(failed) >= GIVE_UP and len(rows) == len(done):
+                text, finish, used = future.result()
+                answers.add(i, text, used, finish == "eos")
+            except Failed as error:
+                failed[answers.todo["id"][i]] = str(error)
+                if len(failed) >= GIVE_UP and len(answers.rows) == before:
                     down.set()
-            bar.update(1)
-    if failed:
-        key, reason = next(iter(failed.items()))
+    for key, reason in list(failed.items())[:1]:
         log.warning(
             "%s: %d of %d prompts got no answer and stay unscored (%s: %s)",
-            server.url,
-            len(failed),
-            len(prompts),
-            key,
-            reason,
+            *(server.url, len(failed), len(prompts), key, reason),
         )
-    if not rows:
+    if not answers.rows:
         raise DCRError(
-            f"{server.url}: none of {len(prompts)} prompts was answered ({next(iter(failed.values()))}). Check the server; "
-            "what it answers later is added by calling again."
+            f"{server.url}: none of {len(prompts)} prompts was answered ({next(iter(failed.values()))}). Check the "
+            "server; what it answers later is added by calling again."
         )
-    log.info(
-        "ask %s: %d of %d prompts answered, %d cut at %d tokens",
-        method,
-        len(rows),
-        len(prompts),
-        sum(r["finish"] == "length" for r in rows),
-        max_new_tokens,
-    )
-    order = {key: i for i, key in enumerate(prompts["id"])}
-    return pd.DataFrame(sorted(rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
+    return answers.frame()

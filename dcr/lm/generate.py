@@ -48,7 +48,7 @@ def generate(  # noqa: PLR0913
     from its answer (n_tokens counts it). Raises DCRError for bad prompts or parameters, and when memory does not suffice.
     """
     prompts = prompts_of(prompts)
-    check_request(prompts, max_new_tokens, temperature)
+    check_request(max_new_tokens, temperature)
     settings = {
         "method": method,
         "seed": seed,
@@ -133,14 +133,8 @@ class Answers:
         return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
 
 
-def check_request(prompts: pd.DataFrame, max_new_tokens: int, temperature: float) -> None:
-    """Raise DCRError for an empty table, a repeated id, or numbers out of range."""
-    if prompts.empty:
-        raise DCRError("generate: no prompts given.")
-    if prompts["id"].duplicated().any():
-        raise DCRError(
-            f"generate: id {prompts.loc[prompts['id'].duplicated(), 'id'].iloc[0]!r} occurs twice."
-        )
+def check_request(max_new_tokens: int, temperature: float) -> None:
+    """Raise DCRError for numbers out of range."""
     if max_new_tokens < 1 or temperature < 0:
         raise DCRError(
             f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0."

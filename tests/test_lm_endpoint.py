@@ -15,9 +15,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from dcr.config import GenerationConfig
 from dcr.errors import DCRError
 from dcr.evaluate.judges import judge
-from dcr.lm.endpoint import generate_remote
+from dcr.lm.endpoint import Endpoint, generate_remote
 from dcr.lm.generate import COLUMNS
 
 TABLE = pd.DataFrame(
@@ -43,7 +44,7 @@ class Server(ThreadingHTTPServer):
             [],
             threading.Lock(),
         )
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self):
@@ -71,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             reply = "late"
         if isinstance(reply, int):
             return self._send(reply, b"{}")
+        if isinstance(reply, tuple):
+            return self._send(reply[0], json.dumps(reply[1]).encode())
         if isinstance(reply, bytes):
             return self._send(200, reply)
         self._send(
@@ -113,11 +116,17 @@ def serve():
         server.server_close()
 
 
-def ask(server, table=TABLE, **options):
+def ask(server, table=TABLE, *, seed=0, out=None, concurrency=8, **options):
+    ours = {k: options.pop(k) for k in ("timeout", "retries", "backoff") if k in options}
+    endpoint = Endpoint(server.url, **{"backoff": 0.01, "retries": 2, "timeout": 5.0, **ours})
     return generate_remote(
         table,
-        server.url,
-        **{"backoff": 0.01, "retries": 2, "timeout": 5.0, "method": "STL", **options},
+        GenerationConfig(endpoint=server.url, **options),
+        method="STL",
+        seed=seed,
+        out=out,
+        server=endpoint,
+        concurrency=concurrency,
     )
 
 
@@ -171,9 +180,36 @@ def test_what_fails_for_good_is_missing_counted_and_unscored_then_asked_again(
         ask(server, out=out, max_new_tokens=5)
 
 
-def test_a_refused_request_is_not_repeated(serve):
-    server = serve(lambda prompt, _: 400 if prompt == "List dogs." else "fine")
+def test_a_refused_request_is_not_repeated_and_the_servers_reason_is_told(serve, caplog):
+    why = {"error": {"message": "maximum context length is 8 tokens", "code": 400}}
+    server = serve(lambda prompt, _: (400, why) if prompt == "List dogs." else "fine")
     assert ask(server)["prompt_id"].tolist() == ["a", "c"] and server.seen["List dogs."] == 1
+    assert "status 400: maximum context length is 8 tokens" in caplog.text
+    vllm = {"object": "error", "message": "The model `DCR` does not exist.", "code": 404}
+    with pytest.raises(DCRError, match="status 404: The model `DCR` does not exist"):
+        ask(serve(lambda prompt, _: (404, vllm)))
+
+
+@pytest.mark.parametrize(
+    "message, text",
+    [
+        ({"content": None, "refusal": "I cannot help with that."}, "I cannot help with that."),
+        ({"content": [{"type": "text", "text": "Flour "}, {"type": "text", "text": "and"}]}, "Flour and"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"content": "<think>a</think>Flour"}, "Flour"),
+    ],
+)  # fmt: skip
+def test_every_shape_of_an_answer_is_read(serve, message, text):
+    whole = {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}
+    server = serve(lambda *_: json.dumps(whole).encode())
+    rows = ask(server)
+    assert rows["response"].tolist() == [text] * 3 and rows["n_tokens"].tolist() == [-1] * 3
+
+
+def test_each_method_has_its_served_name(serve):
+    server = serve(lambda *_: "fine")
+    generate_remote(TABLE, GenerationConfig(endpoint=server.url), served="DCR-lora")
+    assert {b["model"] for b in server.bodies} == {"DCR-lora"}
 
 
 def test_the_key_comes_from_the_environment_and_is_written_nowhere(
@@ -198,11 +234,11 @@ def test_a_server_that_answers_nothing_or_is_down(serve):
         ask(server, table, retries=0, concurrency=2)
     assert len(server.seen) < 60, "gives up instead of asking all"
     with pytest.raises(DCRError, match="did not name a model"):
-        generate_remote(TABLE, "http://127.0.0.1:9/v1", retries=0, backoff=0.0)
+        Endpoint("http://127.0.0.1:9/v1", retries=0, backoff=0.0)
     with pytest.raises(DCRError, match="no address"):
-        generate_remote(TABLE, "localhost:8000")
-    with pytest.raises(DCRError, match="occurs twice"):
-        generate_remote(TABLE.assign(id="a"), server.url)
+        generate_remote(TABLE, GenerationConfig(endpoint="localhost:8000"))
+    with pytest.raises(DCRError, match="ids unique"):
+        ask(server, TABLE.assign(id="a"))
 
 
 @pytest.mark.slow
@@ -245,8 +281,12 @@ def test_transformers_serve_gives_the_local_answers(tmp_path):
                 break
             time.sleep(0.5)
         url = f"http://127.0.0.1:{port}/v1"
+        name = str(tmp_path / "tiny")
         rows = generate_remote(
-            TABLE, url, model=str(tmp_path / "tiny"), max_new_tokens=6, concurrency=1, timeout=120
+            TABLE,
+            GenerationConfig(endpoint=url, max_new_tokens=6),
+            server=Endpoint(url, name, timeout=120),
+            concurrency=1,
         )
     finally:
         process.terminate()
