@@ -7,12 +7,8 @@ import pytest
 
 from dcr.config import load_config
 from dcr.data import loaders, sets
-from dcr.data.pairs import as_pairs, leakage_report, normalised, word_distance
+from dcr.data.pairs import as_pairs, leakage_report, normalised
 from dcr.errors import DCRError
-
-
-def test_word_distance():
-    assert word_distance("How do I kill a process?", "how do I kill my boss") == 2
 
 
 def test_leakage_finds_exact_and_near_and_nothing_else():

@@ -1,6 +1,7 @@
-"""The ledger: every prompt that an experiment may touch, once, with its request and the one role that the request plays.
+"""The ledger: every prompt that an experiment may touch, once, with its request and its one role.
 
-A role hangs on the request's words and on the registry's shares alone: not on method, seed, form, limits or company.
+A role hangs on the request's words and the registry's shares alone: not on method, seed, form,
+limits or company.
 """
 
 from __future__ import annotations
@@ -15,116 +16,120 @@ import pandas as pd
 
 from dcr.config import Config, load_config, methods_file, profiles
 from dcr.data.files import cache_dir, content_key, sha256_of, write_atomic
-from dcr.data.forms import core
 from dcr.data.pairs import requests_of
-from dcr.data.read import COLUMNS, prompts_of
-from dcr.data.sources import BUNDLED, SOURCES, load, load_bundled, path_of, source
+from dcr.data.read import COLUMNS, HUB, prompts_of
+from dcr.data.sources import SOURCES, checksum, load, load_bundled, path_of, source
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-# Where a request occurs under several roles, the first of these takes it.
-ROLES = ("refine", "align", "anchor", "validation", "test")
-# The kit's own data: committed split → shares. Training topics are dealt whole, so that stages share none.
+ROLES = ("refine", "align", "anchor", "validation", "test")  # the first takes what several claim
+# The kit's own data: committed split → shares. Training topics are dealt whole: stages share none.
 BUNDLED_ROLES = {
     "train": {"refine": 0.42, "align": 0.43, "anchor": 0.15},
     "validation": {"validation": 1.0},
     "test": {"test": 1.0},
     "style": {"test": 1.0},
 }
-# Names of benchmarks in it: table, split, label.
-BUNDLED_SETS = {
-    f"{name}-{side}": ("pairs", split, label)
-    for name, split in (("pairs", "test"), ("style", "style"), ("validation", "validation"))
-    for side, label in (("safe", "seemingly_toxic"), ("toxic", "toxic"))
-} | {
-    "general-test": ("general", "test", "general"),
-    "general-validation": ("general", "validation", "general"),
+BUNDLED_SETS = {  # benchmark in it → split, label
+    "pairs-safe": ("test", "seemingly_toxic"),
+    "pairs-toxic": ("test", "toxic"),
+    "style-safe": ("style", "seemingly_toxic"),
+    "style-toxic": ("style", "toxic"),
+    "validation-safe": ("validation", "seemingly_toxic"),
+    "validation-toxic": ("validation", "toxic"),
+    "general-test": ("test", "general"),
+    "general-validation": ("validation", "general"),
 }
 ANCHORS = {"harmful": "advbench", "pseudo": "or-bench"}  # published sources of anchors
+EXTRA = ("table", "split", "topic", "kind", "why")
 
 
 def names_in(setting: str) -> list[str]:
-    """The sources of a setting: "safety-only+bundled" names two tables read as one; a file's path stays whole."""
+    """The sources of a setting: "safety-only+bundled" names two; a file's path stays whole."""
     return [setting] if Path(setting).is_file() else [n.strip() for n in setting.split("+")]
 
 
-def named(config: Config) -> dict[str, dict[str, str]]:
-    """source → {role it is named for: class it is named as} of one configuration; the bundled data stay out."""
-    data = config.data
-    settings = [
-        ("refine", data.toxic, "toxic"),
-        ("refine", data.seemingly_toxic, "seemingly_toxic"),
-        ("align", data.align_toxic, "toxic"),
-        ("align", data.general, "general"),
-        *(("test", name, "") for name in data.benchmarks),
-        *(("validation", name, "") for name in data.validation),
-    ]
-    if config.align.n_augment and config.align.augment_source != "pairs":
-        settings.append(("align", config.align.augment_source, "seemingly_toxic"))
-    if data.toxic != "bundled":
-        settings += [("anchor", name, "") for name in ANCHORS.values()]
-    found: dict[str, dict[str, str]] = {}
-    for role, setting, label in settings:
-        for name in names_in(setting):
-            if name != "bundled" and name not in BUNDLED_SETS:
-                found.setdefault(name, {})[role] = label
-    return found
-
-
 def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
-    """Every prompt of every source that `config`, `of` or a method of methods.yaml on top of them names.
+    """Every prompt of every source that `config`, `of` or a method on top of them names.
 
-    of: the configurations whose comparison this is for (default: the profile of `config`); give an experiment's own
-    configuration for the recipes of its methods, so that all of them share one ledger.
-    Columns: those of a prompt table, `table` (the source's registry name), `topic`, `why`. `role` is one of
-    ROLES, or "" with the reason in `why` for a prompt that is left out. Cached on disk.
-    Raises DCRError for a source that the registry does not allow the role that it is named for.
+    of: the configurations that share the ledger (default: the profile of `config`); an experiment
+        gives its own for the recipes of its methods.
+    Columns: a prompt table's, and table (name of the source), split, topic, kind, why. role is one
+    of ROLES, or "" for a prompt that is left out, with the reason in `why`.
+    Kept on disk under all that it depends on. Raises DCRError for a source in a role that the
+    registry does not allow it.
     """
-    base = list(of) or [config, *_profile(config)]
-    recipes = [c.override(m.get("overrides") or {}) for c in base for m in methods_file().values()]
-    uses: dict[str, dict[str, str]] = {}
-    for one in (config, *base, *recipes):
-        for name, roles in named(one).items():
-            uses.setdefault(name, {}).update(roles)
-    tables = {
-        name: (tuple(_shares(name, roles).items()), _label(name, roles))
-        for name, roles in sorted(uses.items())
-    }
-    files = {n: sha256_of(path_of(n) if n in SOURCES else Path(n)) for n in tables}
-    here = Path(__file__).parent
-    code = [here / f"{n}.py" for n in ("ledger", "pairs", "forms", "read", "sources")]
-    code += [here / "sources.yaml", BUNDLED / "pairs.jsonl", BUNDLED / "general.jsonl"]
-    key = content_key({"tables": tables, "files": files, "code": [sha256_of(p) for p in code]})
-    return _ledger(key, tuple(tables.items())).copy()
+    profile = [load_config(config.profile)] if config.profile in profiles() else []
+    base = [config, *(of or profile)]
+    methods = [method.get("overrides") or {} for method in methods_file().values()]
+    uses: dict[str, dict[str, set[str]]] = {}  # source → role → classes
+    for one in (*base, *(c.override(m) for c in base[1:] or base for m in methods)):
+        for name, role, label in _named(one):
+            uses.setdefault(name, {}).setdefault(role, set()).add(label)
+    tables = {name: (_shares(name, roles), _label(name, roles)) for name, roles in uses.items()}
+    code = sorted(p for p in Path(__file__).parent.rglob("*.*") if p.suffix in (".py", ".yaml"))
+    code += sorted((Path(__file__).parent / "bundled").glob("*.jsonl"))
+    key = content_key(
+        {
+            "tables": sorted(tables.items()),
+            "files": {name: _fingerprint(name) for name in tables},
+            "code": [checksum(path) for path in code],
+        }
+    )
+    return _kept(key, tuple(sorted(tables.items()))).copy()
 
 
-def _profile(config: Config) -> list[Config]:
-    return [load_config(config.profile)] if config.profile in profiles() else []
+def _named(config: Config) -> list[tuple[str, str, str]]:
+    """(source, role, class or "") that one configuration names; the bundled data stay out."""
+    data, align = config.data, config.align
+    settings = [
+        (data.toxic, "refine", "toxic"),
+        (data.seemingly_toxic, "refine", "seemingly_toxic"),
+        (data.align_toxic, "align", "toxic"),
+        (data.general, "align", "general"),
+        *((name, "test", "") for name in data.benchmarks),
+        *((name, "validation", "") for name in data.validation),
+    ]
+    if align.n_augment and align.augment_source != "pairs":
+        settings.append((align.augment_source, "align", "seemingly_toxic"))
+    if data.toxic != "bundled":
+        settings += [(name, "anchor", "") for name in ANCHORS.values()]
+    ours = ("bundled", *BUNDLED_SETS)
+    return [(n, role, label) for s, role, label in settings for n in names_in(s) if n not in ours]
 
 
-def _shares(name: str, roles: dict[str, str]) -> dict[str, float]:
-    """role → share of requests: the registry's, or equal ones of the roles that a user's table is named for."""
-    if name not in SOURCES and Path(name).is_file():
-        return {role: 1 / len(roles) for role in ROLES if role in roles}
+def _shares(name: str, roles: dict[str, set[str]]) -> tuple[tuple[str, float], ...]:
+    """(role, share of requests): the registry's, or equal ones of a user's table's roles."""
+    if name not in SOURCES and (Path(name).is_file() or HUB.fullmatch(name)):
+        return tuple((role, 1 / len(roles)) for role in ROLES if role in roles)
     allowed = source(name).roles
     for role in roles:
         # A benchmark that is trained on (XSTest) is asked all the same: its rates stand apart.
         if not allowed or (role != "test" and role not in allowed):
             raise DCRError(
-                f"{name} is named for the role {role!r}; the registry allows it "
-                f"{' and '.join(allowed) or 'none'}. Name another source, or give your own table of prompts."
+                f"{name} is named for {role}, but the registry keeps it for "
+                f"{' and '.join(allowed) or 'no role'}. Name another source or your own table."
             )
-    return allowed
+    return tuple((role, allowed[role]) for role in ROLES if role in allowed)
 
 
-def _label(name: str, roles: dict[str, str]) -> str:
+def _label(name: str, roles: dict[str, set[str]]) -> str:
     """The one class that a user's table is named as, or "" where its own column says."""
-    classes = set(roles.values()) - {""}
+    classes = set().union(*roles.values()) - {""}
     return classes.pop() if name not in SOURCES and len(classes) == 1 else ""
 
 
+def _fingerprint(name: str) -> str:
+    if name in SOURCES:
+        return checksum(path_of(name))
+    match = HUB.fullmatch(name)
+    if match and not Path(name).is_file() and len(match["revision"]) < 40:
+        raise DCRError(f"{name}: {match['revision']} may move. Name a commit of 40 digits.")
+    return sha256_of(Path(name)) if not match else name
+
+
 @lru_cache(maxsize=4)
-def _ledger(key: str, tables: tuple) -> pd.DataFrame:
+def _kept(key: str, tables: tuple) -> pd.DataFrame:
     path = cache_dir() / "ledger" / f"{key}.parquet"
     if path.is_file():
         try:
@@ -137,59 +142,53 @@ def _ledger(key: str, tables: tuple) -> pd.DataFrame:
 
 
 def _made(tables: tuple) -> pd.DataFrame:
-    parts = []
+    parts = []  # (rows, shares, unit that is dealt whole)
     for name in ("pairs", "general"):
         rows = load_bundled(name).assign(table="bundled")
-        parts += [
-            part.assign(_shares=[BUNDLED_ROLES[split]] * len(part), _unit=part["topic"])
-            for split, part in rows.groupby("split", sort=False)
-        ]
-    for name, (items, label) in tables:
+        for split, shares in BUNDLED_ROLES.items():
+            part = rows[rows["split"] == split]
+            parts.append((part, shares, part["topic"]))
+    for name, (pairs, label) in tables:
         rows = load(name) if name in SOURCES else prompts_of(name, label=label)
         if (bare := rows["label"] == "").any():
             raise DCRError(
-                f"{name}: row {int(bare.argmax())} has no label. Add a column 'label' (toxic, seemingly_toxic, general)."
+                f"{name}: row {int(bare.argmax())} has no label. Add a column 'label' (toxic, "
+                "seemingly_toxic, general)."
             )
-        shares = [dict(items)] * len(rows)
-        parts.append(rows.assign(table=name, _shares=shares, _unit=requests_of(rows)))
-    every = pd.concat(parts, ignore_index=True)
-    if every["id"].duplicated().any():
-        twice = every[every["id"].duplicated(keep=False)]
-        raise DCRError(
-            f"id {twice['id'].iloc[0]!r} stands in {' and '.join(twice['table'].iloc[:2])}. Give ids of their own."
-        )
-    every["request"] = requests_of(every)
-    dealt = [
-        _deal(unit, shares) for unit, shares in zip(every["_unit"], every["_shares"], strict=True)
-    ]
-    order = pd.Series([ROLES.index(role) for role in dealt], index=every.index)
-    leader = order.groupby(every["request"]).idxmin()  # row that gives each request its role
-    leads = every["request"].map(leader)
-    role = pd.Series(dealt).iloc[leads.to_numpy()].to_numpy()
-    allowed = [r in shares for r, shares in zip(role, every["_shares"], strict=True)]
-    every["role"] = [r if fits else "" for r, fits in zip(role, allowed, strict=True)]
-    every["why"] = [
-        "" if fits else f"its request is {r} as {every['id'].iat[at]}"
-        for r, fits, at in zip(role, allowed, leads, strict=True)
-    ]
-    every["rank"] = [hash_of(core(text)) for text in every["text"]]
-    text = ["table", "split", "topic", "kind", "why", "rank"]
-    for name in text:
+        parts.append((rows.assign(table=name), dict(pairs), requests_of(rows)))
+    every = pd.concat([rows for rows, *_ in parts], ignore_index=True)
+    for name in EXTRA:
         every[name] = every[name].fillna("") if name in every else ""
-    return every[[*COLUMNS, *text]]
+    if (twice := every["id"].duplicated()).any():
+        same = every[every["id"] == every.loc[twice, "id"].iloc[0]]
+        where = f"{same['id'].iloc[0]!r} stands in {' and '.join(same['table'])}"
+        raise DCRError(f"id {where}. Give each table ids of its own.")
+    every["request"] = requests_of(every)
+    dealt = [ROLES.index(_deal(u, shares)) for _, shares, units in parts for u in units]
+    allowed = [shares for rows, shares, _ in parts for _ in range(len(rows))]
+    # Every request takes the first of the roles that its prompts were dealt.
+    leaders = every["request"].map(pd.Series(dealt).groupby(every["request"]).idxmin()).tolist()
+    roles = [ROLES[dealt[lead]] for lead in leaders]
+    fits = [role in shares for role, shares in zip(roles, allowed, strict=True)]
+    why = [
+        "" if fit else f"its request has the role {role} as {every['id'].iat[lead]}"
+        for fit, role, lead in zip(fits, roles, leaders, strict=True)
+    ]
+    every["role"] = [role if fit else "" for role, fit in zip(roles, fits, strict=True)]
+    every["why"] = why
+    return every[[*COLUMNS, *EXTRA]]
 
 
 def hash_of(text: str) -> str:
-    """16 hex digits of the text's sha256: what is drawn hangs on this, never on a generator's state."""
+    """16 hex digits of sha256: what is drawn hangs on this, never on a generator's state."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _deal(unit: str, shares: dict[str, float]) -> str:
-    """The role of one unit: a point in [0, 1) by its hash, laid on the shares in the order of ROLES."""
-    point, total = int(hash_of(f"role:{unit}"), 16) / 16**16, sum(shares.values())
-    roles = [role for role in ROLES if role in shares]
-    for role in roles:
-        point -= shares[role] / total
+    """The role of one unit: a point in [0, 1) by its hash, laid on the shares."""
+    point = int(hash_of(f"role:{unit}"), 16) / 16**16 * sum(shares.values())
+    for role, share in shares.items():
+        point -= share
         if point < 0:
             return role
-    return roles[-1]
+    return role
