@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from platformdirs import user_cache_dir
@@ -16,7 +17,7 @@ from dcr.errors import DCRError
 
 
 def content_key(dependencies: object) -> str:
-    """12 hex digits of a canonical JSON of the dependencies. Raises DCRError on something JSON cannot hold."""
+    """12 hex digits of a canonical JSON of the dependencies. Raises DCRError on what is no JSON."""
     try:
         text = json.dumps(dependencies, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -24,46 +25,66 @@ def content_key(dependencies: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write to a temporary file beside `path`, fsync, rename: readers see the old content or the new, never half."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise DCRError(
-            f"{path}: could not be written ({error.strerror}). Free space or choose another run directory; "
-            "what was there before is unchanged."
+            f"{path}: could not be written ({error.strerror}). Free space or choose another "
+            "folder; what was there before is unchanged."
         ) from error
 
 
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, fsync, rename: readers see the old content or the new, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _writing(path):
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content.encode() if isinstance(content, str) else content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def append_jsonl(path: Path, row: Mapping) -> None:
-    """Append one JSON line and flush it to the system, so that a kill loses at most the line being written."""
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        handle.flush()
+    """Append one JSON line and flush it: a kill loses at most the line that is being written.
+
+    An unfinished line that a kill has left is taken away first.
+    """
+    path = Path(path)
+    with _writing(path), open(path, "ab+") as handle:
+        handle.seek(max(0, handle.tell() - 1))
+        if handle.read(1) not in (b"", b"\n"):
+            write_atomic(path, b"".join(map(_line, read_jsonl(path))))
+            return append_jsonl(path, row)
+        handle.write(_line(row))
+
+
+def _line(row: Mapping) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file; an unfinished last line (killed while writing) is left out."""
+    """Rows of a JSONL file, split at "\\n" alone; an unfinished last line is left out.
+
+    Raises DCRError naming a line that is no JSON.
+    """
     rows = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise DCRError(
-                f"{path}: line {number} is not JSON ({error.msg}). Delete that line or the file."
-            ) from error
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:  # no JSON, or no UTF-8
+            if number < len(lines):
+                raise DCRError(
+                    f"{path}: line {number} is not JSON ({error}). Delete that line or the file."
+                ) from error
     return rows
 
 

@@ -1,11 +1,9 @@
-"""The form of a prompt (question, imperative, statement) and swapping question ⇄ imperative by fixed templates.
+"""The form of a prompt, and swapping question ⇄ imperative by fixed templates.
 
-Published benchmarks are nearly all questions on one side and imperatives on the other (PAPER, last section), so
-every benchmark is also judged with its forms swapped. A template can bring a bias of its own ("Can you ...?"
-raises refusal), so there are several, dealt by a hash of the text.
-
-Of 120 swaps that were read, 115 kept meaning and grammar; the other five led to the rules that mend them. Marks of the 100 still
-in use: `bundled/form_check.csv`.
+Published benchmarks are nearly all questions on one side and imperatives on the other, so each is
+also judged with its forms swapped. A template can bring a bias of its own ("Can you ...?" raises
+refusal), so there are several, dealt by a hash of the text. Of 120 swaps that were read, 115 kept
+meaning and grammar; the others led to the rules that mend them (`bundled/form_check.csv`).
 """
 
 from __future__ import annotations
@@ -20,20 +18,14 @@ FORMS = ("question", "imperative", "statement")
 TO_QUESTION = ("Can you {x}?", "Could you {x}?", "Would you {x}?", "Will you {x}?")
 # {x} is a question as it stands (without its question mark) or its clause.
 TO_IMPERATIVE = ("Answer this: {x}.", "Tell me this: {x}.", "Explain this: {x}.")
-TO_IMPERATIVE_CLOSED = TO_IMPERATIVE[
-    :2
-]  # yes or no, who, when, where, how many: nothing to explain
+TO_IMPERATIVE_CLOSED = TO_IMPERATIVE[:2]  # yes or no, who, when, how many: nothing to explain
 HOW = ("Explain how to {x}.", "Describe how to {x}.", "Tell me how to {x}.", "Show me how to {x}.")
-_HOW_DO_I = re.compile(
-    r"^how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people) "
-    r"(?:best )?(.+)$",
-    re.I,
+_HOW = (
+    r"how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people)"
+    r"(?: best)?|how to|what(?: is|'s) the best way to|what are (?:some |good )?ways to"
 )
-_HOW_TO = re.compile(
-    r"^(?:how to|what is the best way to|what's the best way to|what are (?:some )?ways to|"
-    r"what are good ways to) (.+)$",
-    re.I,
-)
+_ASKS_HOW = re.compile(rf"^(?:{_HOW}) (.+)$", re.I)
+_TELLS_HOW = re.compile(rf"^(?:{_HOW}|(?:explain|describe|tell me|show me) how to) ")
 _ASKS = re.compile(
     r"^(?:can|could|would|will) you (?:please )?(?:be able to )?"
     r"(?!(?:rather|prefer|like|be|ever|not|agree|still|also|feel|believe)\b)(.+)$",
@@ -58,7 +50,7 @@ _STARTS_STATEMENT = re.compile(
 
 
 def form_of(text: str) -> str:
-    """question: ends in "?"; statement: tells rather than asks ("I want to ..."); imperative: the rest."""
+    """question: ends in "?"; statement: tells ("I want to ..."); imperative: the rest."""
     text = text.strip().rstrip("\"')")
     if text.endswith("?"):
         return "question"
@@ -66,7 +58,7 @@ def form_of(text: str) -> str:
 
 
 def swap_form(text: str) -> str:
-    """A question as an imperative, anything else as a question. Deterministic; meaning kept, words nearly so."""
+    """A question as an imperative, anything else as a question; deterministic."""
     text = re.sub(r"\s+", " ", text.strip())
     return _to_imperative(text) if form_of(text) == "question" else _to_question(text)
 
@@ -78,18 +70,14 @@ def _pick(templates: tuple[str, ...], text: str) -> str:
 def _to_imperative(text: str) -> str:
     *before, last = _SENTENCE_END.split(text)
     body = last.rstrip("?\"' ").strip()
-    for pattern in (_HOW_DO_I, _HOW_TO):
-        if match := pattern.match(body):
-            swapped = _pick(HOW, text).format(x=match[1])
-            break
+    if match := _ASKS_HOW.match(body):
+        swapped = _pick(HOW, text).format(x=match[1])
+    elif match := _ASKS.match(body):
+        swapped = match[1][0].upper() + match[1][1:] + "."
     else:
-        if match := _ASKS.match(body):
-            swapped = match[1][0].upper() + match[1][1:] + "."
-        else:
-            templates = TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED
-            swapped = _pick(templates, text).format(
-                x=body[0].lower() + body[1:] if _STARTS_QUESTION.match(body) else body
-            )
+        templates = TO_IMPERATIVE if _OPEN.match(body) else TO_IMPERATIVE_CLOSED
+        body = body[0].lower() + body[1:] if _STARTS_QUESTION.match(body) else body
+        swapped = _pick(templates, text).format(x=body)
     return " ".join([*before, swapped])
 
 
@@ -98,9 +86,8 @@ def _to_question(text: str) -> str:
     if form_of(text) == "statement":
         return f"{body}. Can you help with that?"
     *before, last = _SENTENCE_END.split(body)
-    if (
-        before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last)
-    ):  # what is asked for stands last
+    if before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last):
+        # What is asked for stands last.
         return " ".join([*before, _to_question(last)])
     if _UNMARKED.match(body):  # a question that only lacks its mark
         return f"{body}?"
@@ -110,18 +97,14 @@ def _to_question(text: str) -> str:
     return _pick(TO_QUESTION, text).format(x=re.sub(r"^(?:please|kindly) ", "", body, flags=re.I))
 
 
-_ASK = re.compile(
-    r"^(?:(?:can|could|would|will) you|please|kindly|be able to|(?:answer|tell me|explain) this)(?: |$)"
-)
-_HOW = re.compile(
-    r"^(?:(?:explain|describe|tell me|show me) how to|"
-    r"how (?:do|can|could|would|should|might|may) (?:i|you|we|one|someone|somebody|people)(?: best)?|"
-    r"what(?: is|'s) the best way to|what are (?:some |good )?ways to) "
+_CARRIER = re.compile(
+    r"^(?:(?:can|could|would|will) you|please|kindly|be able to|"
+    r"(?:answer|tell me|explain) this)(?: |$)"
 )
 
 
 def core(text: str) -> str:
-    """The words of a prompt without what makes it a question or an order: one for a prompt and its swapped twin.
+    """The words of a prompt without its form: the same for a prompt and its swapped twin.
 
     "How do I fix a bike?" and "Show me how to fix a bike." are both "how to fix a bike".
     """
@@ -131,7 +114,7 @@ def core(text: str) -> str:
         words = " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)*", sentence.lower().replace("’", "'")))
         before = None
         while words != before:
-            before, words = words, _HOW.sub("how to ", _ASK.sub("", words))
+            before, words = words, _TELLS_HOW.sub("how to ", _CARRIER.sub("", words))
         parts.append(words)
     return " ".join(filter(None, parts))
 
