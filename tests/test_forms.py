@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dcr.data import loaders
+from dcr.data import sources
 from dcr.data.forms import form_of, swap_form, swap_table
 
 SMALL = set("please kindly should how do i can you we does might what is the best way".split())
@@ -53,7 +53,7 @@ def test_swaps_read_well(text, ends):
 
 
 def test_every_bundled_prompt_changes_form_and_keeps_its_words():
-    table = loaders.load_bundled("pairs")
+    table = sources.load_bundled("pairs")
     swapped = swap_table(table)
     assert (swapped["form"] != table["form"]).all() and swapped["id"].is_unique
     for before, after in zip(table["text"], swapped["text"], strict=True):
@@ -70,14 +70,14 @@ def test_what_was_read_by_hand_is_what_the_templates_still_write():
 
     import pandas as pd
 
-    read = pd.read_csv(Path(loaders.__file__).parent / "bundled" / "form_check.csv")
+    read = pd.read_csv(Path(sources.__file__).parent / "bundled" / "form_check.csv")
     assert len(read) >= 100 and read["ok"].mean() >= 0.95 and read["id"].is_unique
     digest = {
         i: (
             hashlib.sha256(t.encode()).hexdigest()[:12],
             hashlib.sha256(swap_form(t).encode()).hexdigest()[:12],
         )
-        for i, t in loaders.load_bundled("pairs")[["id", "text"]].itertuples(index=False)
+        for i, t in sources.load_bundled("pairs")[["id", "text"]].itertuples(index=False)
     }
     same = [r for r in read.itertuples() if digest.get(r.id, ("", ""))[0] == r.prompt]
     assert same and all(digest[r.id][1] == r.swapped for r in same)

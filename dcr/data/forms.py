@@ -35,9 +35,9 @@ _OPEN = re.compile(r"^(?:what|why|how(?! (?:many|much|old|long|far|often)\b))\b"
 _UNMARKED = re.compile(
     r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I
 )
-_SENTENCE_END = re.compile(
-    r"(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<!\b[A-Z]\.)"
-    r"(?<=[.!?]) (?=[A-Z])"
+_SENTENCE_END = re.compile(  # begins with the space: what can be searched for fast
+    r" (?<=[.!?] )(?<!\bMr\. )(?<!\bMs\. )(?<!\bDr\. )(?<!\bSt\. )(?<!\bMrs\. )(?<!\bvs\. )"
+    r"(?<!\b[A-Z]\. )(?=[A-Z])"
 )
 _STARTS_QUESTION = re.compile(
     r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"

@@ -41,12 +41,18 @@ BUNDLED_SETS = {  # benchmark in it → split, label
     "general-validation": ("validation", "general"),
 }
 ANCHORS = {"harmful": "advbench", "pseudo": "or-bench"}  # published sources of anchors
+KEPT = 20  # ledgers on disk, the newest
 EXTRA = ("table", "split", "topic", "kind", "why")
 
 
 def names_in(setting: str) -> list[str]:
     """The sources of a setting: "safety-only+bundled" names two; a file's path stays whole."""
     return [setting] if Path(setting).is_file() else [n.strip() for n in setting.split("+")]
+
+
+def trains_on_published(config: Config) -> bool:
+    """Whether stage 1's toxic prompts come from a registered source; anchors do so then too."""
+    return any(name in SOURCES for name in names_in(config.data.toxic))
 
 
 def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
@@ -92,7 +98,7 @@ def _named(config: Config) -> list[tuple[str, str, str]]:
     ]
     if align.n_augment and align.augment_source != "pairs":
         settings.append((align.augment_source, "align", "seemingly_toxic"))
-    if data.toxic != "bundled":
+    if trains_on_published(config):
         settings += [(name, "anchor", "") for name in ANCHORS.values()]
     ours = ("bundled", *BUNDLED_SETS)
     return [(n, role, label) for s, role, label in settings for n in names_in(s) if n not in ours]
@@ -138,6 +144,8 @@ def _kept(key: str, tables: tuple) -> pd.DataFrame:
             log.warning("%s is broken and made again", path)
     rows = _made(tables)
     write_atomic(path, rows.to_parquet(index=False))
+    for old in sorted(path.parent.glob("*.parquet"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+        old.unlink(missing_ok=True)
     return rows
 
 

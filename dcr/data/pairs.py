@@ -122,7 +122,7 @@ def requests_of(prompts: pd.DataFrame) -> pd.Series:
     for group, its in zip(member, cores, strict=True):
         first_words[group] = min(first_words.get(group, its), its)
     names = [hashlib.sha256(first_words[g].encode()).hexdigest()[:12] for g in member]
-    return pd.Series(names, index=prompts.index, name="request", dtype=object)
+    return pd.Series(names, index=prompts.index, name="request", dtype="str")
 
 
 def leakage_report(

@@ -28,7 +28,7 @@ FREE = ("source", "category", "request", "role", "pair_id")  # any text or numbe
 COLUMNS = ("id", "text", "label", "form", *FREE, "response")
 LABELS = ("toxic", "seemingly_toxic", "general")
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
-NOT_AN_ANSWER = ("", "nan", "null", "none", "<na>")  # a missing value, and what it is printed as
+MISSING = ("", "nan", "null", "none", "<na>")  # a missing value, and what it is printed as
 HUB = re.compile(
     r"(?P<path>[\w.-]+/(?P<stem>[\w.-]+))(?::(?P<config>[\w.-]+))?"
     r"@(?P<revision>[\w.-]+)(?:#(?P<split>[\w.-]+))?"
@@ -76,7 +76,7 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
             return _from_hub(match), value, match["stem"]
         raise DCRError(
             f"{what}: one string ({value[:40]!r}) stands where a list of prompts is meant. Give "
-            f"[text], the path of a table ({', '.join(SUFFIXES)}) or owner/name@revision of the hub."
+            f"[text], the path of a table ({', '.join(SUFFIXES)}) or a hub's owner/name@revision."
         )
     if kind.__module__.startswith("datasets.") and kind.__name__ == "Dataset":
         value = _with_class_names(value)
@@ -120,10 +120,15 @@ def _from_hub(match: re.Match) -> list[Row]:
         )
     except Exception as error:  # whatever the hub client raises
         raise DCRError(
-            f"{match[0]}: could not be fetched ({type(error).__name__}: {str(error)[:160]}). Check "
-            "the name, the split, the network and, for gated sets, HF_TOKEN."
+            f"{match[0]}: could not be fetched ({short(error)}). Check the name, the split, the "
+            "network and, for gated sets, HF_TOKEN."
         ) from error
     return _records(_with_class_names(data), match[0])
+
+
+def short(error: Exception) -> str:
+    """Kind and first words of another library's error, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 # ---- files → rows -----------------------------------------------------------------------------
@@ -141,7 +146,7 @@ def read_rows(path: Path) -> list[Row]:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
     except (OSError, EOFError, zlib.error) as error:
-        problem = "is a folder" if path.is_dir() else getattr(error, "strerror", None) or error
+        problem = getattr(error, "strerror", None) or error
         raise DCRError(f"{path}: cannot be read ({problem}). Give the path of a table.") from error
     if suffix == ".parquet":
         try:
@@ -252,9 +257,9 @@ def as_table(
         full["label"] = _text(row, "label", at, True) or label
         full["form"] = full["form"] or form_of(full["text"])
         full["source"] = full["source"] or origin
-        if not full["text"]:
+        if full["text"].lower() in MISSING:
             raise DCRError(f"{at}: text is empty. Fill it or delete the row.")
-        if answers and full["response"].lower() in NOT_AN_ANSWER:
+        if answers and full["response"].lower() in MISSING:
             raise DCRError(
                 f"{at} ({full['text'][:40]!r}) has no response. Alignment needs an answer (for "
                 "toxic prompts a refusal) in the column 'response': fill it or delete the row."

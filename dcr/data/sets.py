@@ -16,7 +16,7 @@ import pandas as pd
 from dcr.config import Config
 from dcr.data import legacy
 from dcr.data.forms import swap_table
-from dcr.data.ledger import ANCHORS, BUNDLED_SETS, hash_of, ledger, names_in
+from dcr.data.ledger import ANCHORS, BUNDLED_SETS, hash_of, ledger, names_in, trains_on_published
 from dcr.data.legacy import (  # noqa: F401  until its callers have switched
     BUNDLED_BENCHMARKS,
     alignment_mix,
@@ -199,7 +199,7 @@ def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) ->
 
     From AdvBench and OR-Bench where the configuration trains on published data, else bundled.
     """
-    setting = "bundled" if config.data.toxic == "bundled" else ANCHORS.get(role, "")
+    setting = ANCHORS.get(role, "") if trains_on_published(config) else "bundled"
     setting = config.data.general if role == "harmless" else setting
     rows = _rows(ledger(config, of), setting, "anchor", CLASS[role])
     return _drawn(rows, n or config.steering.anchors, config)

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from dcr.data.files import cache_dir, sha256_of, write_atomic
-from dcr.data.read import SUFFIXES, Row, as_table, read_rows
+from dcr.data.read import SUFFIXES, Row, as_table, read_rows, short
 from dcr.errors import DCRError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -146,9 +146,8 @@ def _download(entry: Source, target: Path) -> None:
             retrieve(entry.url, target, entry.sha256)
     except Exception as error:  # whatever the hub client, pooch and requests raise
         raise DCRError(
-            f"{entry.name}: {place} could not be fetched ({type(error).__name__}: "
-            f"{str(error)[:160]}). Check the network and, for gated sets, HF_TOKEN; or place the "
-            f"file at {target}."
+            f"{entry.name}: {place} could not be fetched ({short(error)}). Check the network "
+            f"and, for gated sets, HF_TOKEN; or place the file at {target}."
         ) from error
 
 

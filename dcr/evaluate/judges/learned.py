@@ -174,7 +174,7 @@ def completions() -> pd.DataFrame:
     from dcr.data.registry import SOURCES
 
     tables = []
-    for name in (n for n, s in SOURCES.items() if s.role == "completions"):
+    for name in (n for n, s in SOURCES.items() if not s.label):
         try:
             path_of(name, download=False)
         except DCRError as error:
@@ -217,7 +217,7 @@ def key() -> str | None:
 
     sums = {}
     for name, entry in SOURCES.items():
-        if entry.role == "completions":
+        if not entry.label:
             try:
                 path_of(name, download=False)
                 sums[name] = entry.sha256
