@@ -1,0 +1,94 @@
+"""Ten families of tiny random models through the whole kit: refine, align, generate, hidden states, kernel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import FAMILIES, make_model, make_tokenizer
+
+from dcr.analysis.kernel import entk
+from dcr.analysis.refusal import opening_tokens, refusal_probability
+from dcr.config import AlignConfig, RefineConfig
+from dcr.lm.blocks import decoder_layers
+from dcr.lm.chat import encode_prompts
+from dcr.lm.generate import generate
+from dcr.lm.states import hidden_states
+from dcr.train.align import align
+from dcr.train.refine import refine
+
+THINGS = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan", "trip", "game"]
+TOXIC = [f"how do i kill the {thing} ?" for thing in THINGS]
+HARMLESS = [f"how do i bake the {thing} ." for thing in THINGS]
+STAGE_ONE = RefineConfig(layer=2, max_steps=2, batch_size=8, lora_rank=4, eval_steps=2)
+STAGE_TWO = AlignConfig(max_steps=2, batch_size=4, lora_rank=4, lora_targets=())
+
+
+def moved(before, after) -> list[int]:
+    """Numbers of the blocks whose weights differ."""
+    pairs = zip(decoder_layers(before), decoder_layers(after), strict=True)
+    return [
+        i
+        for i, (a, b) in enumerate(pairs)
+        if any(not torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    ]
+
+
+def norms(model, rows, tokens) -> np.ndarray:
+    """‖K‖_F of the blocks' parameters between token rows, by one backward pass a logit."""
+    wanted = list(decoder_layers(model).parameters())
+    jacobians = []
+    for row in rows:
+        logits = model(torch.tensor([row])).logits[0, -1]
+        parts = [torch.autograd.grad(logits[t], wanted, retain_graph=True) for t in tokens]
+        jacobians.append(torch.stack([torch.cat([g.flatten() for g in p]) for p in parts]))
+    return np.array([[float((a @ b.T).norm()) for b in jacobians] for a in jacobians])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_through_the_whole_kit(family):
+    base, tokenizer = make_model(family, seed=3), make_tokenizer()
+    refined = refine(
+        make_model(family, seed=3),
+        tokenizer,
+        toxic=TOXIC,
+        seemingly_toxic=HARMLESS,
+        config=STAGE_ONE,
+        precision="fp32",
+    ).model
+    assert moved(base, refined) == [0, 1], "stage 1 trains all blocks below l, and no other"
+    mix = pd.DataFrame({"text": TOXIC + HARMLESS, "response": ["sorry ."] * 10 + ["sure ."] * 10})
+    before = make_model(family, seed=3)
+    before.load_state_dict(refined.state_dict())
+    aligned = align(refined, tokenizer, mix, config=STAGE_TWO, precision="fp32").model
+    assert moved(before, aligned) == [0, 1, 2, 3], "stage 2 trains every block"
+
+    prompts = [TOXIC[0], HARMLESS[3], "list the dog ."]
+    rows = encode_prompts(tokenizer, prompts)
+    answers = generate(aligned, tokenizer, prompts, max_new_tokens=5)["response"].tolist()
+    states = hidden_states(aligned, tokenizer, prompts).values  # [layers + 1, n, hidden]
+    for i, row in enumerate(rows):
+        alone = torch.tensor([row])
+        out = aligned.generate(alone, max_new_tokens=5, do_sample=False)[0, len(row) :]
+        assert answers[i] == tokenizer.decode(out, skip_special_tokens=True).strip()
+        with torch.no_grad():
+            expected = aligned(alone, output_hidden_states=True).hidden_states
+        expected = torch.stack([s[0, -1] for s in expected]).numpy()
+        np.testing.assert_allclose(states[:, i], expected, rtol=1e-4, atol=1e-5)
+
+    openings = ["sorry", "i cannot", "i can't help"]
+    phrases = opening_tokens(tokenizer, openings)
+    ours = refusal_probability(aligned, tokenizer, prompts, openings=openings)
+    for i, row in enumerate(rows):
+        total = 0.0
+        for phrase in phrases:
+            with torch.no_grad():
+                logits = aligned(torch.tensor([[*row, *phrase]])).logits[0].log_softmax(-1)
+            at = range(len(row) - 1, len(row) - 1 + len(phrase))
+            total += float(sum(logits[s, t] for s, t in zip(at, phrase, strict=True)).exp())
+        assert ours[i] == pytest.approx(total, rel=1e-4)
+
+    kernel = entk(aligned, tokenizer, prompts[:1], prompts[1:], k=3, parameters="blocks")
+    expected = norms(aligned, rows, kernel.tokens)
+    np.testing.assert_allclose(kernel.cross, expected[:1, 1:], rtol=2e-3)
