@@ -148,7 +148,6 @@ def main() -> None:
         max_steps=options.steps,
         warmup=0.0,
         checkpoints="last",
-        save_steps=10**6,
     )
     model, tokenizer = dcr.load_model("embedded", device="cpu")
     examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)

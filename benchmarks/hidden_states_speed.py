@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,11 @@ from pathlib import Path
 import numpy as np
 
 RESULT = Path(__file__).parent / "results" / "hidden_states_speed.json"
+
+
+def peak_memory_mib() -> float:
+    """This process's high-water mark (Linux); each side runs in a process of its own."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def texts(n: int) -> list[str]:
@@ -74,7 +80,6 @@ def worker(side: str, n: int, batch: int, answer: str) -> None:
     import torch
 
     from dcr.lm.load import load
-    from dcr.run.store import peak_memory_mib
 
     model, tokenizer = load("embedded")
     prompts, run = texts(n), {"ours": ours, "naive": naive}[side]

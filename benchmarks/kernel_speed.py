@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,11 @@ from pathlib import Path
 import numpy as np
 
 RESULT = Path(__file__).parent / "results" / "kernel_speed.json"
+
+
+def peak_memory_mib() -> float:
+    """This process's high-water mark (Linux); each side runs in a process of its own."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def texts(n: int) -> tuple[list[str], list[str]]:
@@ -65,7 +71,6 @@ def worker(side: str, n: int, which: str, answer: str) -> None:
     from dcr.analysis.kernel import entk
     from dcr.analysis.refusal import opening_tokens
     from dcr.lm.load import load
-    from dcr.run.store import peak_memory_mib
 
     model, tokenizer = load("embedded")
     a, b = texts(n)

@@ -119,10 +119,9 @@ class RefineConfig(Section):
     target: Real = -1.0  # stop when held-out cross-class cosine is at or below; -1 never stops
     eval_steps: Size = 10
     eval_share: Share = 0.15  # share of prompts held out for the stop rule
-    save_steps: Count = 20
     gradient_checkpointing: bool = False
     max_length: Size = 256
-    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
+    max_tokens_per_batch: Count = 0  # 0: from the device's memory
 
 
 class AlignConfig(Section):
@@ -152,13 +151,12 @@ class AlignConfig(Section):
     lora_targets: Names = ("q_proj", "k_proj", "v_proj")
     above_layer: bool = False  # adapters only in the blocks from ℓ up
     max_length: Size = 256
-    save_steps: Count = 50  # resume points
     # steps whose weights are kept: log-spaced (0, 1, 2, 4, ...), the last, or these
     checkpoints: Literal["log", "last"] | Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = (
         "log"
     )
     gradient_checkpointing: bool = False
-    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
+    max_tokens_per_batch: Count = 0  # 0: from the device's memory
 
 
 class GenerationConfig(Section):
@@ -170,7 +168,7 @@ class GenerationConfig(Section):
     temperature: Weight = 0.0  # 0 is greedy
     endpoint: str = ""  # OpenAI-compatible base URL; "" generates locally
     served: dict[str, str] = {}  # method: name under which the endpoint serves its model
-    max_tokens_per_batch: Count = 0  # 0: from the device's free memory
+    max_tokens_per_batch: Count = 0  # 0: from the device's memory
 
 
 class EvaluationConfig(Section):

@@ -1,275 +1,224 @@
-"""Stage 2: labels, stop token, padding, logits at labels only, checkpoints, resume, accumulation, bad input."""
+"""Stage 2: labels, stop token, logits in chunks, decision and routing, recorded steps, bad input."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import FAMILIES, make_model, make_tokenizer
+from tiny_training import ALIGN, aligned, mix, refined, weights
 
-from dcr.config import AlignConfig
 from dcr.errors import DCRError
+from dcr.lm.batches import common_prefix
+from dcr.lm.chat import ALPACA_TEMPLATE, encode_prompts
+from dcr.train import align as alignment
 from dcr.train.adapters import reopen, save_trained
-from dcr.train.align import (
-    Examples,
-    StageTwoModel,
-    align,
-    length_grouped_batches,
-    load_step,
-    recorded_steps,
-)
-from dcr.train.loop import trained_state
-
-FAST = AlignConfig(batch_size=4, max_steps=6, lr=5e-3, lora_rank=4, warmup=0.0)
+from dcr.train.align import AnswerModel, load_step, recorded_steps
+from dcr.train.examples import Examples, decision_tokens
+from dcr.train.losses import chunk_rows
+from dcr.train.sampling import length_grouped_batches
 
 
-def mix(n: int = 16) -> pd.DataFrame:
-    things = ["cat", "dog", "house", "bike", "bread", "file", "story", "plan"]
-    rows = [
-        (
-            "how do i kill the cat ?" if i % 2 else f"list the {things[i % 8]} in {i} .",
-            "sorry , i cannot help with that ."
-            if i % 2
-            else f"sure , the {things[i % 8]} is {'on ' * (i % 5)}.",
-        )
-        for i in range(n)
-    ]
-    return pd.DataFrame(rows, columns=["text", "response"])
+def labels_of(examples: Examples, row: int) -> list[int]:
+    """The labelled tokens of one row, each behind the token that predicts it."""
+    batch = examples.collate([row, (row + 1) % 2])
+    mine = batch["row"] == 0
+    after = batch["ids"][batch["row"][mine], batch["column"][mine] + 1]
+    assert torch.equal(after, batch["labels"][mine])
+    return batch["labels"][mine].tolist()
 
 
-def run(config=FAST, model=None, **kwargs):
-    return align(
-        model or make_model(),
-        make_tokenizer(),
-        mix(),
-        config=config,
-        seed=1,
-        **{"precision": "fp32", **kwargs},
-    )
-
-
-def weights(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters()}
-
-
-def test_labels_of_a_row_decode_to_the_answer_and_its_stop_token(tiny_tokenizer):
-    examples = Examples(mix(4), tiny_tokenizer, labels="completion", max_length=64)
-    batch = examples.collate([0, 1])
+def test_labels_of_a_row_are_its_answer_and_one_stop_token(tiny_tokenizer):
+    rows = mix(4)
+    rows.loc[1, "response"] += "<|end|>"  # it already ends in the stop token: not taught twice
+    examples = Examples(rows, tiny_tokenizer, ALIGN)
     for row in (0, 1):
-        kept = batch["labels"][row][batch["labels"][row] != -100]
-        assert tiny_tokenizer.decode(kept) == mix(4)["response"][
-            row
-        ] + "<|end|>" or tiny_tokenizer.decode(kept).replace(" ", "") == (
-            mix(4)["response"][row] + "<|end|>"
-        ).replace(" ", "")
-        assert kept[-1] == tiny_tokenizer.eos_token_id
-    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all() and (
-        batch["attention_mask"] == 0
-    ).any()
-    assert (batch["input_ids"][batch["attention_mask"] == 0] == tiny_tokenizer.pad_token_id).all()
+        learnt = labels_of(examples, row)
+        text = tiny_tokenizer.decode(learnt).replace(" ", "")
+        assert text == mix(4)["response"][row].replace(" ", "") + "<|end|>"
+        assert learnt.count(tiny_tokenizer.eos_token_id) == 1
 
 
 def test_all_token_labels_leave_out_the_first_and_the_padding(tiny_tokenizer):
-    batch = Examples(mix(4), tiny_tokenizer, labels="all", max_length=64).collate([0, 1])
-    assert (batch["labels"][:, 0] == -100).all()
-    real = batch["attention_mask"][:, 1:] == 1
-    assert torch.equal(batch["labels"][:, 1:][real], batch["input_ids"][:, 1:][real])
-    assert (batch["labels"][:, 1:][~real] == -100).all()
+    examples = Examples(mix(4), tiny_tokenizer, ALIGN.replaced(labels="all"))
+    assert labels_of(examples, 0) == examples.ids[0][1:]
+    assert labels_of(examples, 1) == examples.ids[1][1:]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_is_the_librarys_in_chunks_with_the_same_gradient(family, monkeypatch):
+    """No more logits at once than the chunk, whatever the family does behind its head."""
+    model = make_model(family)
+    examples = Examples(mix(4), make_tokenizer(), ALIGN)
+    batch = examples.collate([0, 1, 2])
+    labels = torch.full_like(batch["ids"], -100)
+    labels[batch["row"], batch["column"] + 1] = batch["labels"]
+    model(input_ids=batch["ids"], attention_mask=batch["mask"], labels=labels).loss.backward()
+    expected = {n: p.grad.clone() for n, p in blocks(model)}
+    model.zero_grad()
+    seen = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _m, _a, out: seen.append(out.numel() // out.shape[-1]))
+    monkeypatch.setattr(alignment, "chunk_rows", lambda vocabulary: 4)
+    loss, _ = AnswerModel(model)(batch, shared=0)
+    (loss / len(batch["labels"])).backward()
+    assert max(seen) == 4 and sum(seen) == len(batch["labels"])
+    for name, parameter in blocks(model):
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def blocks(model):
+    """Parameters of the decoder blocks: all that training ever moves."""
+    return [(n, p) for n, p in model.named_parameters() if ".layers." in n or ".h." in n]
+
+
+def test_soft_caps_and_scaling_are_part_of_the_loss():
+    import transformers as tf
+
+    options = dict(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    options |= dict(intermediate_size=64, num_key_value_heads=2, pad_token_id=1, bos_token_id=2)
+    torch.manual_seed(0)
+    capped = tf.Gemma2Config(**options, head_dim=8, final_logit_softcapping=2.0, eos_token_id=2)
+    scaled = tf.GraniteConfig(**options, logits_scaling=8.0, eos_token_id=2)
+    batch = Examples(mix(4), make_tokenizer(), ALIGN).collate([0, 1, 2])
+    labels = torch.full_like(batch["ids"], -100)
+    labels[batch["row"], batch["column"] + 1] = batch["labels"]
+    for config in (capped, scaled):
+        model = tf.AutoModelForCausalLM.from_config(config).float().eval()
+        with torch.no_grad():
+            ours, _ = AnswerModel(model)(batch, shared=0)
+            theirs = model(input_ids=batch["ids"], attention_mask=batch["mask"], labels=labels).loss
+        torch.testing.assert_close(ours / len(batch["labels"]), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_fit_into_memory_by_their_shapes_alone():
+    """Of a batch of 128 × 1,024 all-token labels in fp32: 74 GiB whole, under 0.5 GiB in chunks."""
+    for vocabulary in (49_152, 128_256, 151_936):
+        assert chunk_rows(vocabulary) * vocabulary * 4 * 4 <= 0.5 * 2**30  # four such tensors
+        assert chunk_rows(vocabulary) >= 128
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_loss_at_labels_equals_the_library_and_computes_no_other_logits(family, tiny_tokenizer):
-    model = make_model(family)
-    batch = Examples(mix(4), tiny_tokenizer, labels="completion", max_length=64).collate([0, 1, 2])
-    seen = []
-    model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
-    with torch.no_grad():
-        ours = StageTwoModel(model)(**batch) / (batch["labels"] != -100).sum()
-        expected = model(**batch).loss
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-    assert seen[0][0] == (batch["labels"] != -100).sum()
+def test_the_shared_prefix_leaves_loss_and_gradient_alone(family):
+    model = make_model(family).double()
+    examples = Examples(mix(8), make_tokenizer(), ALIGN)
+    for rows, start in ((examples.ids, 10), (examples.heads, None)):
+        rows[:] = [[3] * 10 + r for r in rows] if start else [h + 10 for h in rows]
+    examples.starts, examples.lengths = examples.heads, [len(r) for r in examples.ids]
+    batch = examples.collate(range(8))
+    shared = common_prefix([r[:h] for r, h in zip(examples.ids, examples.heads, strict=True)])
+    assert shared >= 10
+    found = []
+    for prefix in (0, shared):
+        model.zero_grad()
+        loss, first = AnswerModel(model)(batch, prefix, decide=True)
+        (loss + first.pow(2).sum()).backward()
+        found.append((loss, first, torch.cat([p.grad.flatten() for _, p in blocks(model)])))
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
 
 
 def test_it_learns_the_answer_and_to_stop(tiny_tokenizer):
-    model = run(
-        FAST.replaced(max_steps=120, lr=2e-2, lora_rank=0, lora_targets=()), model=make_model()
-    ).model
-    from dcr.lm.chat import encode, render
-
-    batch = encode(tiny_tokenizer, render(tiny_tokenizer, ["how do i kill the cat ?"]))
-    out = model.generate(**batch, max_new_tokens=20, do_sample=False)[
-        0, batch["input_ids"].shape[1] :
-    ].tolist()
-    assert (
-        out[-1] == tiny_tokenizer.eos_token_id
-        and "sorry" in tiny_tokenizer.decode(out)
-        and len(out) < 15
-    )
+    config = ALIGN.replaced(max_steps=120, lr=2e-2, lora_rank=0, lora_targets=())
+    model = aligned(config=config).model
+    ids = torch.tensor(encode_prompts(tiny_tokenizer, ["how do i kill the cat ?"]))
+    out = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
+    assert out[-1] == tiny_tokenizer.eos_token_id and len(out) < 15
+    assert "sorry" in tiny_tokenizer.decode(out)
 
 
-def test_alpaca_prompt_labels_the_answer_and_its_stop_token(tiny_tokenizer):
-    from dcr.lm.chat import ALPACA_TEMPLATE
-
+def test_the_alpaca_prompt_teaches_the_answer_and_its_stop_token():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = ALPACA_TEMPLATE
-    batch = Examples(mix(2), tokenizer, labels="completion", max_length=96).collate([1])
-    learnt = batch["labels"][0][batch["labels"][0] != -100]
+    learnt = labels_of(Examples(mix(2), tokenizer, ALIGN), 1)
     assert tokenizer.decode(learnt).replace(" ", "") == "sorry,icannothelpwiththat.<|end|>"
-    tokenizer.chat_template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
-    with pytest.raises(DCRError, match="no assistant turn"):
-        align(make_model(), tokenizer, mix(), config=FAST)
 
 
-@pytest.mark.parametrize("what", ["weights", "optimiser"])
-def test_a_full_disk_keeps_the_last_resume_point(what, tmp_path, monkeypatch):
-    """Saving fails at step 4: the error says so, step 2 survives, and going on ends at the same weights."""
-    from dcr.train import loop as training
-
-    config = FAST.replaced(save_steps=2)
-    whole = weights(run(config, work_dir=tmp_path / "whole").model)
-    good, torch_save, calls = training.save_file, torch.save, []
-
-    def full(save):
-        def fails(value, path, *args, **kwargs):
-            if "checkpoint-4" in str(path):
-                calls.append(path)
-                open(path, "wb").write(b"half")
-                raise OSError(28, "No space left on device")
-            return save(value, path, *args, **kwargs)
-
-        return fails
-
-    if what == "weights":
-        monkeypatch.setattr(training, "save_file", full(good))
-    else:
-        monkeypatch.setattr(torch, "save", full(torch_save))
-    with pytest.raises(
-        DCRError, match="step 4 could not be saved.*No space left.*goes on from checkpoint-2"
-    ):
-        run(config, work_dir=tmp_path / "cut")
-    assert calls
-    monkeypatch.undo()
-    again = weights(run(config, work_dir=tmp_path / "cut").model)
-    assert all(torch.equal(whole[n], w) for n, w in again.items())
+def test_the_decision_comes_first_and_adds_one_token(tiny_tokenizer):
+    decision = decision_tokens(tiny_tokenizer)
+    assert decision.words == ("sorry", "sure")
+    plain = Examples(mix(4), tiny_tokenizer, ALIGN)
+    decided = Examples(mix(4), tiny_tokenizer, ALIGN.replaced(decision="words"))
+    for row, token in enumerate([decision.comply, decision.refuse] * 2):
+        start = plain.starts[row]
+        assert decided.ids[row] == plain.ids[row][:start] + [token] + plain.ids[row][start:]
+        assert labels_of(decided, row)[0] == token
+    model = aligned(config=ALIGN.replaced(decision="words", max_steps=80, lr=2e-2)).model
+    ids = encode_prompts(tiny_tokenizer, ["how do i kill the cat ?", "list the dog in 8 ."])
+    said = [model(torch.tensor([r])).logits[0, -1].argmax().item() for r in ids]
+    assert said == [decision.refuse, decision.comply]
 
 
-TWO = """
-import os, sys
-sys.path[:0] = [os.path.dirname({tests!r}), {tests!r}]
-from test_alignment import *
-from dcr.config import AlignConfig
-result = run(FAST.replaced(batch_size=8, max_steps=4, accumulation=int(sys.argv[2])), work_dir=sys.argv[1])
-if int(os.environ.get("RANK", 0)) == 0:
-    torch.save((weights(result.model), int(os.environ.get("WORLD_SIZE", 1))), sys.argv[1] + "/final.pt")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(TWO.format(tests=os.path.dirname(__file__)))
-    # `--cpu --num_processes 2` would start one process (accelerate leaves more to MPI); without a GPU, --multi_gpu is gloo.
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
+def odds(model, prompts) -> list[float]:
+    decision = decision_tokens(make_tokenizer())
+    logits = [
+        model(torch.tensor([r])).logits[0, -1] for r in encode_prompts(make_tokenizer(), prompts)
     ]
-    for accumulation in ("1", "2"):
-        one, two = tmp_path / f"one{accumulation}", tmp_path / f"two{accumulation}"
-        subprocess.run(
-            [sys.executable, str(script), str(one), accumulation], check=True, timeout=200
-        )
-        subprocess.run([*launch, str(script), str(two), accumulation], check=True, timeout=250)
-        (first, alone), (second, together) = (
-            torch.load(folder / "final.pt", weights_only=True) for folder in (one, two)
-        )
-        assert (alone, together) == (1, 2)
-        for name, value in first.items():
-            torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-6)
-        logs = [
-            [json.loads(line) for line in (f / "history.jsonl").read_text().splitlines()]
-            for f in (one, two)
-        ]
-        for a, b in zip(*logs, strict=True):
-            assert a["tokens"] == b["tokens"] and abs(a["loss"] - b["loss"]) < 1e-5
+    return [(x[decision.refuse] - x[decision.comply]).item() for x in logits]
 
 
-def test_accumulation_and_batch_size_are_equivalent():
-    one = FAST.replaced(batch_size=8, accumulation=1, max_steps=2)
-    two = FAST.replaced(batch_size=8, accumulation=1, max_steps=2)
-    first = weights(run(one).model)
-    assert all(torch.equal(first[n], w) for n, w in weights(run(two).model).items())
-    # the same rows in halves: batches of 4, two to a step
-    from dcr.train import align as alignment
+def test_routing_ties_the_decision_to_the_probe_against_the_label():
+    """Refusals whose probe says harmless: the label pulls one way, enough weight the other."""
+    rows = mix().assign(target=[-2.0, -2.0] * 8)
+    rows.loc[::4, "target"] = np.nan  # no target: these rows are taught as ever
+    config = ALIGN.replaced(decision="words", max_steps=80, lr=2e-2)
+    plain, tied = (
+        odds(aligned(config=config.replaced(routing=w), rows=rows).model, [mix()["text"][1]])[0]
+        for w in (0.0, 50.0)
+    )
+    assert plain > 0 and tied < -0.5
 
-    whole = length_grouped_batches
-    try:
-        alignment.length_grouped_batches = lambda lengths, size, n, seed: [
-            h for b in whole(lengths, 8, n // 2, seed) for h in (b[:4], b[4:])
-        ]
-        halves = weights(run(FAST.replaced(batch_size=4, accumulation=2, max_steps=2)).model)
-    finally:
-        alignment.length_grouped_batches = whole
-    for name, value in first.items():
-        torch.testing.assert_close(halves[name], value, rtol=1e-4, atol=1e-6)
+
+def test_a_routed_step_does_not_depend_on_its_micro_batches():
+    rows = mix().assign(target=[1.0, np.nan, -1.0, 0.5] * 4)
+    config = ALIGN.replaced(decision="words", routing=0.5, batch_size=8, max_steps=3)
+    one, cut = (
+        aligned(config=config.replaced(max_tokens_per_batch=n), rows=rows).history for n in (0, 40)
+    )
+    for a, b in zip(one, cut, strict=True):
+        for name in ("loss", "routing", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
 def test_recording_steps_changes_nothing_and_steps_reload(tmp_path):
-    plain = weights(run().model)
-    recorded = run(work_dir=tmp_path, merge=False)
+    plain = weights(aligned().model)
+    recorded = aligned(work_dir=tmp_path, merge=False)
     assert recorded.steps == [0, 1, 2, 4, 6]
-    last = trained_state_of(recorded.model)
+    last = {n: p for n, p in weights(recorded.model).items() if "lora" in n}
     save_trained(recorded.model, tmp_path / "model")
     again = reopen(make_model(), tmp_path / "model")
     load_step(again, tmp_path, 6)
-    assert all(torch.equal(last[n], w) for n, w in trained_state_of(again).items())
+    assert all(torch.equal(last[n], w) for n, w in weights(again).items() if "lora" in n)
     load_step(again, tmp_path, 0)
-    assert any(not torch.equal(last[n], w) for n, w in trained_state_of(again).items())
+    assert any(not torch.equal(last[n], w) for n, w in weights(again).items() if "lora" in n)
     merged = weights(recorded.model.merge_and_unload())
     assert all(torch.equal(plain[n], merged[n]) for n in plain)
     with pytest.raises(DCRError, match=r"step 3 was not recorded; recorded: \[0, 1, 2, 4, 6\]"):
         load_step(again, tmp_path, 3)
 
 
-def trained_state_of(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
-
-
 def test_adapters_only_above_the_layer():
     before = weights(make_model())
-    after = weights(run(FAST.replaced(above_layer=True), layer=2).model)
-    moved = {n.split(".")[2] for n in before if not torch.equal(before[n], after[n])}
-    assert moved == {"2", "3"}
+    after = weights(aligned(config=ALIGN.replaced(above_layer=True), layer=2).model)
+    assert {n.split(".")[2] for n in before if not torch.equal(before[n], after[n])} == {"2", "3"}
     with pytest.raises(DCRError, match="no layer"):
-        run(FAST.replaced(above_layer=True))
+        aligned(config=ALIGN.replaced(above_layer=True))
+
+
+def test_stage_two_follows_stage_one():
+    model = refined().model
+    before = weights(model)
+    after = weights(aligned(model).model)
+    assert any(not torch.equal(before[n], after[n]) for n in before)
 
 
 def test_every_row_is_seen_once_a_pass():
-    batches = length_grouped_batches(list(range(20)), 4, 10, seed=0)
-    assert sorted(sum(batches[:5], [])) == sorted(sum(batches[5:], [])) == list(range(20))
-    assert (
-        batches
-        == length_grouped_batches(list(range(20)), 4, 10, seed=0)
-        != length_grouped_batches(list(range(20)), 4, 10, seed=1)
+    batches, again, other = (
+        length_grouped_batches(list(range(20)), 4, 10, seed=s) for s in (0, 0, 1)
     )
+    assert sorted(sum(batches[:5], [])) == sorted(sum(batches[5:], [])) == list(range(20))
+    assert batches == again != other
 
 
 @pytest.mark.parametrize(
@@ -282,58 +231,33 @@ def test_recorded_steps(rule, steps):
 @pytest.mark.parametrize(
     "rows, config, message",
     [
-        (mix(0), {}, "mix is empty"),
-        (
-            pd.DataFrame({"text": ["a", "b"], "response": ["x", " "]}),
-            {},
-            "row 1: prompt or answer is empty",
-        ),
+        (mix(0), {}, "mix: no rows"),
+        (pd.DataFrame({"text": ["a", "b"], "response": ["x", " "]}), {}, "row 1 .*no response"),
+        (mix().assign(response=[None, *["x"] * 15]), {}, "row 0 .*no response"),
+        (mix().assign(response=[*["x"] * 3, np.nan, *["x"] * 12]), {}, "row 3 .*no response"),
         (mix(), {"checkpoints": (0, 99)}, r"0\.\.6"),
         (mix(), {"lora_targets": ("c_attn",)}, "match no linear layer.*q_proj"),
+        (mix(), {"max_length": 5}, "align.max_length=5 cuts off every answer.*Raise it"),
+        (mix().drop(columns="label"), {"decision": "words"}, "rows labelled toxic"),
+        (mix(), {"routing": 1.0}, "needs align.decision"),
+        (mix(), {"routing": 1.0, "decision": "words"}, 'column "target"'),
     ],
 )
 def test_bad_input_is_one_clear_error(rows, config, message):
     with pytest.raises(DCRError, match=message):
-        align(make_model(), make_tokenizer(), rows, config=FAST.replaced(**config))
+        aligned(config=ALIGN.replaced(**config), rows=rows)
 
 
-def test_answers_over_the_limit_are_counted(caplog):
-    result = align(
-        make_model(), make_tokenizer(), mix(), config=FAST.replaced(max_length=16), seed=0
-    )
-    assert 0 < result.truncated < 16 and "were cut" in caplog.text
+def test_a_tokenizer_without_such_words_is_refused(monkeypatch):
+    monkeypatch.setattr("dcr.train.examples.WORDS", (("No", "Yes"),))  # not in its vocabulary
+    with pytest.raises(DCRError, match="has none of No/Yes"):
+        decision_tokens(make_tokenizer())
 
 
-RESUME = """
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_alignment import *
-from dcr.train import loop as training
-if sys.argv[2] == "slow":
-    step = training.HistoryCallback.on_step_end
-    def slowly(self, *a, **k):
-        step(self, *a, **k); time.sleep(0.3)
-    training.HistoryCallback.on_step_end = slowly
-result = run(FAST.replaced(max_steps=12, save_steps=3, lora_dropout=0.1), work_dir=sys.argv[1])
-torch.save(weights(result.model), sys.argv[1] + "/final.pt")
-"""
-
-
-def test_killed_run_resumes_to_the_same_weights(tmp_path):
-    script = RESUME.format(tests=os.path.dirname(__file__))
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run([sys.executable, "-c", script, str(whole), "fast"], check=True, timeout=120)
-    process = subprocess.Popen([sys.executable, "-c", script, str(cut), "slow"])
-    deadline = time.time() + 100
-    while not list(cut.glob("checkpoint-6/trainer_state.json")) and time.time() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (cut / "final.pt").exists() and list(cut.glob("checkpoint-*"))
-    subprocess.run([sys.executable, "-c", script, str(cut), "fast"], check=True, timeout=120)
-    first, second = (torch.load(folder / "final.pt", weights_only=True) for folder in (whole, cut))
-    assert all(torch.equal(first[n], second[n]) for n in first)
-    assert [
-        json.loads(line)["step"] for line in (cut / "history.jsonl").read_text().splitlines()
-    ] == list(range(1, 13))
-    assert trained_state(make_model())  # the helper copies what trains
+def test_answers_over_the_limit_are_cut_or_dropped_and_counted(caplog):
+    rows = mix()
+    rows.loc[2, "text"] = "list the cat in " + "the house " * 20
+    result = aligned(config=ALIGN.replaced(max_length=16, max_steps=8), rows=rows)
+    assert 0 < result.truncated < 15 and result.dropped == 1
+    assert "were cut" in caplog.text and "1 were dropped" in caplog.text
+    assert all(np.isfinite(r["loss"]) for r in result.history)

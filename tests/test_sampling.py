@@ -7,9 +7,16 @@ import pandas as pd
 import pytest
 import torch
 
+from dcr.config import RefineConfig
 from dcr.errors import DCRError
-from dcr.train.sampling import FixedBatches, batch_plan, epoch_batches, shuffled_labels
+from dcr.train.sampling import batch_plan as plan_of
 from dcr.train.sampling import contrastive_batches as schedule
+from dcr.train.sampling import epoch_batches, shuffled_labels
+
+
+def batch_plan(*, retention_rows=0, **fields):
+    """The plan of a configuration; a quarter of the batch on top where something is retained."""
+    return plan_of(RefineConfig(**fields, retention=float(retention_rows > 0)))
 
 
 def contrastive_batches(table, *, n_batches, seed, **plan):
@@ -111,7 +118,6 @@ def test_each_class_is_used_up_before_it_repeats(table):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"pairing": "pairs"}, "sources, matched or sham"),
         ({"toxic_share": 1.0}, "toxic_share"),
         ({"batch_size": 64}, "24 toxic prompts, but a batch needs 32"),
         ({"batch_size": 4, "toxic_share": 0.75}, "two of each class"),
@@ -146,8 +152,3 @@ def test_sham_keeps_counts_and_general_rows(table):
     assert [m for m, t in zip(mixed, table["label"], strict=True) if t == "general"] == [
         "general"
     ] * 10
-
-
-def test_fixed_batches_repeat_themselves():
-    batches = FixedBatches([[1, 2], [3]])
-    assert list(batches) == list(batches) == [[1, 2], [3]] and len(batches) == 2

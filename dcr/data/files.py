@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -88,10 +89,55 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
-def peak_memory_mib() -> float:
-    """Largest resident size of this process so far, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1024 * 1024 if sys.platform == "darwin" else 1024), 1)
+class Peak:
+    """Largest memory since its `measured_peak` began: of the process, and of its GPU where used."""
+
+    def __init__(self) -> None:
+        self.torch = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
+        self.gpu = bool(self.torch and self.torch.cuda.is_available())
+        self.largest = 0.0
+        if self.gpu:
+            self.torch.cuda.reset_peak_memory_stats()
+
+    def sample(self) -> None:
+        """Take the process's resident size into account."""
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            now = pages * resource.getpagesize() / 2**20
+        except OSError:  # not Linux: the process's high-water mark is all there is
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.largest = max(self.largest, now)
+
+    def mib(self) -> dict[str, float]:
+        """{"peak_memory_mib": ..., and where there is a GPU "peak_gpu_mib": ...}."""
+        self.sample()
+        row = {"peak_memory_mib": round(self.largest, 1)}
+        if self.gpu:
+            row["peak_gpu_mib"] = round(self.torch.cuda.max_memory_allocated() / 2**20, 1)
+        return row
+
+
+@contextlib.contextmanager
+def measured_peak() -> Iterator[Peak]:
+    """A `Peak` of what runs inside: sampled 20 times a second, the GPU's counter set to zero.
+
+    The system's own high-water mark only ever rises, so a small stage behind a big one would
+    inherit the big one's.
+    """
+    peak, done = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            peak.sample()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def cache_dir() -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -124,3 +127,40 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tenso
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1)
     raise DCRError(f"pooling={pooling!r} is unknown; use last or mean.")
+
+
+def head_logits(model: nn.Module, hidden: Tensor, override: str = "") -> Tensor:
+    """[n, hidden] outputs of the decoder stack → [n, vocabulary] logits, by the model's own forward pass.
+
+    The stack is left out for this call, so whatever a family does to its logits (scaling, soft caps, a bias) is done.
+    """
+    stack = decoder_stack(model, override)
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    ready = _StackOutput(hidden[None])  # [1, n, hidden]
+    with mock.patch.object(stack, "forward", lambda *_, **__: ready):
+        return own(inputs_embeds=hidden[None], use_cache=False).logits[0]
+
+
+class _StackOutput:
+    """What a decoder stack returns, with nothing in it but its hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, _index: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _name: str) -> None:
+        return None
+
+
+def fingerprint(model: nn.Module, tokenizer) -> str:
+    """64 hex digits of what a model is: 4,096 values of every tensor, the tokenizer, its chat template."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().flatten()
+        part = flat[:: max(1, len(flat) // 4096)].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + part.numpy().tobytes())
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, str(tokenizer)]
+    digest.update(json.dumps(words).encode())
+    return digest.hexdigest()

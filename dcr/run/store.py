@@ -28,7 +28,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from dcr.data.files import content_key, peak_memory_mib, sha256_of, write_atomic
+from dcr.data.files import content_key, measured_peak, sha256_of, write_atomic
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
@@ -160,7 +160,8 @@ class Store:
                 return self._noted(self.reused, kind, path, "reused (another process finished it)")
             work.mkdir(exist_ok=True)
             started, clock = time.gmtime(), time.monotonic()
-            extra = build(work) or {}
+            with measured_peak() as peak:
+                extra = build(work) or {}
             outputs = sorted(p for p in work.rglob("*") if p.is_file())
             manifest = {
                 "kind": kind,
@@ -169,7 +170,7 @@ class Store:
                 "environment": environment(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", started),
                 "seconds": round(time.monotonic() - clock, 2),
-                "peak_memory_mib": peak_memory_mib(),
+                **peak.mib(),
                 **extra,
                 "outputs": {
                     p.relative_to(work).as_posix(): sha256_of(p)

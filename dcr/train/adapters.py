@@ -1,11 +1,12 @@
-"""What trains: LoRA adapters or whole weights in a range of decoder blocks, and how they are kept on disk."""
+"""What trains (LoRA or whole weights in a range of decoder blocks) and how it is kept on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, is_linear
@@ -20,13 +21,19 @@ def train_blocks(
     alpha: int,
     targets: Sequence[str] = (),
     dropout: float = 0.0,
+    precision: str = "fp32",
     layers_path: str = "",
 ) -> nn.Module:
-    """Freeze `model` except for blocks first..last-1: LoRA of `rank` on their linear layers, or whole at rank 0.
+    """Freeze `model` except for blocks first..last-1: LoRA of `rank` on linear layers, or whole (0).
 
-    targets: last parts of the layers' names, e.g. ("q_proj", "v_proj"); () takes every linear layer of a block.
+    targets: last parts of the layers' names, e.g. ("q_proj", "v_proj"); () takes every linear
+        layer of a block.
+    precision: "fp32" lifts a half-precision model; with "bf16" its frozen weights stay as they
+        are, while whatever trains (adapters, or the whole model at rank 0) is held in fp32.
     Seed before the call: LoRA's initialisation is random. Raises DCRError when no layer matches.
     """
+    if rank == 0 or precision == "fp32":
+        model.float()
     model.requires_grad_(False)
     blocks = decoder_layers(model, layers_path)
     if rank == 0:
@@ -48,26 +55,25 @@ def train_blocks(
             f"lora_targets={list(targets)} match no linear layer in blocks {first}..{last - 1}; "
             f"known: {', '.join(known)}."
         )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=wanted,
-            task_type="CAUSAL_LM",
-        ),
+    options = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=wanted,
+        task_type="CAUSAL_LM",
     )
+    return get_peft_model(model, options)
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """An ordinary transformers model in eval mode, trainable as a freshly loaded one, the adapter (if any) folded in.
+    """An ordinary transformers model in eval mode, as trainable as a freshly loaded one.
 
-    A frozen LM head would also be slow: torch then copies its weight for every row of a batch (twice the time of decoding).
+    An adapter is folded in in fp32, and the result stays in fp32: most of what an adapter adds is
+    smaller than the rounding of a bf16 weight, so in bf16 the sum would often be the old weight.
     """
     if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    return model.eval().requires_grad_(True)
+        model = model.float().merge_and_unload()
+    return model.eval().requires_grad_(True)  # a frozen LM head would also decode at half the speed
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
@@ -76,19 +82,33 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 
 
 def reopen(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` with what `save_trained` kept put on top, the adapter (if it is one) not folded in."""
+    """`model` with what `save_trained` kept put on top; an adapter is not folded in."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, folder)
-    return (
-        type(model)
-        .from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-        .to(model.device)
-    )
+    kept = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return kept.to(model.device)
 
 
 def apply_trained(model: nn.Module, folder: Path) -> nn.Module:
-    """`model` with what `save_trained` kept: adapter folded in, or whole weights loaded. Eval mode."""
+    """`model` with what `save_trained` kept: adapter folded in, or whole weights. Eval mode."""
     return merged(reopen(model, folder))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the parameters that train, by name, on the CPU."""
+    return {
+        n: p.detach().to("cpu", copy=True).contiguous()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trained_state` took."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)

@@ -1,20 +1,21 @@
-"""Stage 2: safety alignment by supervised fine-tuning on general and refusal examples (paper section "Method").
+"""Stage 2: safety alignment by supervised fine-tuning on general and refusal examples.
 
-L = -E Σ_t log π(y_t | x, y_<t). Logits are computed at labelled positions only: the LM head is the largest
-matrix of a small model, and a prompt token needs no logits.
+L = -E Σ_t log π(y_t | x, y_<t) (paper, "Method"). Logits are computed at labelled positions only.
+With `align.decision` the first token of an answer says whether it refuses, and `align.routing` ties
+its log odds to those of a frozen probe.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,31 +24,34 @@ from transformers import TrainerCallback, set_seed
 
 from dcr.config import AlignConfig
 from dcr.errors import DCRError
-from dcr.lm.blocks import decoder_layers, resolve_layer
-from dcr.lm.chat import render
-from dcr.lm.generate import inference_dtype
-from dcr.train.adapters import merged, train_blocks
-from dcr.train.loop import StageTrainer, load_trained_state, run, trained_state, training_arguments
+from dcr.lm.batches import common_prefix, shared_inputs, token_batches
+from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logits, resolve_layer
+from dcr.lm.load import resolve_precision
+from dcr.train.adapters import load_trained_state, merged, train_blocks, trained_state
+from dcr.train.examples import Examples
+from dcr.train.loop import Plan, StageTrainer, claim
+from dcr.train.losses import SummedCrossEntropy, chunk_rows, routing
+from dcr.train.sampling import length_grouped_batches
 
 log = logging.getLogger("dcr")
-IGNORED = -100
 STEPS_FOLDER = "steps"
 
 
 @dataclass
 class AlignResult:
-    """The aligned model, a row per step, the recorded steps, and how many answers the length limit cut."""
+    """The aligned model, a row per step, the recorded steps, and answers cut or lost by length."""
 
     model: nn.Module
     history: list[dict]
     steps: list[int]
     truncated: int
+    dropped: int
 
 
-def align(
+def align(  # noqa: PLR0913
     model,
     tokenizer,
-    mix: pd.DataFrame,
+    mix,
     *,
     config: AlignConfig | None = None,
     seed: int = 0,
@@ -57,39 +61,41 @@ def align(
     precision: str = "auto",
     layers_path: str = "",
 ) -> AlignResult:
-    """Fine-tune `model` on `mix` (columns text, response).
+    """Fine-tune `model` (in place) on `mix`: a table with text and response (see `Examples`).
 
-    With `work_dir`, history, resume points and the trained weights at log-spaced steps go there; an interrupted
-    call goes on from the last resume point. `layer` is ℓ, needed for `config.above_layer`.
-    Raises DCRError for an empty mix, a row without answer, or labels other than completion and all.
+    work_dir: history, resume points and the weights at `config.checkpoints` go there; an
+        interrupted call goes on from the last resume point.
+    merge: fold the adapter into the weights (in fp32); otherwise the PEFT model comes back.
+    layer: ℓ, needed for `config.above_layer`.
+    precision: "bf16" (autocast), "fp32", or "auto": bf16 where the hardware multiplies it natively.
+    Raises DCRError for a row without an answer, a work folder of another training, or a loss that
+    is not finite.
     """
-    config = config or AlignConfig()
-    if mix.empty:
-        raise DCRError(
-            "the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment above 0."
-        )
-    examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)
-    if examples.truncated:
-        log.warning(
-            "align: %d of %d examples are longer than align.max_length=%d tokens and were cut (they do not "
-            "teach the stop token)",
-            examples.truncated,
-            len(examples),
-            config.max_length,
-        )
-    per_step = config.batch_size * config.accumulation
-    steps = config.max_steps or max(1, math.ceil(config.epochs * len(examples) / per_step))
-    lengths = [len(ids) for ids in examples.ids]
-    batches = length_grouped_batches(lengths, config.batch_size, steps * config.accumulation, seed)
-    n_blocks = len(decoder_layers(model, layers_path))
+    config, n_blocks = config or AlignConfig(), len(decoder_layers(model, layers_path))
     if config.above_layer and layer is None:
-        raise DCRError(
-            "align.above_layer is on but no layer ℓ was given; pass layer=... (refine.layer)."
-        )
+        raise DCRError("align.above_layer is on but no layer ℓ was given; pass layer=...")
     first = resolve_layer(layer, n_blocks) if config.above_layer else 0
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(work_dir) if work_dir is not None else Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
+    precision = resolve_precision(precision, str(model.device))
+    rows = Examples(mix, tokenizer, config)
+    per_step = config.accumulation
+    epochs = config.epochs * len(rows.ids) / (config.batch_size * per_step)
+    n = (config.max_steps or max(1, math.ceil(epochs))) * per_step
+    batches = length_grouped_batches(rows.lengths, config.batch_size, n, seed)
+    steps = [batches[i : i + per_step] for i in range(0, n, per_step)]
+    recorded = recorded_steps(config.checkpoints, len(steps))
+    scratch = tempfile.TemporaryDirectory() if work_dir is None else contextlib.nullcontext()
+    with scratch as temporary:
+        plan = Plan(
+            title="align",
+            config=config,
+            steps=steps,
+            folder=Path(work_dir if work_dir is not None else temporary),
+            keep=work_dir is not None,
+            seed=seed,
+            precision=precision,
+        )
+        made_from = {"model": fingerprint(model, tokenizer), "layer": first}
+        claim(plan, made_from | {"mix": [rows.ids, rows.starts, str(rows.targets.tolist())]})
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
         trainable = train_blocks(
             model,
@@ -99,83 +105,114 @@ def align(
             alpha=config.lora_alpha,
             targets=config.lora_targets,
             dropout=config.lora_dropout,
+            precision=precision,
             layers_path=layers_path,
         )
-        if config.gradient_checkpointing:
-            trainable.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            trainable.enable_input_require_grads()
-        args = training_arguments(
-            folder,
-            steps=steps,
-            lr=config.lr,
-            warmup=config.warmup,
-            schedule=config.schedule,
-            accumulation=config.accumulation,
-            save_steps=config.save_steps if work_dir else 0,
-            bf16=inference_dtype(precision, str(model.device)) is torch.bfloat16,
-            seed=seed,
-            weight_decay=config.weight_decay,
-        )
-        trainer = AlignTrainer(
-            model=StageTwoModel(trainable),
-            dataset=examples,
-            collate=examples.collate,
-            batches=batches,
-            args=args,
-            history=folder / "history.jsonl",
-            title="align",
-        )
-        wanted = recorded_steps(config.checkpoints, steps)
-        if work_dir is not None:
-            trainer.add_callback(StepRecorder(trainer, folder / STEPS_FOLDER, wanted))
-        run(trainer)
-        if config.gradient_checkpointing:
-            trainable.gradient_checkpointing_disable()
-        history = trainer.recorder.rows
+        trainer = AlignTrainer(AnswerModel(trainable, layers_path), rows, plan)
+        if plan.keep:
+            trainer.add_callback(StepRecorder(trainer, recorded))
+        history = trainer.fit()
     done = merged(trainable) if merge else trainable.eval().requires_grad_(False)
-    return AlignResult(done, history, wanted, examples.truncated)
+    return AlignResult(done, history, recorded, rows.truncated, rows.dropped)
+
+
+class AnswerModel(nn.Module):
+    """Causal LM → summed cross-entropy over labelled positions, and logits of the first one.
+
+    The tokens that all prompts begin with run once a batch. Source: paper, "Method".
+    """
+
+    def __init__(self, model: nn.Module, layers_path: str = "") -> None:
+        super().__init__()
+        self.model, self.layers_path = model, layers_path
+
+    def forward(self, batch: dict[str, Tensor], shared: int, decide: bool = False):
+        """batch: see `Examples.collate`; → (loss, logits [batch, vocabulary] or None)."""
+        stack = decoder_stack(self.model, self.layers_path)
+        hidden = stack(**shared_inputs(stack, batch["ids"], batch["mask"], shared))[0]
+        left = batch["ids"].shape[1] - hidden.shape[1]  # [batch, seq - left, hidden]
+        labelled = hidden[batch["row"], batch["column"] - left]  # [labels, hidden]
+        rows = chunk_rows(self.model.get_output_embeddings().weight.shape[0])
+        loss = SummedCrossEntropy.apply(labelled, batch["labels"], self._logits, rows)
+        each = torch.arange(len(hidden), device=hidden.device)
+        return loss, self._logits(hidden[each, batch["last"] - left]) if decide else None
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return head_logits(self.model, hidden, self.layers_path)
+
+
+class AlignTrainer(StageTrainer):
+    """Mean loss over the labelled tokens of the step, however it is cut up and shared out."""
+
+    metrics_add_up = True
+
+    def parts(self, step: int) -> list[tuple[int, list[int]]]:
+        """(step, rows) of this process's micro-batches; a process without rows counts one 0 times."""
+        rows = self.plan.rows(step)
+        mine = rows[self.args.process_index :: self.args.world_size]
+        if not mine:
+            return [(-step, rows[:1])]
+        batches = token_batches([self.rows.lengths[r] for r in mine], 0, self.max_tokens)
+        return [(step, [mine[i] for i in batch]) for batch in batches]
+
+    def part_loss(self, model: nn.Module, part) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part's share of the step's mean; DDP averages over processes, so it is scaled up."""
+        (step, mine), rows, weight = part, self.plan.rows(abs(part[0])), self.plan.config.routing
+        batch = self.rows.collate(mine, self.args.device)
+        whole = self.plan.config.labels == "all"  # then the prompts' first tokens are labels too
+        shared = (
+            0 if whole else common_prefix([self.rows.ids[r][: self.rows.heads[r]] for r in mine])
+        )
+        loss, logits = model(batch, shared, weight > 0)
+        metrics = {"loss": loss / self.rows.labels(rows)}
+        if weight > 0:
+            decision, known = self.rows.decision, ~batch["targets"].isnan()
+            odds = logits[known, decision.refuse] - logits[known, decision.comply]
+            count = max(1, int((~self.rows.targets[rows].isnan()).sum()))
+            metrics["routing"] = routing(odds, batch["targets"][known]) / count
+            metrics["loss"] = metrics["loss"] + weight * metrics["routing"]
+        share = {name: value * (step > 0) for name, value in metrics.items()}
+        return share["loss"] * self.args.world_size, share
 
 
 def recorded_steps(rule: str | Sequence[int], steps: int) -> list[int]:
-    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ... and the last; "last"; or these."""
+    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ... and the last; "last"; or those given."""
     if rule == "log":
         return sorted({0, steps, *(2**i for i in range(steps.bit_length()) if 2**i <= steps)})
-    if rule == "last":
-        return [steps]
-    chosen = sorted({*rule, steps})
-    if chosen[-1] > steps:
-        raise DCRError(f"align.checkpoints={rule!r}: steps must lie in 0..{steps}.")
+    chosen = sorted({steps} if rule == "last" else {*map(int, rule), steps})
+    if chosen[0] < 0 or chosen[-1] > steps:
+        raise DCRError(f"align.checkpoints={list(rule)}: steps must lie in 0..{steps}.")
     return chosen
 
 
 class StepRecorder(TrainerCallback):
-    """Writes the trained weights at given steps. It only reads, so training is the same bit for bit without it."""
+    """Writes the trained weights at given steps. It only reads: training is the same without it."""
 
-    def __init__(self, trainer: StageTrainer, folder: Path, steps: Sequence[int]) -> None:
-        self.trainer, self.folder, self.steps = trainer, folder, set(steps)
-
-    def _record(self, state) -> None:
-        if state.global_step in self.steps and state.is_world_process_zero:
-            self.folder.mkdir(exist_ok=True)
-            path = self.folder / f"{state.global_step:06d}.safetensors"
-            weights = trained_state(self.trainer.accelerator.unwrap_model(self.trainer.model).model)
-            try:
-                save_file(weights, path.with_suffix(".tmp"))
-            except (OSError, SafetensorError) as error:
-                path.with_suffix(".tmp").unlink(missing_ok=True)
-                raise DCRError(
-                    f"{path}: could not be written ({error}). Free space and call again; training goes on from "
-                    "the last resume point."
-                ) from error
-            path.with_suffix(".tmp").replace(path)
+    def __init__(self, trainer: StageTrainer, steps: Sequence[int]) -> None:
+        self.trainer, self.steps = trainer, set(steps)
+        self.folder = trainer.plan.folder / STEPS_FOLDER
 
     def on_train_begin(self, args, state, control, **_) -> None:
         self._record(state)
 
     def on_step_end(self, args, state, control, **_) -> None:
         self._record(state)
+
+    def _record(self, state) -> None:
+        if state.global_step not in self.steps or not state.is_world_process_zero:
+            return
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{state.global_step:06d}.safetensors"
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model).model
+        try:
+            save_file(trained_state(model), path.with_suffix(".tmp"))
+        except (OSError, SafetensorError) as error:
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            raise DCRError(
+                f"{path}: could not be written ({error}). Free space and call again; training "
+                "goes on from the last resume point."
+            ) from error
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 def load_step(trainable: nn.Module, folder: Path, step: int) -> None:
@@ -185,119 +222,3 @@ def load_step(trainable: nn.Module, folder: Path, step: int) -> None:
         known = sorted(int(p.stem) for p in path.parent.glob("*.safetensors"))
         raise DCRError(f"{path}: step {step} was not recorded; recorded: {known}.")
     load_trained_state(trainable, load_file(path))
-
-
-class Examples(torch.utils.data.Dataset):
-    """Tokenised (prompt, answer) rows with labels: the answer and its end token, or all tokens but the first."""
-
-    def __init__(self, mix: pd.DataFrame, tokenizer, *, labels: str, max_length: int) -> None:
-        if labels not in ("completion", "all"):
-            raise DCRError(f"align.labels={labels!r} is unknown; use completion or all.")
-        for number, (text, response) in enumerate(zip(mix["text"], mix["response"], strict=True)):
-            if not str(text).strip() or not str(response).strip():
-                raise DCRError(
-                    f"alignment mix, row {number}: prompt or answer is empty ({str(text)[:60]!r})."
-                )
-        heads = render(tokenizer, mix["text"].tolist())
-        wholes = render(tokenizer, mix["text"].tolist(), mix["response"].tolist())
-        self.tokenizer, self.ids, self.starts, self.truncated = tokenizer, [], [], 0
-        for head, whole in zip(heads, wholes, strict=True):
-            prompt, answer = (
-                tokenizer(t, add_special_tokens=False)["input_ids"]
-                for t in (head, whole[len(head) :])
-            )
-            ids = (
-                prompt + answer
-            )  # tokenised apart, so that the border is the one generation will see
-            self.truncated += len(ids) > max_length
-            self.ids.append(ids[:max_length])
-            self.starts.append(min(len(prompt), max_length) if labels == "completion" else 1)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> int:
-        return row
-
-    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Right-padded input_ids, attention_mask and labels, each [batch, seq]; padding and prompt labelled -100."""
-        width = max(len(self.ids[r]) for r in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for i, row in enumerate(rows):
-            tokens = torch.tensor(self.ids[row])
-            ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, 1
-            labels[i, self.starts[row] : len(tokens)] = tokens[self.starts[row] :]
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def length_grouped_batches(
-    lengths: Sequence[int], batch_size: int, n_batches: int, seed: int
-) -> list[list[int]]:
-    """Shuffled batches of similar length: rows are shuffled, sorted inside groups of 16 batches, batches shuffled.
-
-    Every pass covers each row once; drawn from the seed alone.
-    """
-    rng = np.random.default_rng([seed, 0xA11])
-    lengths, batches = np.asarray(lengths), []
-    while len(batches) < n_batches:
-        order = rng.permutation(len(lengths))
-        chunk = 16 * batch_size
-        order = np.concatenate(
-            [
-                c[np.argsort(-lengths[c], kind="stable")]
-                for c in (order[i : i + chunk] for i in range(0, len(order), chunk))
-            ]
-        )
-        fresh = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
-        batches += [fresh[i] for i in rng.permutation(len(fresh))]
-    return batches[:n_batches]
-
-
-class StageTwoModel(nn.Module):
-    """Causal LM → summed cross-entropy over labelled positions; logits are computed there and nowhere else."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        targets = labels[:, 1:]
-        wanted = targets != IGNORED
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda _m, args: (args[0][:, :-1][wanted],))
-        try:
-            logits = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).logits
-        finally:
-            handle.remove()
-        return nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-
-
-class AlignTrainer(StageTrainer):
-    """Mean loss over the labelled tokens of the global batch, whatever the accumulation and the processes."""
-
-    def __init__(self, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.model_accepts_loss_kwargs = True  # so the library counts the labels of the whole step
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total = model(**inputs)
-        count = (
-            num_items_in_batch
-            if num_items_in_batch is not None
-            else (inputs["labels"] != IGNORED).sum()
-        )
-        loss = total / count
-        seen = torch.stack([loss.detach(), inputs["attention_mask"].sum().to(loss)])
-        if self.accelerator.num_processes > 1:  # each process holds its part of the batch
-            seen = self.accelerator.reduce(seen, "sum")
-        self.tokens += int(seen[1])
-        step = self.state.global_step
-        earlier = self.metrics["loss"] if self.metrics.get("_step") == step else 0.0
-        self.metrics = {"loss": earlier + float(seen[0]), "_step": step}
-        self.check_finite(loss)
-        return (
-            loss * self.accelerator.num_processes
-        )  # DDP averages over processes; the count is global

@@ -1,107 +1,104 @@
-"""Stage 1's view of the model: prompts in, pooled hidden states at layer ℓ out."""
+"""Stage 1's view of the model: prompts in, pooled hidden states at layer ℓ out, and how they part."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainerCallback
 
-from dcr.config import RefineConfig
+from dcr.analysis.probes import auroc, fit_probe
+from dcr.data.files import append_jsonl, read_jsonl
 from dcr.errors import DCRError
-from dcr.lm.batches import token_batches
+from dcr.lm.batches import common_prefix, padded, token_batches
 from dcr.lm.blocks import pool, truncated_forward
-from dcr.lm.chat import encode, render
-from dcr.train.loop import StageTrainer, trained_state
+from dcr.lm.chat import encode_prompts
+from dcr.lm.load import autocast
+from dcr.train.loop import Plan, StageTrainer, write_lines
 from dcr.train.losses import ContrastiveLoss, drift
-from dcr.train.sampling import GENERAL, SEEMINGLY_TOXIC, TOXIC
 
+TOXIC, SEEMINGLY_TOXIC, GENERAL = 1, 0, 2
 CLASS = {"toxic": TOXIC, "seemingly_toxic": SEEMINGLY_TOXIC, "general": GENERAL}
+ROWS_AT_ONCE = 16  # on a CPU: rows of like length run together, so that less padding runs
+PROBE_ROWS, HELD_ROWS = 32, 32  # prompts a class that the held-out probe is fitted and read on
+
+
+class PromptRows:
+    """Tokenised prompts with their class. Raises DCRError naming a prompt over the limit."""
+
+    def __init__(self, table: pd.DataFrame, tokenizer, max_length: int) -> None:
+        self.ids = encode_prompts(tokenizer, table["text"].tolist())
+        self.lengths = [len(row) for row in self.ids]
+        self.classes = torch.tensor([CLASS[label] for label in table["label"]])
+        self.reference: Tensor | None = None  # [rows, hidden] of the frozen base, for retention
+        for row, length in enumerate(self.lengths):
+            if length > max_length:
+                raise DCRError(
+                    f"{table['label'].iloc[row]} prompt {table['id'].iloc[row]!r} has {length} "
+                    f"tokens, the limit is {max_length}: {table['text'].iloc[row][:60]!r}... "
+                    "Shorten it or raise refine.max_length."
+                )
 
 
 class StageOneModel(nn.Module):
-    """The model up to hidden state ℓ: token ids [batch, seq] → pooled hidden states [batch, hidden]."""
+    """The model up to hidden state ℓ: rows of token ids → pooled hidden states [rows, hidden]."""
 
     def __init__(self, model: nn.Module, layer: int, pooling: str, layers_path: str = "") -> None:
         super().__init__()
         self.model, self.layer, self.pooling, self.layers_path = model, layer, pooling, layers_path
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = truncated_forward(
-            self.model, input_ids, attention_mask, self.layer, self.layers_path
-        )
-        return pool(hidden, attention_mask, self.pooling)
+    def forward(self, rows: list[list[int]], max_tokens: int) -> Tensor:
+        """Rows longer than `max_tokens` together run in parts, whose activations are made again in
+        the backward pass: the loss sees all hidden states, the memory one part."""
+        lengths = [len(row) for row in rows]
+        device = next(self.model.parameters()).device
+        fits = len(rows) * max(lengths) <= max_tokens
+        size = ROWS_AT_ONCE if device.type == "cpu" else 0
+        batches = token_batches(lengths, size, max_tokens)
+        if fits or not torch.is_grad_enabled():
+            parts = [self._states([rows[i] for i in batch], device) for batch in batches]
+        else:
+            parts = [
+                checkpoint(self._states, [rows[i] for i in batch], device, use_reentrant=False)
+                for batch in batches
+            ]
+        place = torch.tensor([i for batch in batches for i in batch]).argsort()
+        return torch.cat(parts)[place.to(device)]  # back in the order of `rows`
 
-
-class PromptRows(torch.utils.data.Dataset):
-    """Tokenised prompts with their class and row number."""
-
-    def __init__(self, table: pd.DataFrame, tokenizer, max_length: int) -> None:
-        texts = render(tokenizer, table["text"].tolist())
-        self.tokenizer, self.labels = tokenizer, [CLASS[x] for x in table["label"]]
-        self.ids = [
-            encode(tokenizer, [t], max_length=max_length)["input_ids"][0].tolist() for t in texts
-        ]
-        self.reference: Tensor | None = None  # [rows, hidden] of the frozen base, for retention
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: int) -> int:
-        return row
-
-    def collate(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        batch = self.tokenizer.pad(
-            {"input_ids": [self.ids[r] for r in rows]},
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
-        out = {
-            "input_ids": batch["input_ids"],
-            "attention_mask": batch["attention_mask"],
-            "classes": torch.tensor([self.labels[r] for r in rows]),
-        }
-        return out if self.reference is None else {**out, "reference": self.reference[list(rows)]}
+    def _states(self, rows: list[list[int]], device: torch.device) -> Tensor:
+        ids, mask = padded(rows, "right", device)
+        shared = common_prefix(rows)
+        hidden = truncated_forward(self.model, ids, mask, self.layer, self.layers_path, shared)
+        return pool(hidden, mask, self.pooling)
 
 
 @torch.no_grad()
 def pooled_states(
-    stage: StageOneModel, rows: PromptRows, which: Sequence[int], batch_size: int = 32
+    stage: StageOneModel, rows: PromptRows, which: Sequence[int], max_tokens: int = 4096
 ) -> Tensor:
-    """Pooled hidden states at ℓ of some rows, [len(which), hidden], fp32."""
-    device = next(stage.parameters()).device
+    """Pooled hidden states at ℓ of some rows, [len(which), hidden], fp32 on the CPU."""
     was_training = stage.training
     stage.eval()
-    out: Tensor | None = None
-    for batch in token_batches([len(rows.ids[r]) for r in which], batch_size):
-        inputs = rows.collate([which[i] for i in batch])
-        hidden = (
-            stage(inputs["input_ids"].to(device), inputs["attention_mask"].to(device)).float().cpu()
-        )
-        out = torch.empty(len(which), hidden.shape[1]) if out is None else out
-        out[batch] = hidden
+    states = stage([rows.ids[i] for i in which], max_tokens).float().cpu()
     stage.train(was_training)
-    return out
+    return states
 
 
-def reference_states(stage: StageOneModel, rows: PromptRows, batch_size: int) -> Tensor:
+def reference_states(stage: StageOneModel, rows: PromptRows) -> Tensor:
     """[rows, hidden] states of the general prompts under the frozen base; other rows are 0.
 
-    The adapter is disabled (full parameters: read before the first step), so no second copy of the model is kept.
+    The adapter is disabled (all parameters: read before the first step): no second copy is kept.
     """
-    which = [i for i, c in enumerate(rows.labels) if c == GENERAL]
-    base = (
-        stage.model.disable_adapter()
-        if hasattr(stage.model, "disable_adapter")
-        else contextlib.nullcontext()
-    )
-    with base:
-        states = pooled_states(stage, rows, which, batch_size)
-    full = torch.zeros(len(rows), states.shape[1])
+    plain = getattr(stage.model, "disable_adapter", contextlib.nullcontext)
+    which = torch.nonzero(rows.classes == GENERAL)[:, 0].tolist()
+    with plain():
+        states = pooled_states(stage, rows, which)
+    full = torch.zeros(len(rows.ids), states.shape[1])
     full[which] = states
     return full
 
@@ -109,77 +106,107 @@ def reference_states(stage: StageOneModel, rows: PromptRows, batch_size: int) ->
 class RefineTrainer(StageTrainer):
     """Contrastive loss at ℓ, plus retention of the general prompts' hidden states."""
 
-    def __init__(self, *, loss: ContrastiveLoss, config: RefineConfig, **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.contrastive, self.config = loss, config
-        self._step, self._parts = -1, []  # losses of the batches of one optimiser step
+    def __init__(self, stage: StageOneModel, rows: PromptRows, plan: Plan) -> None:
+        super().__init__(stage, rows, plan)
+        config = plan.config
+        self.contrastive = ContrastiveLoss(config.loss, margin=config.margin, gamma=config.gamma)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        hidden = model(inputs["input_ids"], inputs["attention_mask"])
-        classes, reference, tokens = (
-            inputs["classes"],
-            inputs.get("reference"),
-            inputs["attention_mask"].sum(),
+    def parts(self, step: int) -> list[list[int]]:
+        """The whole batches of a step: each is one loss."""
+        return self.plan.steps[step - 1]
+
+    def part_loss(self, model: nn.Module, part: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every process runs its share of the rows and computes the loss of all hidden states.
+
+        The gather's backward adds up the processes' gradients and DDP divides by their number: the
+        gradient of one process with all the prompts.
+        """
+        config, rank, world = self.plan.config, self.args.process_index, self.args.world_size
+        share = len(part) // world
+        hidden = model(
+            [self.rows.ids[r] for r in part[rank * share : (rank + 1) * share]], self.max_tokens
         )
-        if self.accelerator.num_processes > 1:
-            # Negatives from every process. Each process computes the whole loss; the gather's backward adds up their
-            # gradients and DDP divides by their number: the gradient of one process with all the prompts.
+        if world > 1:
             from torch.distributed.nn.functional import all_gather
 
-            hidden, classes = torch.cat(all_gather(hidden)), self.accelerator.gather(classes)
-            reference = self.accelerator.gather(reference) if reference is not None else None
-            tokens = self.accelerator.gather(tokens).sum()
-        self.tokens += int(tokens)
-        kind = torch.where(
-            classes == GENERAL, SEEMINGLY_TOXIC if self.config.general_share else -1, classes
-        )
-        loss = contrast = self.contrastive(hidden, kind)
-        parts = {"contrastive_loss": float(contrast.detach())}
-        if reference is not None:
-            general = classes == GENERAL
-            kept = drift(hidden[general], reference[general])
-            loss = contrast + self.config.retention * kept
-            parts["drift"] = float(kept.detach())
-        self._note({"loss": float(loss.detach()), **parts})
-        self.check_finite(loss)
-        return loss
+            hidden = torch.cat(all_gather(hidden))
+        classes = self.rows.classes[part]
+        general = classes == GENERAL
+        kind = torch.where(general, SEEMINGLY_TOXIC if config.general_share else -1, classes)
+        loss = contrast = self.contrastive(hidden, kind.to(hidden.device))
+        batches = len(self.plan.steps[0])
+        metrics = {"loss": contrast, "contrastive_loss": contrast}
+        if self.rows.reference is not None:
+            kept = self.rows.reference[part][general].to(hidden.device)
+            metrics["drift"] = drift(hidden[general.to(hidden.device)], kept)
+            loss = metrics["loss"] = contrast + config.retention * metrics["drift"]
+        return loss / batches, {k: v / batches for k, v in metrics.items()}
 
-    def _note(self, values: dict[str, float]) -> None:
-        """The history shows the mean over the batches of an optimiser step."""
-        if self._step != self.state.global_step:
-            self._step, self._parts = self.state.global_step, []
-        self._parts.append(values)
-        self.metrics = {k: sum(p[k] for p in self._parts) / len(self._parts) for k in values}
-        if torch.cuda.is_available():
-            self.metrics["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
-    def check_finite(self, loss: Tensor) -> None:
-        """Stop at the first loss that is not finite, saying where; the last checkpoint is a good one (see `_save`)."""
-        if not torch.isfinite(loss).all():
-            self._give_up(f"the loss became {loss.item()}")
+def held_out_measures(
+    train: Tensor, train_toxic: np.ndarray, held: Tensor, held_toxic: np.ndarray
+) -> dict[str, float]:
+    """Cross- and within-class cosine of held-out states; AUROC and accuracy of a probe on them.
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not all(
-            torch.isfinite(p).all()
-            for p in trained_state(self.accelerator.unwrap_model(self.model)).values()
-        ):
-            self._give_up("weights are no longer finite")
-        super()._save(output_dir, state_dict)
+    train, held: states [n, hidden], the probe is fitted on the first; toxic [n] is 0 or 1.
+    """
+    unit, kind = nn.functional.normalize(held, dim=-1), torch.as_tensor(held_toxic)
+    similarity, same = unit @ unit.T, kind[:, None] == kind[None]  # [n, n]
+    off = ~torch.eye(len(held), dtype=torch.bool)
+    score = fit_probe(train.numpy(), train_toxic).decision_function(held.numpy())
+    return {
+        "cross_similarity": similarity[~same].mean().item(),
+        "within_similarity": similarity[same & off].mean().item(),
+        "probe_auroc": float(auroc(held_toxic, score)),
+        "probe_accuracy": float(((score > 0) == held_toxic).mean()),
+    }
 
-    def _give_up(self, what: str) -> None:
-        step, batch = (
-            self.state.global_step,
-            self.state.global_step * self.args.gradient_accumulation_steps,
-        )
-        batch += max(0, len(self._parts) - 1) if self._step == step else -1
-        found = Path(self.args.output_dir).glob("checkpoint-*/trainer_state.json")  # written last
-        last = max((int(c.parent.name.rsplit("-", 1)[1]) for c in found), default=None)
-        kept = (
-            f"The last good checkpoint, checkpoint-{last}, is kept"
-            if last
-            else "No checkpoint had been written yet"
-        )
-        raise DCRError(
-            f"refine: {what} at step {step + (self._step == step)}, batch {batch + 1} of {len(self.batches)} (rows "
-            f"{self.batches.batches[batch][:8]}...). {kept}. Lower refine.lr, or train in float32."
-        )
+
+class HeldOutWatcher(TrainerCallback):
+    """Held-out similarity and probe every few steps; stops training when the target is reached.
+
+    train, held: prompt tables under their TRUE labels, whatever labels training sees.
+    """
+
+    def __init__(self, trainer: RefineTrainer, tokenizer, train: pd.DataFrame, held: pd.DataFrame):
+        self.trainer, self.config = trainer, trainer.plan.config
+        table = pd.concat([_first(train, PROBE_ROWS), _first(held, HELD_ROWS)])
+        self.prompts = PromptRows(table, tokenizer, self.config.max_length)
+        self.toxic = (table["label"] == "toxic").to_numpy().astype(int)
+        self.fitted = len(_first(train, PROBE_ROWS))
+        self.path = trainer.plan.folder / "evaluations.jsonl"
+        self.rows: list[dict] = []
+        self.reason = "all steps done"
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self.rows = [r for r in read_jsonl(self.path) if r["step"] <= state.global_step]
+        self.trainer.accelerator.wait_for_everyone()  # all have read before one writes
+        if args.should_save:
+            write_lines(self.path, self.rows)
+        if not self.rows:
+            self.measure(0)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
+            return
+        cosine = self.measure(state.global_step)["cross_similarity"]
+        if -1 < self.config.target >= cosine:
+            self.reason = f"held-out cross-class cosine {cosine:.3f} reached {self.config.target}"
+            control.should_training_stop = True
+
+    def measure(self, step: int) -> dict:
+        """One row of evaluations, in the run's precision; written and returned."""
+        trainer, n = self.trainer, self.fitted
+        stage = trainer.accelerator.unwrap_model(trainer.model)
+        with autocast(trainer.args.device, trainer.plan.precision):
+            states = pooled_states(stage, self.prompts, range(len(self.toxic)))
+        measures = held_out_measures(states[:n], self.toxic[:n], states[n:], self.toxic[n:])
+        self.rows.append({"step": step, **measures})
+        if trainer.args.should_save:
+            append_jsonl(self.path, self.rows[-1])
+        return self.rows[-1]
+
+
+def _first(table: pd.DataFrame, n: int) -> pd.DataFrame:
+    """The first n prompts of each contrasted class."""
+    return table[table["label"] != "general"].groupby("label").head(n)

@@ -1,101 +1,69 @@
-"""Batches for contrastive refinement: seeded, balanced over class and form, minimal pairs kept together.
+"""Batches of both stages, drawn from the seed before training.
 
-Each epoch is drawn from (seed, epoch) alone and the whole schedule before training, so a resumed run sees the
-batches the interrupted one would have seen, and no global random state is touched.
+Contrastive batches are balanced over class and form and keep minimal pairs together; each epoch is
+drawn from (seed, epoch) alone. No global random state is touched.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from dcr.config import RefineConfig
 from dcr.errors import DCRError
-
-TOXIC, SEEMINGLY_TOXIC, GENERAL = 1, 0, 2
-
-
-class _Deck:
-    """Row numbers dealt in shuffled order, reshuffled when they run out."""
-
-    def __init__(self, rows: Sequence[int], rng: np.random.Generator) -> None:
-        self.rows, self.rng, self.queue = np.asarray(rows), rng, []
-
-    def deal(self, n: int) -> list[int]:
-        taken: list[int] = []
-        while len(taken) < n:
-            if not self.queue:
-                self.queue = self.rng.permutation(self.rows).tolist()
-            taken.append(self.queue.pop())
-        return taken
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What every batch holds. `general` rows are part of the batch, `retention` rows come on top."""
+    """Rows of each kind in a batch: `general` is part of it, `retention` comes on top."""
 
     toxic: int
     harmless: int
     general: int
     retention: int
-    pairing: str = "sources"
-    balance_forms: bool = False
-
-    def per_epoch(self, table: pd.DataFrame) -> int:
-        """Batches that show every toxic and every seemingly toxic prompt at least once."""
-        counts = table["label"].value_counts()
-        return max(
-            1,
-            math.ceil(counts.get("toxic", 0) / self.toxic),
-            math.ceil(counts.get("seemingly_toxic", 0) / self.harmless),
-        )
+    matched: bool
+    balance_forms: bool
 
 
-def batch_plan(
-    *,
-    batch_size: int,
-    pairing: str = "sources",
-    toxic_share: float = 0.5,
-    balance_forms: bool = False,
-    general_share: float = 0.0,
-    retention_rows: int = 0,
-) -> BatchPlan:
-    """Places of each kind in a batch. Raises DCRError for an unknown pairing or shares that leave a class under two.
+def batch_plan(config: RefineConfig) -> BatchPlan:
+    """Places of each kind. Raises DCRError for shares that leave a class under two.
 
-    sources/sham: `toxic_share` of the places toxic. matched: as many pairs as fit, whatever `toxic_share`.
-    `general_share` of the non-toxic places go to general prompts.
+    sources/sham: `toxic_share` of the places toxic. matched: as many pairs as fit, whatever
+    `toxic_share`. `general_share` of the non-toxic places go to general prompts.
     """
-    if pairing not in ("sources", "matched", "sham"):
-        raise DCRError(f"refine.pairing={pairing!r} is unknown; use sources, matched or sham.")
-    if not 0 < toxic_share < 1 or not 0 <= general_share < 1:
-        raise DCRError(
-            f"refine.toxic_share={toxic_share} and refine.general_share={general_share} must lie in (0, 1) "
-            "and [0, 1)."
-        )
-    toxic = max(2, round(batch_size * toxic_share))
-    harmless = batch_size - toxic
-    general = round(general_share * harmless)
-    harmless -= general
-    if pairing == "matched":
-        toxic = harmless = (batch_size - general) // 2
+    size, matched = config.batch_size, config.pairing == "matched"
+    toxic = max(2, round(size * config.toxic_share))
+    general = round(config.general_share * (size - toxic))
+    harmless = size - toxic - general
+    if matched:
+        toxic = harmless = (size - general) // 2
     if harmless < 2:
         raise DCRError(
-            f"refine.batch_size={batch_size} leaves {harmless} seemingly toxic places; the loss needs two "
-            "of each class. Enlarge the batch or lower toxic_share or general_share."
+            f"refine.batch_size={size} leaves {harmless} seemingly toxic places; the loss needs two "
+            "of each class. Enlarge the batch or lower refine.toxic_share or refine.general_share."
         )
-    return BatchPlan(toxic, harmless, general, retention_rows, pairing, balance_forms)
+    retention = size // 4 if config.retention and not config.general_share else 0
+    return BatchPlan(toxic, harmless, general, retention, matched, config.balance_forms)
+
+
+def batches_per_epoch(table: pd.DataFrame, plan: BatchPlan) -> int:
+    """Batches that show every toxic and every seemingly toxic prompt at least once."""
+    counts = table["label"].value_counts()
+    places = (("toxic", plan.toxic), ("seemingly_toxic", plan.harmless))
+    return max(1, *(math.ceil(counts.get(label, 0) / n) for label, n in places))
 
 
 def contrastive_batches(
     table: pd.DataFrame, plan: BatchPlan, *, n_batches: int, seed: int
 ) -> list[list[int]]:
-    """`n_batches` lists of row positions of `table` (columns label, form, pair_id), drawn epoch by epoch.
+    """`n_batches` lists of row numbers of `table` (columns label, form, pair_id), by epochs.
 
-    With `balance_forms` questions and imperatives come equally often in both classes; `matched` puts both members
-    of a minimal pair in one batch. Raises DCRError when a class is missing or too small for a batch.
+    With `balance_forms` questions and imperatives come equally often in both classes; matched puts
+    both members of a pair in one batch. Raises DCRError for a class that is missing or too small.
     """
     batches: list[list[int]] = []
     epoch = 0
@@ -108,105 +76,105 @@ def contrastive_batches(
 def epoch_batches(
     table: pd.DataFrame, plan: BatchPlan, *, seed: int, epoch: int
 ) -> list[list[int]]:
-    """The batches of one epoch, a function of (seed, epoch): each prompt is dealt before any comes again."""
+    """The batches of one epoch: each prompt is dealt before any comes again."""
     rng = np.random.default_rng([seed, epoch, 0xDC4])
-    general = _Deck(np.flatnonzero((table["label"] == "general").to_numpy()), rng)
-    if plan.general + plan.retention and not len(general.rows):
-        raise DCRError(
-            "refine.general_share or refine.retention is set but no general prompts were given; pass "
-            "general=[...]."
-        )
-    if plan.pairing == "matched":
-        pairs = _pair_dealer(table, rng, plan.balance_forms)
+    extra = plan.general + plan.retention
+    deals = [(_dealer([[r] for r in _rows(table, "general", extra)], rng), extra)]
+    if plan.matched:
+        pairs = _pairs(table)
+        deals.append((_dealer(pairs, rng, table if plan.balance_forms else None), plan.toxic))
     else:
-        toxic = _class_dealer(table, "toxic", plan.toxic, rng, plan.balance_forms)
-        harmless = _class_dealer(table, "seemingly_toxic", plan.harmless, rng, plan.balance_forms)
-    batches = []
-    for _ in range(plan.per_epoch(table)):
-        contrast = (
-            pairs(plan.toxic)
-            if plan.pairing == "matched"
-            else toxic(plan.toxic) + harmless(plan.harmless)
-        )
-        batches.append(
-            rng.permutation(contrast + general.deal(plan.general + plan.retention)).tolist()
-        )
-    return batches
+        for label, n in (("toxic", plan.toxic), ("seemingly_toxic", plan.harmless)):
+            units = [[r] for r in _rows(table, label, max(2, n))]
+            deals.append((_dealer(units, rng, table if plan.balance_forms else None), n))
+    batches = [
+        sum((deal(n) for deal, n in deals), []) for _ in range(batches_per_epoch(table, plan))
+    ]
+    return [rng.permutation(batch).tolist() for batch in batches]
 
 
-def _class_dealer(
-    table: pd.DataFrame, label: str, need: int, rng: np.random.Generator, balance_forms: bool
-):
-    rows = np.flatnonzero((table["label"] == label).to_numpy())
-    if len(rows) < max(2, need):
+def _rows(table: pd.DataFrame, label: str, need: int) -> list[int]:
+    rows = np.flatnonzero((table["label"] == label).to_numpy()).tolist()
+    if label == "general" and need and not rows:
         raise DCRError(
-            f"{len(rows)} {label} prompts, but a batch needs {max(2, need)}. Give more prompts or lower "
+            "refine.general_share or refine.retention is set but no general prompts were given; "
+            "pass general=[...]."
+        )
+    if label != "general" and len(rows) < need:
+        raise DCRError(
+            f"{len(rows)} {label} prompts, but a batch needs {need}. Give more prompts or lower "
             "refine.batch_size."
         )
-    forms = table["form"].to_numpy()[rows]
-    if not balance_forms:
-        return _Deck(rows, rng).deal
-    decks = [
-        _Deck(rows[forms == form], rng)
-        for form in ("question", "imperative")
-        if (forms == form).any()
-    ]
-    if len(decks) < 2:
-        raise DCRError(
-            f"refine.balance_forms is on, but the {label} prompts are all of one form. Add the other form "
-            "(dcr.data.forms.swap_table) or turn it off."
-        )
-
-    def deal(n: int) -> list[int]:
-        first = (n + int(rng.integers(2))) // 2
-        return decks[0].deal(first) + decks[1].deal(n - first)
-
-    return deal
+    return rows
 
 
-def _pair_dealer(table: pd.DataFrame, rng: np.random.Generator, balance_forms: bool):
+def _pairs(table: pd.DataFrame) -> list[list[int]]:
+    """[toxic row, seemingly toxic row] of every minimal pair."""
     members: dict[str, dict[str, int]] = {}
-    for position, (pair, label) in enumerate(zip(table["pair_id"], table["label"], strict=True)):
+    for row, (pair, label) in enumerate(zip(table["pair_id"], table["label"], strict=True)):
         if pair and label != "general":
-            members.setdefault(pair, {})[label] = position
-    pairs = [p for p in members.values() if len(p) == 2]
+            members.setdefault(pair, {})[label] = row
+    pairs = [[p["toxic"], p["seemingly_toxic"]] for p in members.values() if len(p) == 2]
     if len(pairs) < 2:
         raise DCRError(
-            f"refine.pairing=matched needs minimal pairs (a toxic and a seemingly toxic prompt with one "
-            f"pair_id); found {len(pairs)}. Use the bundled pairs or pairing=sources."
+            "refine.pairing=matched needs minimal pairs (a toxic and a seemingly toxic prompt with "
+            f"one pair_id); found {len(pairs)}. Use the bundled pairs or refine.pairing=sources."
         )
-    forms = np.array([table["form"].iloc[p["toxic"]] for p in pairs])
-    groups = (
-        [np.flatnonzero(forms == f) for f in ("question", "imperative")] if balance_forms else []
-    )
-    decks = [_Deck(g, rng) for g in groups if len(g)] or [_Deck(np.arange(len(pairs)), rng)]
+    return pairs
+
+
+def _dealer(
+    units: list[list[int]], rng: np.random.Generator, balanced: pd.DataFrame | None = None
+) -> Callable[[int], list[int]]:
+    """Deals n units (rows that stay together), shuffled anew when they run out.
+
+    balanced: the table whose forms are dealt in equal numbers (an odd unit goes to either).
+    """
+    decks = [units]
+    if balanced is not None:
+        forms = balanced["form"].to_numpy()
+        decks = [[u for u in units if forms[u[0]] == f] for f in ("question", "imperative")]
+        if not all(decks):
+            raise DCRError(
+                f"refine.balance_forms is on, but the {balanced['label'].iloc[units[0][0]]} prompts "
+                "are all of one form. Add the other form (dcr.data.forms) or turn it off."
+            )
+    queues: list[list[int]] = [[] for _ in decks]
 
     def deal(n: int) -> list[int]:
-        shares = [n] if len(decks) == 1 else [n // 2, n - n // 2]
-        chosen = [i for deck, share in zip(decks, shares, strict=True) for i in deck.deal(share)]
-        return [pairs[i][label] for i in chosen for label in ("toxic", "seemingly_toxic")]
+        first = (n + int(rng.integers(2))) // 2 if len(decks) == 2 else n
+        taken: list[int] = []
+        for deck, queue, share in zip(decks, queues, (first, n - first), strict=False):
+            for _ in range(share):
+                if not queue:
+                    queue.extend(rng.permutation(len(deck)).tolist())
+                taken += deck[queue.pop()]
+        return taken
 
     return deal
 
 
-class FixedBatches:
-    """A batch sampler over a schedule drawn beforehand (what DataLoader and accelerate ask of one)."""
+def length_grouped_batches(
+    lengths: Sequence[int], batch_size: int, n_batches: int, seed: int
+) -> list[list[int]]:
+    """Shuffled batches of similar length; every pass covers each row once.
 
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
-        self.batches = [list(b) for b in batches]
-        self.batch_size = max(len(b) for b in self.batches)
-        self.drop_last = False
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    Rows are shuffled, sorted inside groups of 16 batches, and the batches shuffled.
+    """
+    rng = np.random.default_rng([seed, 0xA11])
+    sizes, batches = np.asarray(lengths), []
+    while len(batches) < n_batches:
+        order = rng.permutation(len(sizes))
+        groups = np.split(order, range(16 * batch_size, len(order), 16 * batch_size))
+        order = np.concatenate([g[np.argsort(-sizes[g], kind="stable")] for g in groups])
+        fresh = [order[i : i + batch_size].tolist() for i in range(0, len(order), batch_size)]
+        batches += [fresh[i] for i in rng.permutation(len(fresh))]
+    return batches[:n_batches]
 
 
 def shuffled_labels(labels: Sequence[str], seed: int) -> list[str]:
-    """The sham control: the toxic and seemingly toxic labels permuted among their prompts, general ones untouched."""
-    labels = np.asarray(labels, dtype=object)
-    mixed = np.flatnonzero(labels != "general")
-    labels[mixed] = np.random.default_rng([seed, 0x5A]).permutation(labels[mixed])
-    return labels.tolist()
+    """The sham control: toxic and seemingly toxic labels permuted among their prompts."""
+    mixed = np.array(labels, dtype=object)
+    rows = np.flatnonzero(mixed != "general")
+    mixed[rows] = np.random.default_rng([seed, 0x5A]).permutation(mixed[rows])
+    return mixed.tolist()
