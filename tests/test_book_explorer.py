@@ -38,13 +38,13 @@ def run():
     ]
     known = pd.DataFrame({"id": list("abcd"), "text": texts})
     known = known.assign(label=["seemingly_toxic", "toxic"] * 2, request=list("aabb"))
-    return SimpleNamespace(
-        methods=("base", "STL", "Gate"),
+    read = SimpleNamespace(
         model=lambda m: (models[m], tokenizer),
         layer=lambda m: 3,
         states=lambda m, rows: hidden_states(models[m], tokenizer, rows["text"].tolist()),
         known=known,
     )
+    return SimpleNamespace(methods=("base", "STL", "Gate"), runs=(read,))
 
 
 def test_a_typed_prompt_is_read_in_both_forms_by_every_model(run, monkeypatch):
@@ -75,12 +75,16 @@ def test_explorer_shows_readings_escaped_and_offers_a_model_where_there_is_none(
     assert "tables only" in out.value and button.description == "Use the embedded model"
     box.value = "how ?"
     button.click()
-    assert asked == [("embedded", "how ?")] and button.description == "Read"
+    assert (
+        asked[0][0].runs == ("embedded",)
+        and asked[0][1] == "how ?"
+        and button.description == "Read"
+    )
     assert "<script>" not in out.value and "&lt;script&gt;" in out.value
     assert out.value.count("dcr-blur") == 3  # the nearest toxic prompt and the style sheet
     explore(SimpleNamespace(runs=("mine",)))
     shown[1].children[0].children[1].click()
-    assert asked[-1][0] == "mine"
+    assert asked[-1][0].runs == ("mine",)
     monkeypatch.setattr(explorer, "read_prompt", lambda *a: (_ for _ in ()).throw(DCRError("<no>")))
     shown[1].children[0].children[1].click()
     assert "&lt;no&gt;" in shown[1].children[1].value

@@ -6,7 +6,7 @@ All text is escaped; toxic prompts are blurred until clicked; no answer to one i
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from dcr.errors import DCRError
 from dcr.plots.tables import styled
 
 if TYPE_CHECKING:
-    from dcr.run.experiment import Experiment, Run
+    from dcr.run.experiment import Experiment
 
 READ_BY = ("base", "STL", "DCR")
 SHOWN = 12  # prompts a page
@@ -56,7 +56,7 @@ def rows_html(rows: pd.DataFrame, columns: tuple[str, ...]) -> str:
     return f"{STYLE}{count}<table style='text-align: left'><tr>{head}</tr>{body}</table>"
 
 
-def read_prompt(run: Run, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_prompt(experiment: Experiment, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How base, STL and DCR read a prompt in both forms, and the nearest training prompts.
 
     Readings: method, form, prompt, refusal score (log odds of opening with a refusal), probe (log
@@ -70,14 +70,19 @@ def read_prompt(run: Run, text: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     if not text.strip():
         raise DCRError("type a prompt first.")
+    run = experiment.runs[0]
     texts = list(dict.fromkeys([text.strip(), swap_form(text.strip())]))
     known = pairings(run)["matched pairs"].reset_index(drop=True)
     layer, parts, nearest = run.layer("DCR"), [], pd.DataFrame()
-    for method in (m for m in READ_BY if m in run.methods):
+    for method in (m for m in READ_BY if m in experiment.methods):
         model, tokenizer = run.model(method)
         trained = run.states(method, known).layer(layer)  # [pairs, hidden]
         states = hidden_states(model, tokenizer, texts).layer(layer)  # [forms, hidden]
-        named = {"method": method, "form": [form_of(t) for t in texts], "prompt": texts}
+        named: dict[str, Any] = {
+            "method": method,
+            "form": [form_of(t) for t in texts],
+            "prompt": texts,
+        }
         named["refusal score"] = refusal_score(model, tokenizer, texts)
         named["probe"] = fit_probe(trained, is_toxic(known)).decision_function(states)
         parts.append(pd.DataFrame(named))
@@ -108,7 +113,7 @@ def explore(experiment: Experiment) -> None:
         try:
             if not live[0].runs:
                 live[0] = Experiment("embedded")
-            readings, nearest = read_prompt(live[0].runs[0], box.value)
+            readings, nearest = read_prompt(live[0], box.value)
             near = rows_html(nearest, ("cosine", "label"))
             out.value = f"{styled(readings).to_html()}<p>Nearest training prompts</p>{near}"
         except DCRError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -132,7 +133,9 @@ def write_report(root: str | Path) -> Path:
     missing = dict.fromkeys(set(FIGURES) - set(read), "no table yet")
     if any(_stale(root / "figures", folder / f"{n}.csv") for n in FIGURES if n in read):
         missing = draw(root, root / "figures")
-    sections = {n: {"title": t, "text": x, "figures": [], "missing": []} for n, t, x in STORY}
+    sections: dict[str, Any] = {
+        n: {"title": t, "text": x, "figures": [], "missing": []} for n, t, x in STORY
+    }
     for name in FIGURES:
         home = sections.get(notebook_of(name), sections[""])
         if name in missing:

@@ -6,6 +6,7 @@ import ast
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -15,7 +16,7 @@ from dcr.errors import DCRError
 from dcr.plots.tables import styled
 from dcr.run.experiment import Experiment
 
-PARAMETERS = {"profile": str, "seeds": (str, int), "run_dir": str, "overrides": str}
+PARAMETERS: dict[str, Any] = {"profile": str, "seeds": (str, int), "run_dir": str, "overrides": str}
 INJECTED = "# Parameters\n"  # how the cell begins that papermill adds for its -p
 
 
@@ -38,7 +39,7 @@ def start(namespace: Mapping[str, object]) -> Experiment:
         if name not in PARAMETERS:
             hint = near(name, list(PARAMETERS))
             raise DCRError(f"unknown notebook parameter {name!r}; known: {known}.{hint}")
-    given = {name: namespace[name] for name in PARAMETERS if name in namespace}
+    given: dict[str, Any] = {name: namespace[name] for name in PARAMETERS if name in namespace}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, PARAMETERS[name]):
             kind = 'a number or text such as "0-4"' if name == "seeds" else "text"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from dcr.plots.panels import Dots, Size, dots, grid, heat, legend, spread
 from dcr.plots.representations import by_source
-from dcr.plots.style import FORMS, drawing, in_order, method_look, said
+from dcr.plots.style import FORMS, Look, drawing, in_order, method_look, said
 
 PANELS = {"published": "as published", "equal": "forms equal"}
 CLASSES = ("seemingly_toxic", "toxic")
@@ -48,7 +48,7 @@ def _way(ax: Axes, method: str, rows: pd.DataFrame) -> None:
     ax.plot(way["dsr"], way["compliance"], **thin, alpha=0.6, marker=".", markersize=3)
     nominal = way[way["nominal"].astype(bool)]
     point = (nominal if len(nominal) else way).tail(1)
-    bars = {
+    bars: Look = {
         a: spread(point, m, f"{m}_low", f"{m}_high")
         for a, m in (("xerr", "dsr"), ("yerr", "compliance"))
     }
@@ -59,7 +59,7 @@ def _way(ax: Axes, method: str, rows: pd.DataFrame) -> None:
         "markersize": 7,
         "elinewidth": 0.9,
     }
-    edge = {"markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 5, "label": method}
+    edge: Look = {"markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 5, "label": method}
     ax.errorbar(point["dsr"], point["compliance"], **bars, **mark, **edge)
 
 
@@ -113,7 +113,7 @@ def _differences(table: pd.DataFrame, what: str, shade: tuple[str, ...] = ()) ->
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
     reach = 1.06 * np.nanmax(np.abs(table[["low", "high", "difference"]].to_numpy(float)))
-    look = {"zero": 0, "across": 6, "width": 1.5, "shade": shade, "open": ["p ≥ 0.05"]}
+    look: Look = {"zero": 0, "across": 6, "width": 1.5, "shade": shade, "open": ["p ≥ 0.05"]}
     how = Dots("row", "panel", "sure", f"difference {what}", (-reach, reach), **look)
     return dots(table.assign(sure=sure), "difference", how)
 

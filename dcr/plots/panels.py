@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dcr.plots.style import CLASSES, FORMS, Shown, in_order, looks, said
+from dcr.plots.style import CLASSES, FORMS, Look, Shown, in_order, looks, said
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,15 @@ def legend(figure: Figure, axes: Sequence[Axes], where: str = "upper", columns: 
     pairs = [p for ax in axes for p in zip(*ax.get_legend_handles_labels(), strict=True)]
     shown = {label: handle for handle, label in pairs}
     if shown:
-        place = {"loc": f"outside {where} center", "ncols": min(columns, len(shown))}
+        place: Look = {"loc": f"outside {where} center", "ncols": min(columns, len(shown))}
         figure.legend(list(shown.values()), list(shown), **place)
+
+
+def split(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
+    """(title, rows) of each panel, in order; one without a title where there is no column."""
+    if not column:
+        return [("", frame)]
+    return [(str(name), frame[frame[column] == name]) for name in in_order(frame[column])]
 
 
 def spread(rows: pd.DataFrame, value: str, low: str = "low", high: str = "high") -> np.ndarray:
@@ -76,37 +83,29 @@ class Dots:
 
 def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
     """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`."""
-    names = in_order(frame[how.rows])
-    panels = in_order(frame[how.panels]) if how.panels else [""]
-    hues = in_order(frame[how.hue]) if how.hue else [""]
+    names, parts = in_order(frame[how.rows]), split(frame, how.panels)
     coloured = how.hue or (how.rows if how.rows == "method" else how.panels or how.rows)
+    hues = in_order(frame[coloured])
     places = [how.rows, *([how.panels] if how.panels else [])]
     beside = len(hues) if frame.groupby(places)[coloured].nunique().max() > 1 else 1
-    look, margin = looks(in_order(frame[coloured])), 0.6 + 0.075 * max(map(len, map(said, names)))
-    title = max(len(line) for p in panels for line in str(p).split("\n"))
+    look, margin = looks(hues), 0.6 + 0.075 * max(len(said(n)) for n in names)
+    title = max(len(line) for name, _ in parts for line in name.split("\n"))
     height = (0.17 + 0.1 * beside) * len(names) + 0.55
     size = Size(max(how.width, 0.085 * title), height, how.across, margin)
-    figure, axes = grid(len(panels), size, sharey=True, sharex=how.limits is not None)
-    for ax, panel in zip(axes, panels, strict=True):
-        part = frame[frame[how.panels] == panel] if how.panels else frame
-        for key, mine in part.dropna(subset=[value]).groupby([coloured, how.rows], sort=False):
-            aside = 0.6 * ((hues.index(key[0]) + 0.5) / beside - 0.5) if beside > 1 else 0
-            style = look[key[0]]
-            ax.errorbar(
-                mine[value],
-                np.full(len(mine), names.index(key[1]) + aside),
-                xerr=spread(mine, value),
-                **{
-                    "marker": style["marker"],
-                    "linestyle": "none",
-                    "color": style["color"],
-                    "markersize": 4.5,
-                },
-                **{"elinewidth": 0.9, "label": said(key[0]) if how.hue else None},
-                markerfacecolor="white" if key[0] in how.open else style["color"],
-            )
+    figure, axes = grid(len(parts), size, sharey=True, sharex=how.limits is not None)
+    for ax, (panel, part) in zip(axes, parts, strict=True):
+        for (hue, name), mine in part.dropna(subset=[value]).groupby(
+            [coloured, how.rows], sort=False
+        ):
+            aside = 0.6 * ((hues.index(hue) + 0.5) / beside - 0.5) if beside > 1 else 0
+            style: Look = look[hue] | {"linestyle": "none", "markersize": 4.5, "elinewidth": 0.9}
+            style |= {"markerfacecolor": "white" if hue in how.open else look[hue]["color"]}
+            style |= {"label": said(hue)} if how.hue else {}
+            y = np.full(len(mine), names.index(name) + aside)
+            ax.errorbar(mine[value], y, xerr=spread(mine, value), **style)
         for name in set(how.shade) & set(names):
-            ax.axhspan(*(names.index(name) + np.array([-0.5, 0.5])), color="#ececec", zorder=0)
+            place = names.index(name)
+            ax.axhspan(place - 0.5, place + 0.5, color="#ececec", linewidth=0, zorder=0)
         if how.zero is not None:
             ax.axvline(how.zero, color="black", linewidth=0.9, zorder=0.5)
         ax.set(title=panel, ylim=(len(names) - 0.5, -0.5), xlim=how.limits)
@@ -133,30 +132,31 @@ class Curves:
 def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
     """A line a hue, a panel each value of `how.panels`; a column `seed`: mean and range of seeds.
 
-    An interval is a band where several seeds or prompts-by-layer stand behind it, else bars.
+    An interval is a band; over steps, where one seed stands behind it, bars beside one another.
     """
-    panels = in_order(frame[how.panels]) if how.panels else [""]
-    hues = in_order(frame[how.hue])
-    look, steps = looks(hues), how.x == "step"
-    figure, axes = grid(len(panels), how.size, sharex=True, sharey=how.limits is not None)
-    for ax, panel in zip(axes, panels, strict=True):
-        part = frame[frame[how.panels] == panel] if how.panels else frame
+    parts, hues, steps = split(frame, how.panels), in_order(frame[how.hue]), how.x == "step"
+    figure, axes = grid(len(parts), how.size, sharex=True, sharey=how.limits is not None)
+    look = looks(hues)
+    for ax, (panel, part) in zip(axes, parts, strict=True):
         for i, hue in enumerate(hues):
             rows = part[part[how.hue] == hue].dropna(subset=[value]).sort_values(how.x)
-            if rows.empty:
-                continue
             if "seed" in rows:
                 ends = rows.groupby(how.x)[value].agg(low="min", high="max", seeds="size")
                 rows = ends.assign(**{value: rows.groupby(how.x)[value].mean()}).reset_index()
-            place = 0.03 * (i - (len(hues) - 1) / 2) if steps else 0  # bars beside one another
-            style = look[hue] | ({"marker": ""} if len(rows) > 40 else {"markersize": 4})
-            band = not steps or rows.get("seeds", pd.Series([1])).max() > 1
-            x = rows[how.x] * (1 + place * (not band)) + place * (rows[how.x] == 0) * (not band)
-            bars = None if band else spread(rows, value)
-            ax.errorbar(x, rows[value], yerr=bars, elinewidth=0.8, **style, label=said(hue))
-            if band and "low" in rows:
-                fill = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
-                ax.fill_between(x, rows["low"].astype(float), rows["high"].astype(float), **fill)
+            if rows.empty:
+                continue
+            style: Look = look[hue] | {"label": said(hue), "elinewidth": 0.8, "markersize": 4}
+            style |= {"marker": ""} if len(rows) > 40 else {}
+            if steps and rows.get("seeds", pd.Series([1])).max() == 1:
+                aside = 0.03 * (i - (len(hues) - 1) / 2)
+                x = rows[how.x] + aside * rows[how.x].where(rows[how.x] > 0, 1)
+                ax.errorbar(x, rows[value], yerr=spread(rows, value), **style)
+                continue
+            ax.errorbar(rows[how.x], rows[value], **style)
+            if "low" in rows:
+                low, high = rows["low"].astype(float), rows["high"].astype(float)
+                fill: Look = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+                ax.fill_between(rows[how.x], low, high, **fill)
         if steps:
             log_steps(ax, frame["step"])
         ax.set(title=panel, ylim=how.limits)
@@ -180,7 +180,7 @@ def log_steps(ax: Axes, steps: pd.Series) -> None:
 
 def heat(ax: Axes, wide: pd.DataFrame, **kwargs) -> None:
     """A heat map from 0 to 1 with its numbers in the cells; grey where there is none."""
-    cells = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 6.5}, "cmap": "Blues"}
+    cells: Look = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 6.5}, "cmap": "Blues"}
     lines = {"linewidths": 0.4, "linecolor": "white", "cbar": False}
     ticks = {"xticklabels": [said(c) for c in wide], "yticklabels": [said(c) for c in wide.index]}
     sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks | kwargs))
@@ -193,13 +193,13 @@ def heat(ax: Axes, wide: pd.DataFrame, **kwargs) -> None:
 
 def scatter(frame: pd.DataFrame, panels: str) -> Figure:
     """Prompts on two components (x, y), a panel each value of `panels`; class and form apart."""
-    names = list(dict.fromkeys(frame[panels]))
-    figure, axes = grid(len(names), Size(2.6, 2.4, 3, 1.3))
-    for ax, name in zip(axes, names, strict=True):
-        for (label, form), rows in frame[frame[panels] == name].groupby(["label", "form"]):
-            mark = {"color": CLASSES[label]["color"], "marker": FORMS[form]["marker"], "s": 22}
-            edge = {"alpha": 0.75, "edgecolor": "white", "linewidth": 0.4}
-            ax.scatter(rows["x"], rows["y"], **mark, **edge, label=f"{said(label)}, {form}")
+    parts = split(frame, panels)
+    figure, axes = grid(len(parts), Size(2.6, 2.4, 3, 1.3))
+    for ax, (name, part) in zip(axes, parts, strict=True):
+        for (label, form), rows in part.groupby(["label", "form"]):
+            mark: Look = {"color": CLASSES[label]["color"], "marker": FORMS[form]["marker"]}
+            mark |= {"s": 22, "alpha": 0.75, "edgecolor": "white", "linewidth": 0.4}
+            ax.scatter(rows["x"], rows["y"], **mark, label=f"{said(label)}, {form}")
         ax.set_title(name)
     figure.supxlabel("first principal component", fontsize=10)
     figure.supylabel("second principal component", fontsize=10)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from dcr.plots.panels import Curves, Dots, Size, curves, dots, grid, scatter
-from dcr.plots.style import drawing
+from dcr.plots.style import Look, drawing
 
 MEASURES = {
     "cross_similarity": "cosine across classes",
@@ -24,18 +23,16 @@ def overview(table: pd.DataFrame) -> Figure:
     """
     figure, axes = grid(len(table), Size(3.2, 2.9, 2, 0.3))
     for ax, (_, row) in zip(axes, table.iterrows(), strict=True):
-        for i in range(row["blocks"]):
-            runs = (
-                {"facecolor": "#56B4E9"}
-                if i < row["trained"]
-                else {"facecolor": "white", "hatch": "///"}
-            )
-            ax.add_patch(Rectangle((0, i), 1, 0.85, edgecolor="#444444", linewidth=0.7, **runs))
+        moved = [i < row["trained"] for i in range(row["blocks"])]
+        look: Look = {"color": ["#56B4E9" if m else "white" for m in moved]}
+        look |= {"hatch": ["" if m else "///" for m in moved], "edgecolor": "#444444"}
+        ax.barh(range(row["blocks"]), 1, height=0.85, **look)
         top, arrow = row["trained"], {"arrowstyle": "<-", "color": "black"}
-        ax.annotate(row["loss"], (1, top), (1.5, top), va="center", fontsize=9, arrowprops=arrow)
-        ax.text(0.5, -0.6, row["prompts"] + " ↑", ha="center", va="top", fontsize=9)
+        place: Look = {"xy": (1, top - 0.5), "xytext": (1.5, top - 0.5), "va": "center"}
+        ax.annotate(row["loss"], **place, fontsize=9, arrowprops=arrow)
+        ax.text(0.5, -1, row["prompts"] + " ↑", ha="center", va="top", fontsize=9)
         if top < row["blocks"]:
-            ax.text(-0.1, top, f"ℓ = {row['layer']}", ha="right", va="center", fontsize=9)
+            ax.text(-0.1, top - 0.5, f"ℓ = {row['layer']}", ha="right", va="center", fontsize=9)
         ax.set(xlim=(-1.2, 3.2), ylim=(-0.2 * row["blocks"], row["blocks"] + 0.5))
         ax.set_title(STAGES.get(row["stage"], row["stage"]))
         ax.axis("off")

@@ -103,7 +103,7 @@ def proposition(table: pd.DataFrame) -> Figure:
     for ax, ((method, stage), rows) in zip(axes, groups, strict=True):
         for pair, part in rows.groupby("pair", sort=False):
             style = {k: look[pair][k] for k in ("marker", "color")} | {"s": 14, "alpha": 0.65}
-            ax.scatter(part["bilinear"], part["kernel"], label=pair.replace("_", " "), **style)
+            ax.scatter(part["bilinear"], part["kernel"], label=str(pair).replace("_", " "), **style)
         ends, check = rows["bilinear"].agg(["min", "max"]), rows.iloc[0]
         ax.plot(ends, check["constant"] * ends, color="black", linestyle="--", label="bound")
         told = "Spearman {spearman:.2f} [{low:.2f}, {high:.2f}]".format(**check)

@@ -48,19 +48,22 @@ METHODS = {
     "Tied": ("#6A8F00", (6, 1, 0)),
     "question-mark": ("#000000", "*"),
 }
-CLASSES: dict[str, Look] = {
+CLASSES: dict[Any, Look] = {
     "toxic": {"color": "#D55E00", "linestyle": "-", "marker": "o"},
     "seemingly_toxic": {"color": "#0072B2", "linestyle": "--", "marker": "^"},
     "general": {"color": "#009E73", "linestyle": ":", "marker": "s"},
 }
-FORMS: dict[str, Look] = {
+FORMS: dict[Any, Look] = {
     "question": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "imperative": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "statement": {"color": "#009E73", "linestyle": ":", "marker": "^"},
 }
 DPI = 160  # of saved PNGs
-FIXED = {"svg.hashsalt": "dcr-kit", "svg.fonttype": "none"}  # the same ids and text in every SVG
-STYLE = FIXED | {
+FIXED: Any = {
+    "svg.hashsalt": "dcr-kit",
+    "svg.fonttype": "none",
+}  # the same ids and text in every SVG
+STYLE: Any = FIXED | {
     "axes.titlesize": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -86,7 +89,7 @@ def method_look(method: str) -> Look:
     return {"color": colour, "linestyle": DASHES[code % 4], "marker": "dH8s^v"[code % 6]}
 
 
-def looks(names: Iterable[str]) -> dict[str, Look]:
+def looks(names: Iterable[Any]) -> dict[Any, Look]:
     """The look of each name: of a class, a form or a method where they are such, else in turn."""
     names = list(names)
     for known in (CLASSES, FORMS):
@@ -100,12 +103,12 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     }
 
 
-def said(name: str) -> str:
+def said(name: object) -> str:
     """A name as a reader reads it: "seemingly toxic"."""
     return str(name).replace("_", " ") if name in CLASSES else str(name)
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def in_order(names: Iterable[Any]) -> list[Any]:
     """Names once each: methods and classes in their fixed order, others last, as they came."""
     place = {n: i for i, n in enumerate((*METHODS, *CLASSES))}
     return sorted(dict.fromkeys(names), key=lambda n: place.get(n, len(place)))

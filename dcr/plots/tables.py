@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
@@ -23,7 +24,7 @@ _TEX = {
     **{"↑": r"$\uparrow$", "↓": r"$\downarrow$", "†": r"$^\dagger$", "ℓ": r"$\ell$"},
     **{"×": r"$\times$", "−": "$-$", "κ": r"$\kappa$", "≥": r"$\geq$"},
 }
-_STYLES = [
+_STYLES: Any = [
     {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"},
     {"selector": "td, th", "props": "text-align: left; padding: 2px 8px; max-width: 34em"},
 ]
@@ -45,16 +46,16 @@ def layout(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     known = frame["low"].notna() if "low" in frame else pd.Series(False, frame.index)
     for i in frame.index[known]:
         text[i] += f" [{frame['low'][i]:.2f}, {frame['high'][i]:.2f}]"
-    mark = frame["mark"].fillna("").astype(str) if "mark" in frame else ""
-    best = frame["best"].astype(bool) if "best" in frame else False
+    mark: Any = frame["mark"].fillna("").astype(str) if "mark" in frame else ""
+    best: Any = frame["best"].astype(bool) if "best" in frame else False
     keys = [c for c in KEYS if c in frame]
     wide = frame.assign(text=text + mark, best=best)
     wide = wide.pivot_table(
         index=keys, columns="column", values=["text", "best"], sort=False, aggfunc="first"
     )
     order = list(dict.fromkeys(frame["column"]))
-    texts, bold = wide["text"][order].fillna(""), wide["best"][order].fillna(False)
-    return texts.reset_index().rename_axis(columns=None), bold.reset_index().isin([True])
+    cells = wide["text"][order].fillna("").reset_index().rename_axis(columns=None)
+    return cells, wide["best"][order].reset_index().isin([True])
 
 
 def styled(frame: pd.DataFrame, caption: str = "") -> Styler:
