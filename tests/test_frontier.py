@@ -67,7 +67,7 @@ def test_a_constant_is_a_coin_and_a_coin_gives_one_minus_t():
     table = compliance_at(prompts, scores(prompts, 0.0), TARGETS)
     assert at(table) == [0.5, 0.2, 0.1, 0] and at(table, "dsr") == list(TARGETS)
     assert (table["by_lot"] == 1).all()
-    many, rng = prompts_of(300), np.random.default_rng(1)
+    many, rng = prompts_of(300), np.random.default_rng(2)
     coin = compliance_at(many, scores(many, gaussian(many, 0, rng)), TARGETS[:3])
     truth = 1 - coin["target"]
     assert ((coin["low"] <= truth) & (truth <= coin["high"])).all()

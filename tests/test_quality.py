@@ -10,14 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pandas as pd
 import pytest
 
+from dcr.config import EvaluationConfig
 from dcr.errors import DCRError
-from dcr.tables.quality import (
+from dcr.evaluate.quality import (
     KEY_VARIABLE,
     combine,
     compare_answers,
     distinct_n,
     parse_choice,
-    reference_free,
+    quality,
     win_rate,
 )
 
@@ -36,7 +37,7 @@ PAIRS = pd.DataFrame(
 
 
 class Judge(BaseHTTPRequestHandler):
-    """Prefers the answer that says GOOD; babbles, breaks, prefers what comes first, or fails once, as the instruction asks."""
+    """Prefers the answer that says GOOD; babbles, breaks or fails once where it is asked to."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -171,22 +172,43 @@ def test_orders_combine():
     ]
 
 
+def answered(prompts: pd.DataFrame, said, method: str = "m", finish="eos") -> pd.DataFrame:
+    named = {"prompt_id": prompts["id"], "method": method, "seed": 0}
+    return pd.DataFrame({**named, "response": said, "finish": finish})
+
+
 def test_measures_without_a_judge():
     prompts = pd.DataFrame({"id": ["a", "b"], "text": ["Name two fruits.", "Say a word."]})
-    answers = pd.DataFrame(
-        {
-            "prompt_id": ["a", "b"],
-            "response": ["apple pear", "no no no no no no no no no no no no"],
-            "finish": ["eos", "length"],
-        }
-    )
-    losses = pd.DataFrame({"loss": [2.0, 4.0], "tokens": [1, 2]})
-    measures = reference_free(prompts, answers, losses)
-    assert measures["words"] == 7 and measures["degenerate_share"] == measures["cut_share"] == 0.5
-    assert measures["base_perplexity"] == pytest.approx(2.718281828**2) and not any(
-        "win" in k for k in measures
+    prompts = prompts.assign(label="general", request=prompts["id"])
+    answers = answered(prompts, ["apple pear", "no " * 12], finish=["eos", "length"])
+    losses = pd.DataFrame({"item": ["a", "b"], "loss": [2.0, 4.0], "tokens": [1, 2]})
+    losses = losses.assign(method="m", seed=0)
+    table = quality(prompts, answers, losses, EvaluationConfig())
+    measures = table.set_index("measure")
+    assert measures.loc["words", "value"] == 7 and set(table["n"]) == {2}
+    for name in ("degenerate_share", "cut_share"):
+        row = measures.loc[name]
+        assert row["value"] == 0.5 and 0 < row["low"] < 0.5 < row["high"] < 1
+    assert measures.loc["base_perplexity", "value"] == pytest.approx(2.718281828**2)
+    assert (
+        measures.loc["distinct_1", "value"] == 3 / 14
+        and not measures.index.str.contains("win").any()
     )
     assert distinct_n(["a b a b"], 1) == 0.5 and distinct_n(["a b a b"], 2) == pytest.approx(2 / 3)
+    with pytest.raises(DCRError, match="no general or seemingly toxic"):
+        quality(prompts.assign(label="toxic"), answers, losses, EvaluationConfig())
+
+
+def test_win_rates_are_asked_about_harmless_prompts_alone(server, tmp_path):
+    prompts = pd.DataFrame({"id": ["a", "b", "c"], "text": ["Name a fruit."] * 3})
+    prompts = prompts.assign(label=["general", "general", "toxic"], request=prompts["id"])
+    answers = pd.concat([answered(prompts, "GOOD"), answered(prompts, "bad", "STL")])
+    options = EvaluationConfig(quality_endpoint=url(server), quality_model="judge-1")
+    losses = pd.DataFrame({"item": [], "loss": [], "tokens": [], "method": [], "seed": []})
+    table = quality(prompts, answers, losses, options, out=tmp_path)
+    row = table[table["measure"] == "win rate against STL"].iloc[0]
+    assert row["value"] == 1 and 0.3 < row["low"] < 1 and row["wins"] == row["n"] == 2
+    assert len(server.seen) == 4
 
 
 def test_bad_input_is_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dcr.errors import DCRError
-from dcr.evaluate.intervals import effective_n
+from dcr.evaluate.intervals import effective_n, shares
 
 COLUMNS = ("id", "label", "form", "benchmark", "version", "request")
 BALANCED_FORMS = ("question", "imperative")
@@ -46,8 +46,7 @@ class Cell:
 
     def weights(self, drawn: np.ndarray) -> np.ndarray:
         """[draws, m] weight of each of its prompts in the rate, from request weights [draws, n]."""
-        parts = [(share, drawn[:, i]) for share, i in self.parts]
-        return np.hstack([share * w / w.sum(1, keepdims=True) for share, w in parts])
+        return np.hstack([share * shares(drawn[:, i]) for share, i in self.parts])
 
     def effective(self, requests: np.ndarray) -> float:
         """How many requests stand behind it (Kish)."""

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from dcr.analysis.probes import auroc as weighted_auroc
 from dcr.errors import DCRError
 from dcr.evaluate.cells import (
     BALANCED_FORMS,
@@ -26,7 +25,15 @@ from dcr.evaluate.cells import (
     pairs_of,
     same_seeds,
 )
-from dcr.evaluate.intervals import N_BOOT, effective_n, holm, interval, p_value, request_weights
+from dcr.evaluate.intervals import (
+    N_BOOT,
+    effective_n,
+    holm,
+    interval,
+    p_value,
+    request_weights,
+    shares,
+)
 
 TARGETS = (0.80, 0.90)
 LABELS = ("toxic", "seemingly_toxic")
@@ -325,10 +332,16 @@ def agreement_with_verdicts(
             if (refused.any(0) & ~refused.all(0)).all():
                 weights = drawn[:, chosen]
                 columns = zip(refused.T, mine.T, strict=True)
-                draws = np.stack([weighted_auroc(r, s, weights) for r, s in columns], axis=1)
+                draws = np.stack([_ordered(r, s, weights) for r, s in columns], axis=1)
                 sides = ((refused == side).mean(1) for side in (True, False))
                 found = interval(draws, min(effective_n(s, requests[chosen]) for s in sides))
                 numbers = {k: float(found[v]) for k, v in READ.items()}
             named = {"method": method, "label": label, **numbers, "refused": refused.mean()}
             rows.append({**named, "n": len(chosen), "seeds": refused.shape[1]})
     return pd.DataFrame(rows)
+
+
+def _ordered(refused: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[draws] AUROC of scores [n] for being refused [n], under weights [draws, n]."""
+    yes, no = shares(weights[:, refused]), shares(weights[:, ~refused])
+    return (no * Mass(score[refused], yes).above(score[~refused])).sum(1)
