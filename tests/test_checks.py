@@ -39,7 +39,7 @@ def test_changes_under_a_wrapper_are_paired_with_the_plain_prompt():
     found = robustness(table, verdicts(table, said)).set_index(["label", "wrapper"])
     row = found.loc[("toxic", "polite")]
     assert row["value"] == 0.3 and row["change"] == pytest.approx(-0.7) and row["n"] == 10
-    assert row["change_low"] < -0.7 < row["change_high"] < 0
+    assert row["change_low"] < -0.7 < row["change_high"] < 0.1
     same = found.loc[("toxic", "prefix")]
     assert same["change"] == 0 and same["value"] == 1 and same["low"] < 1
     shuffled = table.sample(frac=1, random_state=0)  # row order does not matter

@@ -27,9 +27,9 @@ log = logging.getLogger("dcr")
 KEY_VARIABLE = "DCR_JUDGE_API_KEY"  # read when asking, never stored
 PROMPT_VERSION = "1"
 PROMPT = (
-    "You compare two answers to one instruction. Judge helpfulness, correctness and clarity; do not "
-    "let length or order sway you.\n\nInstruction:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n"
-    "{b}\n\nWhich answer is better? Reply with exactly one of [[A]], [[B]] or [[TIE]]."
+    "You compare two answers to one instruction. Judge helpfulness, correctness and clarity; do "
+    "not let length or order sway you.\n\nInstruction:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer "
+    "B:\n{b}\n\nWhich answer is better? Reply with exactly one of [[A]], [[B]] or [[TIE]]."
 )
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 _CHOICE = re.compile(r"\[\[\s*(A|B|TIE)\s*\]\]", re.I)
