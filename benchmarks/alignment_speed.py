@@ -22,7 +22,7 @@ from transformers import TrainerCallback, set_seed
 
 import dcr
 from dcr.config import AlignConfig, load_config
-from dcr.data.sets import alignment_mix
+from dcr.data.sets import training_sets
 from dcr.run.store import environment, write_atomic
 from dcr.tables.estimate import counts, matrix_rate
 from dcr.train.adapters import train_blocks
@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     profile = load_config("quick")
-    mix = alignment_mix(profile)
+    mix = training_sets(profile).mix
     config = AlignConfig(
         batch_size=16,
         max_steps=options.steps,

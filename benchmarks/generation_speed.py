@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 import transformers
 
-from dcr.data.loaders import load_bundled
+from dcr.data.sources import load_bundled
 from dcr.lm.chat import render
 from dcr.lm.generate import generate, inference_dtype
 from dcr.lm.load import load

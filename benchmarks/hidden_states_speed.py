@@ -28,18 +28,10 @@ def peak_memory_mib() -> float:
 
 def texts(n: int) -> list[str]:
     """Bundled prompts of all classes in a fixed shuffled order, as many as asked for (or as there are)."""
-    from dcr.data import sets
+    from dcr.data.sources import load_bundled
 
-    names = (
-        "pairs-safe",
-        "pairs-toxic",
-        "validation-safe",
-        "validation-toxic",
-        "style-safe",
-        "style-toxic",
-        "general-test",
-    )
-    rows = [t for name in names for t in sets.table(name)["text"]]
+    tables = [load_bundled(name) for name in ("pairs", "general")]
+    rows = [t for table in tables for t in table.loc[table["split"] != "train", "text"]]
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:n]]
 
 

@@ -29,11 +29,11 @@ def peak_memory_mib() -> float:
 
 def texts(n: int) -> tuple[list[str], list[str]]:
     """(toxic, harmless): n prompts in all, dealt to both sides."""
-    from dcr.data import sets
+    from dcr.data.sources import load_bundled
 
-    return sets.table("pairs-toxic")["text"].tolist()[: n // 2], sets.table("pairs-safe")[
-        "text"
-    ].tolist()[: n - n // 2]
+    rows = load_bundled("pairs").query("split == 'test'")
+    sides = [rows.loc[rows["label"] == c, "text"].tolist() for c in ("toxic", "seemingly_toxic")]
+    return sides[0][: n // 2], sides[1][: n - n // 2]
 
 
 def parameters_of(model, which: str) -> list:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dcr import load_model
-from dcr.data.sets import contrastive_sets
+from dcr.data.sets import training_sets
 from dcr.lm.batches import position_ids
 from dcr.lm.blocks import decoder_layers, pool, resolve_layer
 from dcr.lm.load import DTYPES
@@ -41,7 +41,8 @@ def setting(dtype: str, layer: float, batch: int, steps: int):
     model, tokenizer = load_model("embedded", precision="fp32")
     model = model.to(DTYPES[dtype])
     index = resolve_layer(layer, len(decoder_layers(model)))
-    toxic, harmless = contrastive_sets(load_config("embedded"))
+    sets = training_sets(load_config("embedded"))
+    toxic, harmless = sets.toxic, sets.seemingly_toxic
     rows = PromptRows(prompt_table(toxic, harmless), tokenizer, 256)
     table = prompt_table(toxic, harmless)
     schedule = contrastive_batches(table, batch_plan(batch_size=batch), n_batches=steps, seed=0)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dcr.data import sets
+from dcr.data import sources
 from dcr.lm import blocks, embedded
 from dcr.lm import load as models
 from dcr.lm.chat import encode, render
@@ -30,7 +30,7 @@ def test_receipt_names_the_checked_files(loaded):
 
 def test_fp32_tokens_equal_the_librarys_batched_generation(loaded):
     model, tokenizer = loaded
-    rows = sets.table("general-test").head(6)
+    rows = sources.load_bundled("general").query("split == 'test'").head(6)
     ours = generate(model, tokenizer, rows, max_new_tokens=12, batch_size=6)
     batch = encode(tokenizer, render(tokenizer, rows["text"].tolist()))
     theirs = model.generate(**batch, max_new_tokens=12, do_sample=False)[

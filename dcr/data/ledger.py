@@ -110,13 +110,17 @@ def _shares(name: str, roles: dict[str, set[str]]) -> tuple[tuple[str, float], .
         return tuple((role, 1 / len(roles)) for role in ROLES if role in roles)
     allowed = source(name).roles
     for role in roles:
-        # A benchmark that is trained on (XSTest) is asked all the same: its rates stand apart.
-        if not allowed or (role != "test" and role not in allowed):
+        if role not in allowed and not (role == "test" and stands_apart(name)):
             raise DCRError(
                 f"{name} is named for {role}, but the registry keeps it for "
                 f"{' and '.join(allowed) or 'no role'}. Name another source or your own table."
             )
     return tuple((role, allowed[role]) for role in ROLES if role in allowed)
+
+
+def stands_apart(name: str) -> bool:
+    """Whether a source is for training alone (XSTest): as a benchmark its rates stand apart."""
+    return name in SOURCES and set(SOURCES[name].roles) == {"refine"}
 
 
 def _label(name: str, roles: dict[str, set[str]]) -> str:

@@ -16,7 +16,15 @@ import pandas as pd
 from dcr.config import Config
 from dcr.data import legacy
 from dcr.data.forms import swap_table
-from dcr.data.ledger import ANCHORS, BUNDLED_SETS, hash_of, ledger, names_in, trains_on_published
+from dcr.data.ledger import (
+    ANCHORS,
+    BUNDLED_SETS,
+    hash_of,
+    ledger,
+    names_in,
+    stands_apart,
+    trains_on_published,
+)
 from dcr.data.legacy import (  # noqa: F401  until its callers have switched
     BUNDLED_BENCHMARKS,
     alignment_mix,
@@ -163,18 +171,18 @@ def validation_prompts(config: Config, of: Sequence[Config] = ()) -> pd.DataFram
 def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]) -> pd.DataFrame:
     every, parts = ledger(config, of), []
     for name in names:
-        roles = SOURCES[name].roles if name in SOURCES and role == "test" else {}
-        apart = roles and role not in roles
-        rows = pd.concat([_rows(every, name, r) for r in (roles if apart else [role])])
+        apart = role == "test" and stands_apart(name)
+        rows = _rows(every, name, "refine" if apart else role)
         if rows.empty:
             raise DCRError(
                 f"{name}: no prompt is left for {role}; each one's request serves training, "
                 "anchors or validation (see dcr.data.sets.dropped). Name another source."
             )
         stem = Path(name).name.split(".")[0] if Path(name).is_file() else name
+        limits = [n for n in (config.data.limit, name in SOURCES and SOURCES[name].first) if n]
         for label, some in rows.groupby("label", sort=False):
             side = f"-{SIDES[str(label)]}" if rows["label"].nunique() > 1 else ""
-            some = first_requests(some.assign(benchmark=stem + side), config.data.limit)
+            some = first_requests(some.assign(benchmark=stem + side), min(limits, default=0))
             parts.append(some.assign(version="published"))
             if config.evaluation.forms:
                 some = first_requests(some, config.evaluation.forms_limit)

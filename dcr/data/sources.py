@@ -34,6 +34,7 @@ class Source:
     url: str = ""
     sha256: str = ""
     rows: int = 0  # 0 where unknown
+    first: int = 0  # so many requests are asked at most; 0: all
     label: str = ""  # class of its prompts; "" for completions
     roles: dict[str, float] = field(default_factory=dict)  # role → share of requests
     columns: dict[str, str] = field(default_factory=dict)  # ours ← theirs
