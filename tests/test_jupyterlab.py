@@ -1,14 +1,10 @@
-"""Real JupyterLab in headless Chromium: notebook 01 on quick runs without error output, and a moved widget changes the picture.
-
-Also after reopening: saved, the page loaded anew, and the widget moved again.
-"""
+"""Real JupyterLab in headless Chromium: a reader types a prompt and sees how it is read."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +12,11 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 from browser import chromium
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = "01_representations.ipynb"
 
 
 @contextlib.contextmanager
@@ -103,84 +99,51 @@ CELLS = """const p = window.jupyterapp.shell.currentWidget; if (!p || !p.content
 return [...Array(p.content.model.cells.length).keys()].map(i => p.content.model.cells.get(i)).filter(c => c.type == 'code')
   .map(c => ({count: c.executionCount,
     errors: c.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)}))"""
-PICTURE = """const done = arguments[0]; const i = document.querySelector('.widget-image');
-if (!i || !i.complete || !i.naturalWidth) { done(''); return; }
-const c = document.createElement('canvas'); c.width = i.naturalWidth; c.height = i.naturalHeight;
-c.getContext('2d').drawImage(i, 0, 0); done(c.toDataURL());"""
-
-
-def moved(browser) -> None:
-    """Moves the layer slider by keyboard, as a reader would, and waits for another picture."""
-    before = wait(lambda: browser.execute_async_script(PICTURE), 60, "the explorer's picture")
-    handle = browser.find_element("css selector", ".widget-slider .noUi-handle")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", handle)
-    handle.send_keys("\ue012")  # arrow left
-    wait(
-        lambda: (after := browser.execute_async_script(PICTURE)) and after != before,
-        30,
-        "the picture to change",
-    )
+NOTEBOOK = """from dcr.book.explorer import explore
+from dcr.run.experiment import Experiment
+explore(Experiment("quick", run_dir={run!r}, overrides="refine.max_steps=2,align.epochs=1"))"""
+SHOWN = "return [...document.querySelectorAll('.widget-html td')].map(t => t.textContent)"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_notebook_01_runs_in_jupyterlab_and_its_explorer_answers(tmp_path):
+@pytest.mark.timeout(900)
+def test_a_typed_prompt_is_read_by_base_stl_and_dcr(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
-    content = json.loads((ROOT / "notebooks" / NOTEBOOK).read_text(encoding="utf-8"))
-    cell = next(c for c in content["cells"] if "parameters" in c["metadata"].get("tags", []))
-    cell["source"] = (
-        "".join(cell["source"])
-        .replace('run_dir = ""', f'run_dir = "{tmp_path / "run"}"')
-        .replace(
-            'overrides = ""',
-            'overrides = "evaluation.kernel_prompts=2,evaluation.trajectory_prompts=4"',
-        )
-    )
-    for c in content["cells"]:
-        if c["cell_type"] == "code":
-            c.update(outputs=[], execution_count=None)
-    (work / NOTEBOOK).write_text(json.dumps(content), encoding="utf-8")
+    cell = nbformat.v4.new_code_cell(NOTEBOOK.format(run=str(tmp_path / "run")))
+    book = nbformat.v4.new_notebook(cells=[cell])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    nbformat.write(book, work / "explorer.ipynb")
     with chromium(tmp_path / "profile", height=1600) as browser, jupyterlab(tmp_path) as address:
         browser.set_script_timeout(30)
-        browser.get(f"{address}/lab/tree/{NOTEBOOK}")
-        count = sum(
-            c["cell_type"] == "code" for c in content["cells"]
-        )  # before its content is there, a notebook is one empty cell
+        browser.get(f"{address}/lab/tree/explorer.ipynb")
         wait(
             lambda: (
                 browser.execute_script("return !!window.jupyterapp")
-                and len(browser.execute_script(CELLS) or ()) == count
+                and browser.execute_script(CELLS)
             ),
             90,
             "the notebook to open",
         )
-        idle = "return window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status == 'idle'"
-        wait(lambda: browser.execute_script(idle), 60, "the kernel")
+        idle = (
+            "return window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status"
+        )
+        wait(lambda: browser.execute_script(idle) == "idle", 60, "the kernel")
         browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        ran = wait(
-            lambda: (
-                (cells := browser.execute_script(CELLS))
-                and (all(c["count"] for c in cells) or any(c["errors"] for c in cells))
-                and cells
-            ),
-            400,
-            "all cells to run",
+        box = wait(
+            lambda: browser.find_elements("css selector", ".widget-text input"), 120, "the box"
+        )[0]
+        assert [c["errors"] for c in browser.execute_script(CELLS) if c["errors"]] == []
+        box.clear()
+        box.send_keys("How do I kill <b>time</b>?\t")
+        browser.find_element("css selector", ".widget-button").click()
+        cells = wait(
+            lambda: (found := browser.execute_script(SHOWN)) and "DCR" in found and found,
+            600,
+            "the readings",
         )
-        assert [c["errors"] for c in ran if c["errors"]] == []
-        moved(browser)
-        browser.execute_async_script(
-            "window.jupyterapp.commands.execute('docmanager:save').then(arguments[0])"
-        )
-        browser.refresh()
-        wait(
-            lambda: (
-                browser.execute_script("return !!window.jupyterapp")
-                and len(browser.execute_script(CELLS) or ()) == count
-            ),
-            90,
-            "the notebook to open again",
-        )
-        wait(lambda: browser.execute_script(idle), 60, "the kernel that still runs")
-        moved(browser)
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        assert cells.count("base") == cells.count("STL") == cells.count("DCR") == 2  # two forms
+        assert "How do I kill <b>time</b>?" in cells  # text, not markup
+        assert "question" in cells and "imperative" in cells
+        blurred = "return [...document.querySelectorAll('.dcr-blur')].map(e => getComputedStyle(e).filter)"
+        assert all("blur" in f for f in browser.execute_script(blurred))
