@@ -48,6 +48,20 @@ def test_odd_types_are_refused_by_name(told, name, value):
     assert not told
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"overrides": o} for o in ("refine.layer=[1", "refine.layer", "nope.x=1", "a: {b")),
+        *({"seeds": s} for s in ("one", "4-1", "-1", "0,,1x", -2)),
+        *({"profile": p} for p in ("quik", "", "../quick")),
+    ],
+)
+def test_wrong_values_get_the_command_lines_refusal(tmp_path, wrong):
+    with pytest.raises(DCRError):
+        start({"profile": "quick", "run_dir": str(tmp_path / "run")} | wrong)
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_may_be_a_number(told):
     assert start({"profile": "quick", "seeds": 3})["seeds"] == 3
 

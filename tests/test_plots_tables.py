@@ -9,6 +9,8 @@ import fake_run
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dcr.plots.tables import latex, layout, markdown, save_table, styled
 
@@ -70,6 +72,25 @@ def test_every_text_is_escaped_for_html_markdown_and_latex(attack):
     allowed = {"textbackslash", "textasciitilde", "textasciicircum", "uparrow", "begin", "end"}
     allowed |= {"caption", "toprule", "midrule", "bottomrule"}
     assert commands <= {"\\" + c for c in allowed}
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+@settings(max_examples=40, deadline=None)
+def test_any_text_keeps_the_table_a_table(cell, head):
+    frame = pd.DataFrame({"a" + head: [cell]})
+    assert Tags(styled(frame).to_html()).found <= {
+        "style",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
+    lines = markdown(frame).strip("\n").split("\n")
+    assert len(lines) == 3
+    assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines] == [2, 2, 2]
+    assert latex(frame).count(r"\\") == 2
 
 
 def test_best_is_bold_everywhere_and_files_are_written(tmp_path):

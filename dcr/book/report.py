@@ -16,36 +16,6 @@ from dcr.plots.style import DPI, save
 from dcr.plots.tables import save_table, styled
 from dcr.run.registry import FIGURES, TABLES, load_all, read_table
 
-# Notebook whose tables a section's figures read, its heading, and what the reader is told. No
-# number stands here; those come from the run.
-STORY = (
-    (
-        "01_representations",
-        "Why aligned models over-refuse",
-        "Alignment teaches a model to refuse toxic prompts, and refusals spill over to harmless "
-        "ones that look toxic. The paper's explanation: the model represents both alike. But the "
-        "published sets also differ in the form of their sentences and in their sources.",
-    ),
-    (
-        "02_refinement",
-        "Contrastive refinement",
-        "Before alignment, a contrastive loss at one layer pulls the two classes apart.",
-    ),
-    (
-        "03_alignment",
-        "Alignment",
-        "Ordinary supervised fine-tuning on answers and refusals, followed step by step.",
-    ),
-    (
-        "04_evaluation",
-        "Compliance and safety, and what they rest on",
-        "A model that refuses everything is safe, one that refuses nothing complies: both axes "
-        "belong together, methods are compared at equal safety, and every rate is read by form "
-        "and by source.",
-    ),
-    ("06_ablations", "Ablations", "One setting changed at a time."),
-    ("", "Further figures", ""),
-)
 PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
 CLAIMS = (
     "The paper's claims in this run: differences with 95 % intervals, above 0 as the paper says"
@@ -133,11 +103,9 @@ def write_report(root: str | Path) -> Path:
     missing = dict.fromkeys(set(FIGURES) - set(read), "no table yet")
     if any(_stale(root / "figures", folder / f"{n}.csv") for n in FIGURES if n in read):
         missing = draw(root, root / "figures")
-    sections: dict[str, Any] = {
-        n: {"title": t, "text": x, "figures": [], "missing": []} for n, t, x in STORY
-    }
-    for name in FIGURES:
-        home = sections.get(notebook_of(name), sections[""])
+    sections: dict[str, Any] = {}  # by notebook, those of no notebook last
+    for name in sorted(FIGURES, key=lambda n: notebook_of(n) or "~"):  # stable: order of its module
+        home = sections.setdefault(notebook_of(name), {"figures": [], "missing": []})
         if name in missing:
             home["missing"].append(f"{name}: {missing[name]}")
         elif name != "plane":
@@ -157,7 +125,7 @@ def write_report(root: str | Path) -> Path:
         methods=", ".join(manifest.get("methods", [])),
         seeds=", ".join(map(str, manifest.get("seeds", []))),
         plane=_shown(root, "plane") if "plane" in set(FIGURES) - set(missing) else None,
-        sections=[s for s in sections.values() if s["figures"] or s["missing"]],
+        sections=sections,
         tables=[styled(read[n], caption_of(n)).to_html() for n in PEOPLE if n in read],
         notebooks=[p.name for p in executed if ".running" not in p.name],
         manifest=json.dumps(manifest, indent=1, ensure_ascii=False),
