@@ -133,6 +133,20 @@ def test_differences_are_filled_where_the_corrected_p_is_small():
     assert len(FIGURES["frontier_differences"].draw(frame).axes) == 3
 
 
+def test_a_legend_of_long_names_fits_and_means_of_two_classes_are_two_rows():
+    frame = fake_run.tables()["source_shortcut"]
+    long = frame.replace({"matched pairs": "a pairing with a name of forty letters, or so"})
+    figure = FIGURES["source_shortcut"].draw(long)
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1
+    paired = fake_run.tables()["paired"]
+    means = paired.assign(benchmark="mean").groupby(["method", "label"]).head(1)
+    ax = FIGURES["paired"].draw(pd.concat([paired, means], ignore_index=True)).axes[0]
+    labels = [t.get_text() for t in ax.get_yticklabels()]
+    assert labels[-2:] == ["mean, seemingly toxic", "mean, toxic"] and len(marks(ax)) == 6
+
+
 def test_curves_average_seeds_with_their_range_and_bars_do_not_hide_one_another():
     frame = fake_run.rows("method seed step", ["STL"], [0, 1], [1, 2, 4])
     frame = frame.assign(loss=frame["step"] + frame["seed"])

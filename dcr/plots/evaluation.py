@@ -104,18 +104,25 @@ def paired(table: pd.DataFrame) -> Figure:
     line is better.
     """
     rows = table[(table["version"] == "published") & (table["form"] == "all")]
-    toxic = rows.loc[rows["label"] == "toxic", "benchmark"]
+    mean = rows["benchmark"] == "mean"
+    row = rows["benchmark"].mask(mean, "mean, " + rows["label"].map(said))
     panel = rows["method"] + "\n− " + rows["against"]
-    return _differences(rows.assign(panel=panel, row=rows["benchmark"]), "of rates", tuple(toxic))
+    toxic = tuple(row[rows["label"] == "toxic"])
+    return _differences(rows.assign(panel=panel, row=row), "of rates", toxic)
 
 
 def _differences(table: pd.DataFrame, what: str, shade: tuple[str, ...] = ()) -> Figure:
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
-    reach = 1.06 * np.nanmax(np.abs(table[["low", "high", "difference"]].to_numpy(float)))
-    look: Look = {"zero": 0, "across": 6, "width": 1.5, "shade": shade, "open": ["p ≥ 0.05"]}
-    how = Dots("row", "panel", "sure", f"difference {what}", (-reach, reach), **look)
+    look: Look = {"zero": 0, "across": 6 if shade else 3, "shade": shade, "open": ["p ≥ 0.05"]}
+    how = Dots("row", "panel", "sure", f"difference {what}", _reach(table), **look, width=1.5)
     return dots(table.assign(sure=sure), "difference", how)
+
+
+def _reach(table: pd.DataFrame) -> tuple[float, float]:
+    """Limits of an axis of differences: as far left as right."""
+    reach = 1.06 * float(np.nanmax(np.abs(table[["low", "high", "difference"]].to_numpy(float))))
+    return -reach, reach
 
 
 @drawing
@@ -158,7 +165,8 @@ def template_effect(table: pd.DataFrame) -> Figure:
     less that of prompts that a template put into it (95 % intervals).
     """
     panel = table["label"].map(said) + "\n" + table["form"] + "s"
-    how = Dots("method", "panel", "", "difference of rates, natural − template", None, 0)
+    label = "difference of rates, natural − template"
+    how = Dots("method", "panel", "", label, _reach(table), 0)
     return dots(table.assign(panel=panel), "difference", how)
 
 

@@ -46,8 +46,9 @@ def legend(figure: Figure, axes: Sequence[Axes], where: str = "upper", columns: 
     pairs = [p for ax in axes for p in zip(*ax.get_legend_handles_labels(), strict=True)]
     shown = {label: handle for handle, label in pairs}
     if shown:
-        place: Look = {"loc": f"outside {where} center", "ncols": min(columns, len(shown))}
-        figure.legend(list(shown.values()), list(shown), **place)
+        inches = 0.55 + 0.085 * max(map(len, shown))  # of the widest entry
+        fit = max(1, min(columns, len(shown), int(figure.get_figwidth() / inches)))
+        figure.legend(list(shown.values()), list(shown), loc=f"outside {where} center", ncols=fit)
 
 
 def split(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
@@ -132,7 +133,8 @@ class Curves:
 def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
     """A line a hue, a panel each value of `how.panels`; a column `seed`: mean and range of seeds.
 
-    An interval is a band; over steps, where one seed stands behind it, bars beside one another.
+    An interval is a band; bars beside one another where bands of many lines would hide all, and
+    over steps where one seed stands behind them.
     """
     parts, hues, steps = split(frame, how.panels), in_order(frame[how.hue]), how.x == "step"
     figure, axes = grid(len(parts), how.size, sharex=True, sharey=how.limits is not None)
@@ -147,9 +149,10 @@ def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
                 continue
             style: Look = look[hue] | {"label": said(hue), "elinewidth": 0.8, "markersize": 4}
             style |= {"marker": ""} if len(rows) > 40 else {}
-            if steps and rows.get("seeds", pd.Series([1])).max() == 1:
-                aside = 0.03 * (i - (len(hues) - 1) / 2)
-                x = rows[how.x] + aside * rows[how.x].where(rows[how.x] > 0, 1)
+            one = steps and rows.get("seeds", pd.Series([1])).max() == 1
+            if one or len(hues) > 3:
+                room = rows[how.x].where(rows[how.x] > 0, 1) if steps else frame[how.x].max() / 40
+                x = rows[how.x] + 0.03 * (i - (len(hues) - 1) / 2) * room
                 ax.errorbar(x, rows[value], yerr=spread(rows, value), **style)
                 continue
             ax.errorbar(rows[how.x], rows[value], **style)

@@ -21,7 +21,7 @@ def overview(table: pd.DataFrame) -> Figure:
     """The two stages (paper figure 2): stage 1 trains the blocks below ℓ and does not run the
     others; stage 2 is ordinary alignment of the refined model.
     """
-    figure, axes = grid(len(table), Size(3.2, 2.9, 2, 0.3))
+    figure, axes = grid(len(table), Size(3.8, 2.9, 2, 0.3))
     for ax, (_, row) in zip(axes, table.iterrows(), strict=True):
         moved = [i < row["trained"] for i in range(row["blocks"])]
         look: Look = {"color": ["#56B4E9" if m else "white" for m in moved]}

@@ -28,7 +28,7 @@ def separability(table: pd.DataFrame) -> Figure:
     """
     probe, surface = table[table["layer"] >= 0], table[table["layer"] < 0]
     ends = [surface.assign(layer=end, low=None) for end in probe["layer"].agg(["min", "max"])]
-    how = Curves("layer", "reader", "pairing", LAYER, AUROC, (0, 1.03))
+    how = Curves("layer", "reader", "pairing", LAYER, "AUROC", (0, 1.03))
     return curves(pd.concat([probe, *ends], ignore_index=True), "auroc", how)
 
 
@@ -37,7 +37,7 @@ def transfer(table: pd.DataFrame) -> Figure:
     """The probe read on sets it was not fitted on (95 % intervals); below 0.5 it follows form, not
     harm.
     """
-    how = Curves("layer", "tested_on", "pairing", LAYER, AUROC, (0, 1.03))
+    how = Curves("layer", "tested_on", "pairing", LAYER, "AUROC", (0, 1.03))
     return curves(table, "auroc", how)
 
 
@@ -84,10 +84,15 @@ def kernel(table: pd.DataFrame) -> Figure:
     itself: how much a step on x moves x' (95 % intervals).
     """
     rows = table.rename(columns={"normalised_low": "low", "normalised_high": "high"})
-    model = rows["method"] + rows["stage"].map({"base": ""}).fillna(", " + rows["stage"])
+    model = [model_name(m, s) for m, s in zip(rows["method"], rows["stage"], strict=True)]
     panel = "x' " + rows["class_a"].map(said)
     how = Dots("class_b", "panel", "model", "‖K(x', x)‖ / ‖K(x', x')‖; rows: x", None, width=2.2)
     return dots(rows.assign(model=model, panel=panel), "normalised", how)
+
+
+def model_name(method: object, stage: object) -> str:
+    """A model as a title: "base", or its method and stage."""
+    return "base" if method == "base" else f"{method}, {stage}"
 
 
 @drawing
@@ -107,7 +112,7 @@ def proposition(table: pd.DataFrame) -> Figure:
         ends, check = rows["bilinear"].agg(["min", "max"]), rows.iloc[0]
         ax.plot(ends, check["constant"] * ends, color="black", linestyle="--", label="bound")
         told = "Spearman {spearman:.2f} [{low:.2f}, {high:.2f}]".format(**check)
-        ax.set(xscale="log", yscale="log", title=f"{method}, {stage}\n{told}")
+        ax.set(xscale="log", yscale="log", title=f"{model_name(method, stage)}\n{told}")
         ax.set_xlabel(f"|h'ᵀh| at layer {check['layer']}")
         ax.minorticks_off()
         for axis, values in ((ax.xaxis, rows["bilinear"]), (ax.yaxis, table["kernel"])):

@@ -58,6 +58,7 @@ FORMS: dict[Any, Look] = {
     "imperative": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     "statement": {"color": "#009E73", "linestyle": ":", "marker": "^"},
 }
+SURE: dict[Any, Look] = {p: {"color": "#0072B2", "marker": "o"} for p in ("p < 0.05", "p ≥ 0.05")}
 DPI = 160  # of saved PNGs
 FIXED: Any = {
     "svg.hashsalt": "dcr-kit",
@@ -90,9 +91,9 @@ def method_look(method: str) -> Look:
 
 
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
-    """The look of each name: of a class, a form or a method where they are such, else in turn."""
+    """The look of each name: of a class, form or method where they are such, else in turn."""
     names = list(names)
-    for known in (CLASSES, FORMS):
+    for known in (CLASSES, FORMS, SURE):
         if set(names) <= set(known):
             return {n: known[n] for n in names}
     if set(names) & (set(METHODS) - {"question-mark"}):  # also the name of a baseline
@@ -110,7 +111,7 @@ def said(name: object) -> str:
 
 def in_order(names: Iterable[Any]) -> list[Any]:
     """Names once each: methods and classes in their fixed order, others last, as they came."""
-    place = {n: i for i, n in enumerate((*METHODS, *CLASSES))}
+    place = {n: i for i, n in enumerate((*METHODS, *CLASSES, *SURE))}
     return sorted(dict.fromkeys(names), key=lambda n: place.get(n, len(place)))
 
 
