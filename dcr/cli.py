@@ -26,7 +26,7 @@ RunDir = Annotated[str, typer.Option(help="Run directory; default runs/PROFILE."
 Overrides = Annotated[str, typer.Option(help='E.g. "refine.layer=0.4,align.epochs=2".')]
 Methods = Annotated[str, typer.Option(help="Comma list; default: the profile's.")]
 Engine = Annotated[str, typer.Option(help="joblib (this machine) or ray (a cluster).")]
-Jobs = Annotated[int, typer.Option(help="Processes at once; with ray 1 is as many as it takes.")]
+Jobs = Annotated[int, typer.Option(help="Processes at once (joblib).")]
 Table = Annotated[str, typer.Option(help="CSV, JSONL, Parquet or hub id with a column text.")]
 Answered = Annotated[str, typer.Option(help="The same with a column response.")]
 Model = Annotated[str, typer.Option(help="embedded, a folder or a hub id.")]
@@ -230,10 +230,10 @@ def data_list() -> None:
 @data.command("fetch")
 def data_fetch(names: list[str]) -> None:
     """Make sure that the named sources are at hand (downloads into the cache)."""
-    from dcr.data.sources import fetch
+    from dcr.data.sources import path_of
 
-    for name, path in zip(names, fetch(names), strict=True):
-        typer.echo(f"{name}: {path}")
+    for name in names:
+        typer.echo(f"{name}: {path_of(name)}")
 
 
 @data.command("verify")

@@ -203,6 +203,9 @@ class SteeringConfig(Section):
     scans_threshold: Real = 0.0  # 0: chosen once on validation prompts
     surgical_lambda: Real = 1.0
     surgical_candidates: Count = 48  # (layer, position) pairs tried; 0 tries all, as published
+    # share of toxic validation prompts that the nominal threshold of gate and token refuses
+    target: Annotated[float, Gt(0), Le(1), BeforeValidator(_number)] = 0.8
+    tied_iterations: Size = 4
     strengths: Annotated[tuple[Weight, ...], BeforeValidator(_tuple)] = (0.0, 0.5, 1.0, 2.0)
 
 

@@ -20,6 +20,10 @@ class Run(Training):
 
     def complete(self, method: str) -> Iterator[str]:
         """Train, ask and score all that a method's curve and frontier need; yields what was done."""
+        if self.config.generation.endpoint:  # a served model answers; nothing runs here
+            self.verdicts(method)
+            yield "judged"
+            return
         yield from super().complete(method)
         for point in self.points(method):
             self.verdicts(method, *point)
@@ -57,6 +61,8 @@ class Run(Training):
 
     def _owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
         """The method and point that a point is the same as, so that nothing is asked twice."""
+        if self.config.generation.endpoint:
+            return method, Point(step, strength)
         if strength == 0 and (on := self.entry(method).get("steers")):
             return on, Point()
         stages = self.stages(method)
@@ -73,23 +79,22 @@ class Run(Training):
         """
         from dcr.data.sets import table_hash
         from dcr.lm.generate import generate
-        from dcr.lm.load import in_precision
 
         step, strength = point or Point()
-        steering = self.steering(method, strength)
         options = self.config.generation
         options = options.replaced(max_new_tokens=tokens or options.max_new_tokens)
         seed = self.seed if options.temperature else 0  # greedy answers do not depend on it
         served = options.served.get(method, "") if options.endpoint else ""
-        if options.endpoint and (steering or step != -1 or not served):
+        if options.endpoint and (point not in (None, Point()) or not served):
             raise DCRError(
                 f"generation.endpoint: {method} has no served model for this; name it in "
                 "generation.served={METHOD: NAME}. Steered methods and checkpoints need the local model."
             )
+        steering = None if served else self.steering(method, strength)
         key = {
-            "weights": self.weights_key(method, step),
+            "weights": served or self.weights_key(method, step),
             "prompts": table_hash(prompts),
-            "generation": options.replaced(served={}).model_dump() | {"served": served},
+            "generation": options.replaced(served={}).model_dump(),
             "seed": seed,
             "steering": steering.settings if steering else None,
         }
@@ -102,18 +107,16 @@ class Run(Training):
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
-            with in_precision(model, self.base_model.precision):
-                rows = generate(
-                    model,
-                    tokenizer,
-                    prompts,
-                    seed=seed,
-                    max_new_tokens=options.max_new_tokens,
-                    batch_size=options.batch_size,
-                    temperature=options.temperature,
-                    out=out,
-                    steering=steering,
-                )
+            rows = generate(
+                model,
+                tokenizer,
+                prompts,
+                seed=seed,
+                precision=self.base_model.precision,
+                out=out,
+                steering=steering,
+                **options.model_dump(exclude={"endpoint", "served"}),
+            )
             facts = {"prompts": len(rows), "new_tokens": int(rows["n_tokens"].sum())}
             facts["truncated"] = int((rows["finish"] == "length").sum())
             return {**facts, **self._facts(self.config)}
@@ -180,6 +183,7 @@ class Run(Training):
         prompts: pd.DataFrame,
         measure: Callable[..., Any],
         step: int = -1,
+        precision: str = "",
         **settings: Any,
     ) -> Path:
         """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to values.npy."""
@@ -191,7 +195,7 @@ class Run(Training):
 
         def build(folder: Path) -> dict:
             model, tokenizer = self.model(owner, step)
-            with in_precision(model, self.base_model.precision):
+            with in_precision(model, precision or self.base_model.precision):
                 values = measure(model, tokenizer, prompts["text"].tolist(), folder=folder)
             if isinstance(values, np.ndarray):
                 np.save(folder / "values.npy", values)
@@ -262,7 +266,7 @@ class Run(Training):
             found = entk(model, tokenizer, texts[:-1], texts[-1:], **options)
             return np.block([[found.within_a, found.cross], [found.cross.T, found.within_b]])
 
-        folder = self._measured("kernel", method, prompts, measure, step, k=tokens)
+        folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=tokens)
         return np.load(folder / "values.npy")
 
     def ability(self, method: str) -> pd.DataFrame:

@@ -170,12 +170,14 @@ class Experiment:
 
     def manifest(self) -> dict[str, Any]:
         """What this run is, written to manifest.json: configuration, environment, data, artifacts."""
+        from dcr.data.ledger import ledger
         from dcr.data.sets import dropped, table_hash
-        from dcr.data.sources import provenance
+        from dcr.data.sources import SOURCES, provenance
 
         first = self._first()
         tables = {"test": first.prompts, "validation": first.validation}
         left_out = dropped(self.config, of=first.of)
+        read = set(ledger(self.config, of=first.of)["table"]) & set(SOURCES)
         base = first.base_model
         whole = {
             "config": self.config.to_dict(),
@@ -186,18 +188,11 @@ class Experiment:
             "rendering": base.facts()["rendering"],
             "data": {n: {"rows": len(t), "hash": table_hash(t)} for n, t in tables.items()},
             "dropped": left_out.groupby("table").size().to_dict(),
-            "sources": provenance(self._sources()),
+            "sources": provenance(sorted(read)),
             "artifacts": self.artifacts(),
         }
         write_atomic(self.root / "manifest.json", json.dumps(whole, indent=1, ensure_ascii=False))
         return whole
-
-    def _sources(self) -> list[str]:
-        from dcr.data.ledger import named
-        from dcr.data.sources import SOURCES
-
-        recipes = [self._first().recipe(m) for m in self.methods]
-        return sorted({name for r in recipes for name in named(r)} & set(SOURCES))
 
 
 def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:

@@ -173,12 +173,12 @@ def run_all(
     """`task` of every item, in any order: (item, "" or why it failed), as they end.
 
     engine joblib: `jobs` processes of this machine (1: this one). engine ray: a cluster (address from
-    RAY_ADDRESS, else one of this machine), one GPU a task where there are any, at most `jobs` at once
-    (1: as many as it takes); the run directory must be on a disk that all see.
+    RAY_ADDRESS, else one of this machine), one GPU a task where there are any; the run directory must
+    be on a disk that all see.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if engine == "ray":
-        yield from _through_ray(task, items, jobs)
+        yield from _through_ray(task, items)
     elif engine != "joblib":
         raise DCRError(f"engine={engine!r} is unknown; use joblib or ray.")
     elif jobs == 1 or len(items) < 2:
@@ -214,7 +214,7 @@ def _through_joblib(task: Callable[[T], object], items: Sequence[T], jobs: int):
             yield item, f"a worker process died ({type(error).__name__}), perhaps out of memory"
 
 
-def _through_ray(task: Callable[[T], object], items: Sequence[T], jobs: int):
+def _through_ray(task: Callable[[T], object], items: Sequence[T]):
     try:
         import ray
     except ImportError as error:
@@ -225,16 +225,15 @@ def _through_ray(task: Callable[[T], object], items: Sequence[T], jobs: int):
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded)
-        left, running = list(items), {}
-        while left or running:
-            while left and (jobs == 1 or len(running) < jobs):
-                running[remote.remote(task, left[0])] = left.pop(0)
-            for done in ray.wait(list(running))[0]:
-                item = running.pop(done)
-                try:
-                    yield item, ray.get(done)
-                except ray.exceptions.RayError as error:
-                    yield item, f"the worker died ({type(error).__name__}): {str(error)[:300]}"
+        running = {remote.remote(task, item): item for item in items}
+        while running:
+            (done, *_), _ = ray.wait(list(running))
+            item = running.pop(done)
+            try:
+                yield item, ray.get(done)
+            except ray.exceptions.RayError as error:
+                said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))[:300]
+                yield item, f"the worker died ({type(error).__name__}): {said}"
     except ConnectionError as error:
         raise DCRError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS')}: {error}") from error
     finally:

@@ -118,7 +118,7 @@ def machine() -> dict:
 
     base = Base(ModelConfig())
     cpu = torch.backends.cpu.get_cpu_capability()
-    name = torch.cuda.get_device_name() if base.device == "cuda" else cpu
+    name = torch.cuda.get_device_name() if base.device.startswith("cuda") else cpu
     return {
         "dcr": __version__,
         **environment(),

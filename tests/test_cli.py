@@ -1,0 +1,120 @@
+"""The `dcr` command: one clear line for what is wrong, a stop that says how to go on, what a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dcr import cli
+from dcr.errors import DCRError
+
+TINY = (
+    "refine.layer=2,refine.max_steps=2,refine.batch_size=8,refine.lora_rank=2,align.max_steps=2,"
+    "align.lora_rank=2,align.batch_size=8,generation.max_new_tokens=2,model.precision=fp32,"
+    "data.limit=3,align.checkpoints=last"
+)
+
+
+def ask(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def told(*arguments):
+    """The one line and exit status of a real process."""
+    command = [sys.executable, "-m", "dcr.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+def test_an_error_is_one_line_and_exit_status_2(tmp_path):
+    status, line = told("run", "--profile", "quikc", "--run-dir", tmp_path)
+    assert status == 2 and line.startswith("dcr: profile 'quikc' is unknown; known: ")
+    assert "\n" not in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["run", "--overrides", "refine.loss=foo"], "refine.loss='foo': should be"),
+        (["run", "--overrides", "align.checkpoints=[0,8"], "cannot be read as YAML"),
+        (["run", "--seeds", "a"], "seeds='a'"),
+        (["run", "--methods", "DRC"], "Did you mean 'DCR'"),
+        (["run", "--engine", "slurm"], "use joblib or ray"),
+        (["table", "plain"], "unknown|missing|holds no tables"),
+        (["grid", "serch", "--run-dir", "x"], "Did you mean 'search'"),
+        (["verify", "nowhere"], "holds no finished run"),
+        (["info", "--profile", "quick", "--overrides", "a.b=1"], "sections: model"),
+        (["data", "fetch", "nothing"], "'nothing': no such data source"),
+    ],
+)
+def test_bad_arguments(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "run":
+        arguments = [*arguments, "--run-dir", "run"]
+    found = ask(*arguments)
+    assert isinstance(found.exception, DCRError) and found.exit_code
+    assert re.search(message, str(found.exception))
+    assert not list(tmp_path.iterdir())
+
+
+def test_info_is_what_a_bug_report_needs_and_no_secret(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    found = ask("info", "--profile", "quick")
+    about, config = (yaml.safe_load(part) for part in found.stdout.split("\n\n", 1))
+    assert {"dcr", "python", "platform", "packages", "device", "precision", "cache"} <= set(about)
+    assert about["packages"]["torch"] and about["git_commit"] and config["profile"] == "quick"
+    assert "secret" not in found.stdout
+
+
+def test_run_table_and_verify(folder, tmp_path, monkeypatch):
+    from dcr.run import registry
+
+    registry.load_all()
+    monkeypatch.setattr(registry, "TABLES", {})
+
+    @registry.table("answered")
+    def answered(experiment):
+        return experiment.runs[0].generations("base")[["prompt_id", "n_tokens"]]
+
+    @registry.table("cannot")
+    def cannot(experiment):
+        raise DCRError("needs STL")
+
+    common = ["--profile", "quick", "--run-dir", tmp_path / "run"]
+    common += ["--overrides", f"{TINY},model.name={folder}", "--methods", "base"]
+    found = ask("run", *common)
+    assert found.exit_code == 0, found.output
+    assert "answered: written" in found.stdout and "cannot: needs STL" in found.stdout
+    assert (tmp_path / "run" / "tables" / "answered.csv").is_file()
+    table = ask("table", "answered", *common)
+    assert table.stdout == (tmp_path / "run" / "tables" / "answered.csv").read_text()
+    found = ask("verify", tmp_path / "run")
+    assert found.exit_code == 0 and "tables/answered.csv ok" in " ".join(found.stdout.split())
+    (tmp_path / "run" / "tables" / "answered.csv").write_text("prompt_id\n")
+    assert ask("verify", tmp_path / "run").exit_code == 1
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_ends_within_seconds_and_says_how_to_go_on(folder, tmp_path, kind):
+    overrides = TINY.replace("align.max_steps=2", "align.max_steps=100000")
+    command = [sys.executable, "-m", "dcr.cli", "run", "--methods", "STL", "--no-tables"]
+    command += ["--run-dir", str(tmp_path), "--overrides", f"{overrides},model.name={folder}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    while not list(tmp_path.glob("align/*.partial/history.jsonl")):
+        time.sleep(0.1)
+        assert process.poll() is None, process.stderr.read()
+    began = time.monotonic()
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and time.monotonic() - began < 5
+    assert said.rstrip().endswith("dcr: stopped. The same command goes on where it was.")
+    assert "Traceback" not in said
