@@ -7,11 +7,8 @@ its log odds to those of a frozen probe.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +26,10 @@ from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logit
 from dcr.lm.load import resolve_precision
 from dcr.train.adapters import load_trained_state, merged, train_blocks, trained_state
 from dcr.train.examples import Examples
-from dcr.train.loop import Plan, StageTrainer, claim
+from dcr.train.loop import StageTrainer, planned
 from dcr.train.losses import SummedCrossEntropy, chunk_rows, routing
 from dcr.train.sampling import length_grouped_batches
 
-log = logging.getLogger("dcr")
 STEPS_FOLDER = "steps"
 
 
@@ -83,19 +79,9 @@ def align(  # noqa: PLR0913
     batches = length_grouped_batches(rows.lengths, config.batch_size, n, seed)
     steps = [batches[i : i + per_step] for i in range(0, n, per_step)]
     recorded = recorded_steps(config.checkpoints, len(steps))
-    scratch = tempfile.TemporaryDirectory() if work_dir is None else contextlib.nullcontext()
-    with scratch as temporary:
-        plan = Plan(
-            title="align",
-            config=config,
-            steps=steps,
-            folder=Path(work_dir if work_dir is not None else temporary),
-            keep=work_dir is not None,
-            seed=seed,
-            precision=precision,
-        )
-        made_from = {"model": fingerprint(model, tokenizer), "layer": first}
-        claim(plan, made_from | {"mix": [rows.ids, rows.starts, str(rows.targets.tolist())]})
+    made_from = {"model": fingerprint(model, tokenizer), "layer": first, "mix": rows.facts()}
+    fields = {"title": "align", "config": config, "seed": seed, "precision": precision}
+    with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
         trainable = train_blocks(
             model,

@@ -105,6 +105,10 @@ class Examples:
             )
         return [decision.refuse if t else decision.comply for t in toxic]
 
+    def facts(self) -> list:
+        """What training sees, as plain values."""
+        return [self.ids, self.starts, [str(t) for t in self.targets.tolist()]]
+
     def labels(self, rows: Sequence[int]) -> int:
         """Labelled tokens of some rows."""
         return sum(self.lengths[r] - self.starts[r] for r in rows)

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -215,11 +216,7 @@ class StageTrainer(Trainer):
     def _save_checkpoint(self, model, trial) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # as torch and safetensors wrap it
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' names
             whole = whole_checkpoints(self.plan.folder)
             raise DCRError(
                 f"{self.plan.folder}: the resume point of step {self.state.global_step} could not "
@@ -309,14 +306,12 @@ class Recorder(TrainerCallback):
             self.rows.append(row | self.peak.mib())
             if self.trainer.args.should_save:
                 append_jsonl(self.path, self.rows[-1])
-                self._report(row, len(self.trainer.plan.steps))
+            steps = len(self.trainer.plan.steps)
+            if row["step"] % max(1, steps // 5) == 0:
+                left = row["seconds"] / row["step"] * (steps - row["step"])
+                what = (self.trainer.plan.title, row["step"], steps, row["loss"], left)
+                log.info("%s: step %d of %d, loss %.4f, %.0f s left", *what)
         self.waiting, self.flushed = [], time.perf_counter()
-
-    def _report(self, row: dict, steps: int) -> None:
-        if row["step"] % max(1, steps // 5) == 0:
-            left = row["seconds"] / row["step"] * (steps - row["step"])
-            what = (self.trainer.plan.title, row["step"], steps, row["loss"], left)
-            log.info("%s: step %d of %d, loss %.4f, %.0f s left", *what)
 
     def _clock(self) -> float:
         """Seconds; the first process's clock in all of them, so that all save at the same step."""
@@ -359,22 +354,30 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return [p for p in found if (p / TRAINER_STATE_NAME).exists()]
 
 
-def claim(plan: Plan, made_from: dict) -> None:
-    """Note what the training in a work folder is made from, by names that a user knows.
+@contextlib.contextmanager
+def planned(work_dir: str | Path | None, made_from: dict, **fields) -> Iterator[Plan]:
+    """The `Plan` of a training (its other `fields`) in its work folder, or in a temporary one.
 
-    Raises DCRError naming what differs, where the folder holds a training of something else.
+    The folder notes what the training is made from, by names that a user knows. Raises DCRError
+    naming what differs, where it holds a training of something else.
     """
-    facts = {"config": plan.config.model_dump(), "seed": plan.seed, "precision": plan.precision}
-    keys = {name: content_key(value) for name, value in {**made_from, **facts}.items()}
-    note = plan.folder / f"{plan.title}.json"
-    held = json.loads(note.read_text(encoding="utf-8")) if note.exists() else keys
-    changed = [name for name, key in keys.items() if held.get(name) != key]
-    if changed:
-        raise DCRError(
-            f"{plan.folder} holds a training of another {', '.join(changed)}. Choose another "
-            "work_dir, or delete it."
-        )
-    write_atomic(note, json.dumps(keys))
+    scratch = (
+        tempfile.TemporaryDirectory() if work_dir is None else contextlib.nullcontext(work_dir)
+    )
+    with scratch as folder:
+        plan = Plan(folder=Path(folder), keep=work_dir is not None, **fields)
+        facts = {"config": plan.config.model_dump(), "seed": plan.seed, "precision": plan.precision}
+        keys = {name: content_key(value) for name, value in {**made_from, **facts}.items()}
+        note = plan.folder / f"{plan.title}.json"
+        held = json.loads(note.read_text(encoding="utf-8")) if note.exists() else keys
+        changed = [name for name, key in keys.items() if held.get(name) != key]
+        if changed:
+            raise DCRError(
+                f"{folder} holds a training of another {', '.join(changed)}. Choose another "
+                "work_dir, or delete it."
+            )
+        write_atomic(note, json.dumps(keys))
+        yield plan
 
 
 def write_lines(path: Path, rows: Sequence[dict]) -> None:

@@ -6,10 +6,8 @@ head are not executed at all, so they cannot move (τ_ℓ = 0) and cost nothing.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from dcr.train.contrast import (
     StageOneModel,
     reference_states,
 )
-from dcr.train.loop import Plan, claim
+from dcr.train.loop import planned
 from dcr.train.sampling import batch_plan, batches_per_epoch, contrastive_batches, shuffled_labels
 
 log = logging.getLogger("dcr")
@@ -84,7 +82,8 @@ def refine(  # noqa: PLR0913
     Raises DCRError for a class that is missing or too small, ℓ out of range, identical prompts, a
     work folder of another training, or a loss that is not finite.
     """
-    config, trained_before = config or RefineConfig(), _trainable(model)
+    config = config or RefineConfig()
+    trained_before = {n for n, p in model.named_parameters() if p.requires_grad}
     table = prompt_table(toxic, seemingly_toxic, general)
     overlaps = overlap_report(table, evaluation)
     train, held_out = hold_out(table, config.eval_share, seed)
@@ -92,13 +91,8 @@ def refine(  # noqa: PLR0913
     layers = pd.DataFrame()
     if config.layer == "auto":
         contrast = train[train["label"] != "general"]
-        states = hidden_states(
-            model,
-            tokenizer,
-            contrast["text"].tolist(),
-            pooling=config.pooling,
-            layers_path=layers_path,
-        )
+        how = {"pooling": config.pooling, "layers_path": layers_path}
+        states = hidden_states(model, tokenizer, contrast["text"].tolist(), **how)
         layer, layers = best_layer(states, contrast, seed=seed)
         log.info("refine: layer=auto chose layer %d", layer)
     else:
@@ -112,19 +106,9 @@ def refine(  # noqa: PLR0913
     n = (config.max_steps or max(1, math.ceil(epochs))) * per_step
     drawn = contrastive_batches(seen, batches, n_batches=n, seed=seed)
     steps = [drawn[i : i + per_step] for i in range(0, n, per_step)]
-    scratch = tempfile.TemporaryDirectory() if work_dir is None else contextlib.nullcontext()
-    with scratch as temporary:
-        plan = Plan(
-            title="refine",
-            config=config,
-            steps=steps,
-            folder=Path(work_dir if work_dir is not None else temporary),
-            keep=work_dir is not None,
-            seed=seed,
-            precision=precision,
-        )
-        made_from = {"model": fingerprint(model, tokenizer), "prompts": table.to_dict("records")}
-        claim(plan, made_from)
+    made_from = {"model": fingerprint(model, tokenizer), "prompts": table.to_dict("records")}
+    fields = {"title": "refine", "config": config, "seed": seed, "precision": precision}
+    with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
         trainable = train_blocks(
             model,
@@ -149,10 +133,6 @@ def refine(  # noqa: PLR0913
     for name, parameter in refined.named_parameters() if merge else ():
         parameter.requires_grad_(name in trained_before)  # as it came: any training can follow
     return RefineResult(refined, history, watcher.rows, watcher.reason, layer, overlaps, layers)
-
-
-def _trainable(model: nn.Module) -> set[str]:
-    return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
 def prompt_table(toxic, seemingly_toxic, general=None) -> pd.DataFrame:
