@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
+from conftest import FAMILIES, make_model
 
 from dcr.analysis.kernel import class_matrix, entk
 from dcr.errors import DCRError
+from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import render
 
 A = ["how do i kill a process ?", "list the dog ."]
@@ -32,27 +33,66 @@ def exact(model, tokenizer, prompts, tokens, wanted):
     return np.array([[float((a @ b.T).norm()) for b in rows] for a in rows])
 
 
+def scaled(name: str):
+    """Families outside the common list that change logits or embeddings on their way."""
+    import transformers as tf
+
+    torch.manual_seed(0)
+    small = dict(
+        vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, pad_token_id=1,
+    )  # fmt: skip
+    configs = {
+        "cohere": lambda: tf.CohereConfig(**small, logit_scale=0.25),
+        "gemma2": lambda: tf.Gemma2Config(**small, final_logit_softcapping=0.5),
+        "opt with projections": lambda: tf.OPTConfig(
+            vocab_size=128, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4,
+            word_embed_proj_dim=8, pad_token_id=1,
+        ),
+    }  # fmt: skip
+    return tf.AutoModelForCausalLM.from_config(configs[name]()).float().eval()
+
+
 @pytest.mark.parametrize(
     "family, tied",
-    [
-        ("llama", True),
-        ("llama", False),
-        ("qwen2", True),
-        ("gpt2", True),
-        ("gpt_neox", False),
-        ("gemma3", True),
-        ("phi", False),
-    ],
+    [(f, f not in ("gpt_neox", "phi")) for f in FAMILIES]
+    + [("llama", False), ("granite", False)]
+    + [(n, True) for n in ("cohere", "gemma2", "opt with projections")],
 )
 @pytest.mark.parametrize("parameters", ["all", "blocks"])
 def test_equals_jacrev(family, tied, parameters, tiny_tokenizer):
-    model = make_model(family, layers=2, hidden=16, tied=tied)
+    """Logit scales and caps, embedding multipliers, positions, projections and norms below the blocks included."""
+    model = make_model(family, 2, 16, tied=tied) if family in FAMILIES else scaled(family)
     result = entk(model, tiny_tokenizer, A, B, k=4, parameters=parameters)
-    inside = (lambda n: True) if parameters == "all" else (lambda n: ".layers." in n or ".h." in n)
-    oracle = exact(model, tiny_tokenizer, [*A, *B], result.tokens, inside)
-    np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=1e-4)
-    np.testing.assert_allclose(result.self_a, np.diag(oracle)[:2], rtol=1e-4)
-    np.testing.assert_allclose(result.within_b, oracle[2:, 2:], rtol=1e-4)
+    blocks = next(n for n, m in model.named_modules() if m is decoder_layers(model)) + "."
+    oracle = exact(
+        model,
+        tiny_tokenizer,
+        [*A, *B],
+        result.tokens,
+        lambda n: parameters == "all" or n.startswith(blocks),
+    )
+    np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=2e-4)
+    np.testing.assert_allclose(result.self_a, np.diag(oracle)[:2], rtol=2e-4)
+    np.testing.assert_allclose(result.within_b, oracle[2:, 2:], rtol=2e-4)
+
+
+@pytest.mark.parametrize("fault", ["a matrix in two blocks", "a matrix used outside its layer"])
+def test_a_model_whose_factors_are_not_known_is_refused(fault, tiny_tokenizer):
+    model = make_model(layers=2, hidden=16)
+    with torch.no_grad():
+        for weight in model.model.layers.parameters():
+            weight.mul_(3.0)  # else the blocks hardly count beside the embeddings
+    first, second = (block.mlp for block in model.model.layers)
+    if fault == "a matrix in two blocks":
+        second.down_proj.weight = first.down_proj.weight
+    else:
+        first.down_proj.forward = lambda x: 3.0 * torch.nn.functional.linear(
+            x, first.down_proj.weight
+        ) + torch.nn.functional.linear(x, first.down_proj.weight) * x.sum()
+    with pytest.raises(DCRError, match="LlamaForCausalLM is not known well enough"):
+        entk(model, tiny_tokenizer, A, B, k=3, parameters="blocks")
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_refusal_tokens_and_ratios(tiny_tokenizer):
