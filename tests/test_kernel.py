@@ -87,9 +87,10 @@ def test_a_model_whose_factors_are_not_known_is_refused(fault, tiny_tokenizer):
     if fault == "a matrix in two blocks":
         second.down_proj.weight = first.down_proj.weight
     else:
-        first.down_proj.forward = lambda x: 3.0 * torch.nn.functional.linear(
-            x, first.down_proj.weight
-        ) + torch.nn.functional.linear(x, first.down_proj.weight) * x.sum()
+        first.down_proj.forward = lambda x: (
+            3.0 * torch.nn.functional.linear(x, first.down_proj.weight)
+            + torch.nn.functional.linear(x, first.down_proj.weight) * x.sum()
+        )
     with pytest.raises(DCRError, match="LlamaForCausalLM is not known well enough"):
         entk(model, tiny_tokenizer, A, B, k=3, parameters="blocks")
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -201,7 +202,7 @@ def test_class_matrix_means_and_intervals():
 
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
-    with pytest.raises(DCRError, match="prompt 1 has .* tokens, the context holds 9"):
+    with pytest.raises(DCRError, match="prompt 1 .* tokens, but 9 fit"):
         entk(
             model,
             tiny_tokenizer,
@@ -220,5 +221,5 @@ def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
     ).cross.shape == (1, 1)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(DCRError, match="prompt 0 are not finite"):
+    with pytest.raises(DCRError, match="prompt 0 .* are not finite"):
         entk(model, tiny_tokenizer, A, B, tokens="refusal")

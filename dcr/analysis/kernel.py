@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from dcr.analysis.gradients import Factors, Trace, at_embeddings, grads_on, step_down, trace
 from dcr.analysis.refusal import opening_tokens
+from dcr.data.read import prompts_of
 from dcr.errors import DCRError
-from dcr.lm.batches import common_prefix
+from dcr.lm.batches import common_prefix, fitted, named
 from dcr.lm.blocks import decoder_layers
-from dcr.lm.chat import render
-from dcr.lm.states import check_lengths
+from dcr.lm.chat import encode_prompts
 
 log = logging.getLogger("dcr")
 CHUNK = 8  # prompts set against one prompt at a time: bounds memory
@@ -85,11 +85,12 @@ def entk(  # noqa: PLR0913
         raise DCRError(
             f"entk: {len(prompts_a)} and {len(prompts_b)} prompts given; both lists need at least one."
         )
-    prompts = [*prompts_a, *prompts_b]
-    rows = tokenizer(render(tokenizer, prompts), add_special_tokens=False)["input_ids"]
-    limit = check_lengths(model, [len(r) for r in rows], prompts, max_length, truncate)
+    sides = [prompts_of(side) for side in (prompts_a, prompts_b)]
+    prompts = pd.concat(sides, ignore_index=True)
+    rows = encode_prompts(tokenizer, prompts["text"].tolist())
+    rows = fitted(model, rows, prompts, max_length, truncate=truncate)
     device = next(model.parameters()).device
-    ids = [torch.tensor([r[-limit:]], device=device) for r in rows]
+    ids = [torch.tensor([r], device=device) for r in rows]
     wanted = _wanted(model, parameters, layers_path)
     trained = any(bool(p.any()) for n, p in model.named_parameters() if "lora_B" in n)
     degenerate = parameters == "lora" and not trained
@@ -104,8 +105,8 @@ def entk(  # noqa: PLR0913
     bad = ~torch.isfinite(own.sum((-2, -1)))
     if bad.any():
         raise DCRError(
-            f"entk: gradients of prompt {int(bad.int().argmax())} are not finite; load the model in "
-            "float32 or look at that prompt."
+            f"entk: gradients of {named(prompts, int(bad.int().argmax()))} are not finite; load the "
+            "model in fp32 or look at that prompt."
         )
     _check(model, ids[0], cotangents[0], wanted, float(own[0, 0, 0]))
     low = high = None
