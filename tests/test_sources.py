@@ -86,7 +86,7 @@ SAMPLES = {  # a small file of each upstream schema, written here → what the f
     "arc-easy": (
         '{"question": "What is wet?", "choices": {"text": ["fire", "water"], '
         '"label": ["A", "B"]}, "answerKey": "B"}\n',
-        {"response": "water"},
+        {"text": "What is wet?", "label": "general"},
     ),
     "xstest-completions-gpt4": (
         "id,type,prompt,completion,annotation_1,annotation_2,agreement,final_label\n"

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,13 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
 
 
 def _records(frame: pd.DataFrame, where: object) -> list[Row]:
-    names = [str(c) for c in frame.columns]
+    values = frame.astype(object).itertuples(index=False, name=None)
+    return _named([str(c) for c in frame.columns], values, where)
+
+
+def _named(names: list[str], values: Iterable[Sequence], where: object) -> list[Row]:
     if len(set(names)) < len(names):
         raise DCRError(f"{where}: a column stands twice ({', '.join(names)}). Rename one.")
-    values = frame.astype(object).itertuples(index=False, name=None)
     return [dict(zip(names, row, strict=True)) for row in values]
 
 
@@ -188,15 +191,13 @@ def _csv(text: str, path: Path, delimiter: str) -> list[Row]:
             f"{path}: broken CSV near line {reader.line_num} ({error}). Mend its quotes."
         ) from error
     names = [name.strip() for name in lines[0]] if lines else []
-    if len(set(names)) < len(names):
-        raise DCRError(f"{path}: a column stands twice ({', '.join(names)}). Rename one.")
     for number, line in enumerate(lines[1:]):
         if len(line) != len(names):
             raise DCRError(
                 f"{path}: row {number} has {'more' if len(line) > len(names) else 'fewer'} fields "
                 f"than the header ({', '.join(names)}). Quote fields that hold a {delimiter!r}."
             )
-    return [dict(zip(names, line, strict=True)) for line in lines[1:]]
+    return _named(names, lines[1:], path)
 
 
 def _json(text: str, path: Path) -> list:

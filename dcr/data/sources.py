@@ -196,19 +196,13 @@ def provenance(names: Iterable[str]) -> list[dict]:
 
 def list_sources() -> pd.DataFrame:
     """Every source: name, label, roles, rows, licence, present, file, citation."""
-    return pd.DataFrame(
-        {
-            "name": entry.name,
-            "label": entry.label,
-            "roles": ", ".join(f"{role} {share:g}" for role, share in entry.roles.items()),
-            "rows": entry.rows,
-            "licence": entry.licence,
-            "present": _found(entry) is not None,
-            "file": entry.file,
-            "citation": entry.citation,
-        }
-        for entry in SOURCES.values()
-    )
+    plain = ("name", "label", "rows", "licence", "file", "citation")
+    rows = []
+    for entry in SOURCES.values():
+        roles = ", ".join(f"{role} {share:g}" for role, share in entry.roles.items())
+        about = {name: getattr(entry, name) for name in plain}
+        rows.append(about | {"roles": roles, "present": _found(entry) is not None})
+    return pd.DataFrame(rows)
 
 
 def verify(names: list[str] | None = None) -> pd.DataFrame:
@@ -290,12 +284,6 @@ def _red_team(row: Row, entry: Source) -> list[Row]:
     return [{"text": first, "category": str(tags[0])}] if first else []
 
 
-def _multiple_choice(row: Row, entry: Source) -> list[Row]:
-    choices = row["choices"]
-    answer = choices["text"][choices["label"].index(row["answerKey"])]
-    return [{"text": row["question"], "response": answer, "category": entry.name}]
-
-
 def _completions(row: Row, entry: Source) -> list[Row]:
     label = "toxic" if row["type"].startswith("contrast") else "seemingly_toxic"
     marks = ("completion", "annotation_1", "annotation_2", "agreement", "final_label")
@@ -317,7 +305,6 @@ SHAPES: dict[str, Callable[[Row, Source], list[Row]]] = {
     "": _plain,
     "alpaca": _alpaca,
     "red_team": _red_team,
-    "multiple_choice": _multiple_choice,
     "completions": _completions,
     "user_study": _user_study,
 }
