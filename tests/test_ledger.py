@@ -23,7 +23,7 @@ from dcr.errors import DCRError
 
 PUBLISHED = "DCR_DATA_DIR" in os.environ
 needs_upstream = pytest.mark.skipif(not PUBLISHED, reason="needs DCR_DATA_DIR")
-PROFILES = ["quick", "embedded", *(["smollm2-135m"] if PUBLISHED else [])]
+PROFILES = ["quick", "embedded", *(["reference-135m"] if PUBLISHED else [])]
 BUNDLED = ["pairs-safe", "pairs-toxic", "style-safe", "style-toxic", "general-test"]
 OURS = {
     "data.toxic": "bundled",
@@ -234,6 +234,22 @@ def test_augmented_rows_have_answers_and_leave_the_rest_as_it_is(caplog):
     assert extra["response"].ne("").all() and set(extra["role"]) == {"align"}
     sets.training_sets(config.override({"align.n_augment": 9999}))
     assert "all are taken" in caplog.text
+
+
+def test_pairs_come_whole_into_alignment_and_once(caplog):
+    config = load_config("quick", overrides=OURS | {"align.n_pairs": 40})
+    plain = sets.training_sets(config.override({"align.n_pairs": 0})).mix
+    mix = sets.training_sets(config).mix
+    assert mix["id"].is_unique and mix["id"].iloc[: len(plain)].tolist() == plain["id"].tolist()
+    assert set(mix["part"]) == {"general", "safe", "pairs"} and set(mix["role"]) == {"align"}
+    pairs = mix[mix["pair_id"] != ""]
+    harmless = pairs[pairs["label"] == "seemingly_toxic"]
+    assert (
+        len(harmless) == 40
+        and harmless["pair_id"].isin(pairs.loc[pairs["label"] == "toxic", "pair_id"]).all()
+    )
+    gate = sets.anchors(config, "pairs")
+    assert len(gate) == 580 and set(gate["role"]) == {"refine", "align", "anchor"}
 
 
 def test_stage_one_keeps_both_members_of_a_pair():

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_dir
 
@@ -93,7 +94,7 @@ class Peak:
     """Largest memory since its `measured_peak` began: of the process, and of its GPU where used."""
 
     def __init__(self) -> None:
-        self.torch = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
+        self.torch: Any = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
         self.gpu = bool(self.torch and self.torch.cuda.is_available())
         self.largest = 0.0
         if self.gpu:

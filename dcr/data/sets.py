@@ -53,7 +53,8 @@ SIDES = {"toxic": "toxic", "seemingly_toxic": "safe", "general": "general"}
 class TrainingSets:
     """Prompt tables of one recipe; general: stage 1's third class or what retention holds.
 
-    `mix` (stage 2) has a column `part`: general, safe (toxic prompt, refusal) or augment.
+    `mix` (stage 2) has a column `part`: general, safe (toxic prompt, refusal), augment (harmless
+    one, answered) or pairs (both sides of minimal pairs).
     """
 
     toxic: pd.DataFrame
@@ -91,6 +92,8 @@ def _mix(config: Config, every: pd.DataFrame) -> pd.DataFrame:
         ("general", data.general, "general", align.n_general),
         ("safe", data.align_toxic, "toxic", align.n_safe),
         ("augment", extra, "seemingly_toxic", align.n_augment),
+        ("pairs", "bundled", "toxic", align.n_pairs),
+        ("pairs", "bundled", "seemingly_toxic", align.n_pairs),
     ):
         rows = _rows(every, setting, "align", label)
         bare = rows["response"] == ""
@@ -99,8 +102,8 @@ def _mix(config: Config, every: pd.DataFrame) -> pd.DataFrame:
             log.info("alignment mix: %s; they are refused with %r", there, PLAIN_REFUSAL)
             rows = rows.assign(response=rows["response"].mask(bare, PLAIN_REFUSAL))
         rows = rows[rows["response"] != ""]
-        if n > len(rows) and part == "augment":
-            log.warning("align.n_augment=%d, but %d are at hand: all are taken", n, len(rows))
+        if n > len(rows) and part in ("augment", "pairs"):
+            log.warning("align.n_%s=%d, but %d are at hand: all are taken", part, n, len(rows))
         elif n > len(rows):
             raise DCRError(
                 f"align.n_{part}={n}, but only {len(rows)} prompts of {setting} are for alignment. "
@@ -110,10 +113,11 @@ def _mix(config: Config, every: pd.DataFrame) -> pd.DataFrame:
             parts.append(_drawn(rows, n, config, align.form_mix).assign(part=part))
     if not parts:
         raise DCRError(
-            "the alignment mix is empty: set align.n_general, align.n_safe or align.n_augment "
-            "above 0."
+            "the alignment mix is empty: set align.n_general, align.n_safe, align.n_augment or "
+            "align.n_pairs above 0."
         )
-    return pd.concat(parts, ignore_index=True)
+    mix = pd.concat(parts)
+    return mix[~mix["id"].str.rstrip("~").duplicated()].reset_index(drop=True)
 
 
 def _rows(every: pd.DataFrame, setting: str, role: str, label: str = "") -> pd.DataFrame:
@@ -206,7 +210,12 @@ def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) ->
     """`n` (default `steering.anchors`; or all there are) anchors: harmful, pseudo or harmless.
 
     From AdvBench and OR-Bench where the configuration trains on published data, else bundled.
+    "pairs": all bundled pairs for training, both classes, for what is fitted to read harm.
     """
+    if role == "pairs":
+        every = ledger(config, of)
+        pairs = every[(every["pair_id"] != "") & every["role"].isin(TRAINING)]
+        return pairs[pairs["table"] == "bundled"].reset_index(drop=True)
     setting = ANCHORS.get(role, "") if trains_on_published(config) else "bundled"
     setting = config.data.general if role == "harmless" else setting
     rows = _rows(ledger(config, of), setting, "anchor", CLASS[role])

@@ -69,7 +69,7 @@ def source(name: str) -> Source:
     """The registry entry. Raises DCRError listing the known names."""
     if name not in SOURCES:
         problem = "no such file" if name.lower().endswith(SUFFIXES) else "no such data source"
-        raise DCRError(f"{name!r}: {problem}. Give the path of a table or one of {list(SOURCES)}.")
+        raise DCRError(f"{name!r}: {problem}. Give a table's path or one of {', '.join(SOURCES)}.")
     return SOURCES[name]
 
 
