@@ -48,7 +48,8 @@ def legend(figure: Figure, axes: Sequence[Axes], where: str = "upper", columns: 
     if shown:
         inches = 0.55 + 0.085 * max(map(len, shown))  # of the widest entry
         fit = max(1, min(columns, len(shown), int(figure.get_figwidth() / inches)))
-        figure.legend(list(shown.values()), list(shown), loc=f"outside {where} center", ncols=fit)
+        place: Look = {"loc": f"outside {where} center", "ncols": fit}
+        figure.legend(list(shown.values()), list(shown), **place)
 
 
 def split(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
