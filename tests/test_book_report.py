@@ -51,11 +51,15 @@ def test_data_stands_beside_each_figure_and_the_index_lists_all(run):
     index = (run / "figures" / "README.md").read_text(encoding="utf-8")
     for name, entry in FIGURES.items():
         if name not in fake_run.SMALL:
-            assert f"Not drawn: {name} (no table" in index
+            assert f"- not drawn: {name} (no table" in index
             continue
         data = (run / "figures" / f"{name}.csv").read_bytes()
         assert data == (run / "tables" / f"{name}.csv").read_bytes()
-        assert f"![{name}]({name}.png)" in index and entry.caption in index
+        assert f"[{name}]({name}.png) ([data]({name}.csv))" in index
+        assert (f"![{name}]" in index) == (name in report.MAIN)
+        first = entry.caption.split(". ")[0].rstrip(".")
+        assert (first in index) == (name in report.MAIN)
+    assert len(report.MAIN) == 12 and set(report.MAIN) <= set(FIGURES)
 
 
 def test_page_is_self_contained_escaped_and_opens_with_plane_and_claims(run):

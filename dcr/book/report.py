@@ -16,6 +16,11 @@ from dcr.plots.style import DPI, save
 from dcr.plots.tables import save_table, styled
 from dcr.run.registry import FIGURES, TABLES, load_all, read_table
 
+MAIN = (  # what the index of figures shows; the others it names
+    *("plane", "frontier", "frontier_differences", "auroc_by_source", "gap", "rates_by_form"),
+    *("source_shortcut", "separability", "similarity", "refusal_rates", "kernel_trajectory"),
+    "same_rows",
+)
 PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
 CLAIMS = (
     "The paper's claims in this run: differences with 95 % intervals, above 0 as the paper says"
@@ -48,8 +53,7 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
     same bytes. Returns {figure that could not be drawn: why}. Raises DCRError for no tables.
     """
     load_all()
-    folder, out, missing = tables_of(run), Path(out), {}
-    lines = ["# Figures", "", "Drawn by `dcr figures RUN --out DIR` from a run's tables alone."]
+    folder, out, missing, links = tables_of(run), Path(out), {}, {}
     within = out.resolve() in folder.resolve().parents  # the tables are there already
     for name, entry in FIGURES.items():
         source = folder / f"{name}.csv"
@@ -63,15 +67,19 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
         data = source.resolve().relative_to(out.resolve()).as_posix() if within else source.name
         if not within:
             write_atomic(out / source.name, source.read_bytes())
-        lines += ["", f"## {name}", "", f"![{name}]({name}.png)", ""]
-        lines += [f"{entry.caption} Data: [{data}]({data})."]
+        links[name] = f"[{name}]({name}.png) ([data]({data}))"
     for name in sorted(set(TABLES) - set(FIGURES)):
         source = folder / f"{name}.csv"
         if source.exists() and "column" in (frame := read_table(source)):
             save_table(frame, out / name, caption_of(name))
-            lines += ["", f"## {name}", "", f"[{name}.md]({name}.md), [{name}.tex]({name}.tex)"]
-    lines += ["", *(f"Not drawn: {name} ({why})" for name, why in missing.items())]
-    write_atomic(out / "README.md", "\n".join(lines).rstrip() + "\n")
+            links[name] = f"[{name}]({name}.md) ([LaTeX]({name}.tex))"
+    lines = ["# Figures", "", "Drawn by `dcr figures RUN --out DIR` from a run's tables alone.", ""]
+    for name in (n for n in MAIN if n in links):
+        first = FIGURES[name].caption.split(". ")[0].rstrip(".")
+        lines += [f"{first}: {links.pop(name)}.", "", f"![{name}]({name}.png)", ""]
+    lines += ["Further:", "", *(f"- {link}" for link in links.values())]
+    lines += [f"- not drawn: {name} ({why})" for name, why in missing.items()]
+    write_atomic(out / "README.md", "\n".join(lines) + "\n")
     return missing
 
 
