@@ -39,6 +39,8 @@ def test_layout_makes_a_row_a_method_with_intervals_marks_and_the_best():
     )  # a missing cell is blank, an unknown interval too
     texts, _ = layout(part)
     assert texts.iloc[0, 2] == "" and texts.iloc[0, 1] == f"{row['value']:.2f}†"
+    two = pd.concat([frame.assign(reading=np.nan), frame.assign(reading="N")], ignore_index=True)
+    assert len(layout(two)[0]) == 2 * len(fake_run.METHODS)  # as read back: "" is missing
     plain, best = layout(pd.DataFrame({"a": [0.123, np.nan], "b": ["x", None], "n": [3, 4]}))
     assert plain.to_numpy().tolist() == [["0.12", "x", "3"], ["", "", "4"]]
     assert not best.to_numpy().any()

@@ -49,7 +49,7 @@ def layout(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     mark: Any = frame["mark"].fillna("").astype(str) if "mark" in frame else ""
     best: Any = frame["best"].astype(bool) if "best" in frame else False
     keys = [c for c in KEYS if c in frame]
-    wide = frame.assign(text=text + mark, best=best)
+    wide = frame.assign(text=text + mark, best=best).fillna(dict.fromkeys(keys, ""))
     wide = wide.pivot_table(
         index=keys, columns="column", values=["text", "best"], sort=False, aggfunc="first"
     )
