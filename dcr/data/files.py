@@ -94,11 +94,11 @@ class Peak:
     """Largest memory since its `measured_peak` began: of the process, and of its GPU where used."""
 
     def __init__(self) -> None:
-        self.torch: Any = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
-        self.gpu = bool(self.torch and self.torch.cuda.is_available())
+        torch: Any = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
+        self.torch, self.gpu = torch, bool(torch and torch.cuda.is_available())
         self.largest = 0.0
         if self.gpu:
-            self.torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
 
     def sample(self) -> None:
         """Take the process's resident size into account."""
