@@ -252,18 +252,20 @@ def as_table(
         if "text" not in row:
             found = ", ".join(row) or "nothing"
             raise DCRError(f"{at}: column 'text' is missing (found {found}). Add it.")
-        names = ("text", "response", "form")
-        full = {n: _text(row, n, at) for n in names} | {n: _text(row, n, at, True) for n in FREE}
+        text = _text(row, "text", at)
+        if text.lower() in MISSING:
+            raise DCRError(f"{at}: text is empty. Fill it or delete the row.")
+        at = f"{at} ({text[:40]!r})"
+        full = {"text": text} | {n: _text(row, n, at) for n in ("response", "form")}
+        full |= {n: _text(row, n, at, True) for n in FREE}
         full["id"] = _text(row, "id", at, True) or f"{origin}-{number:04d}"
         full["label"] = _text(row, "label", at, True) or label
-        full["form"] = full["form"] or form_of(full["text"])
+        full["form"] = full["form"] or form_of(text)
         full["source"] = full["source"] or origin
-        if full["text"].lower() in MISSING:
-            raise DCRError(f"{at}: text is empty. Fill it or delete the row.")
         if answers and full["response"].lower() in MISSING:
             raise DCRError(
-                f"{at} ({full['text'][:40]!r}) has no response. Alignment needs an answer (for "
-                "toxic prompts a refusal) in the column 'response': fill it or delete the row."
+                f"{at} has no response. Alignment needs an answer (for toxic prompts a refusal) in "
+                "the column 'response': fill it or delete the row."
             )
         for name, known in (("label", (*LABELS, "")), ("form", FORMS)):
             if full[name] not in known:
