@@ -356,5 +356,7 @@ def test_states_kernel_and_probability_of_any_prompts(run):
     chances = run.refusal_probability("STL", few)
     assert ((0 <= chances) & (chances <= 1)).all()
     assert (run.refusal_probability("STL", few, 0) == run.refusal_probability("base", few)).all()
+    items = run.ability("base")
+    assert set(items["metric"]) == {"perplexity"} and items["loss"].gt(0).all()
     longer = run.judged("STL", few, tokens=5)
     assert longer["n_tokens"].max() > 3 and set(longer["prompt_id"]) == set(few["id"])

@@ -220,25 +220,21 @@ class Run(Training):
 
     def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         """[n] refusal scores of any prompts (see `scores`)."""
-        from scipy.special import logit
-
-        from dcr.analysis.refusal import REFUSAL_OPENINGS, refusal_probability
+        from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
 
         steering = self.steering(method)
 
         def measure(model, tokenizer, texts, folder):
-            if steering:
-                return np.asarray(steering.score(model, tokenizer, texts))
-            return logit(refusal_probability(model, tokenizer, texts).clip(1e-30, 1 - 1e-12))
+            return np.asarray(
+                (steering.score if steering else refusal_score)(model, tokenizer, texts)
+            )
 
-        settings = {"openings": content_key(list(REFUSAL_OPENINGS))}
-        settings["steering"] = steering.settings if steering else None
-        return np.load(
-            self._measured("score", method, prompts, measure, step, **settings) / "values.npy"
-        )
+        settings = {"openings": PHRASES_VERSION, "steering": steering and steering.settings}
+        folder = self._measured("score", method, prompts, measure, step, **settings)
+        return np.load(folder / "values.npy")
 
     def refusal_probability(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
-        """[n] probability of any refusal opening, in [0, 1]; steering not applied."""
+        """[n] the score as a probability, in [0, 1]."""
         from scipy.special import expit
 
         return expit(self.refusal(method, prompts, step))

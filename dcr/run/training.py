@@ -211,7 +211,8 @@ class Training:
                 layers_path=recipe.model.layers_path,
             )
             _keep(result.model, folder)
-            facts = {"recorded_steps": result.steps, "truncated_answers": result.truncated}
+            facts = {"recorded_steps": result.steps, "truncated": result.truncated}
+            facts["dropped"] = result.dropped
             facts["mix"] = mix["part"].value_counts().to_dict()
             return {**facts, "in_distribution": _sources({"mix": mix}), **self._facts(recipe)}
 
