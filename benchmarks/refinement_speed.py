@@ -1,9 +1,12 @@
-"""A stage-1 step that runs only the blocks below ℓ, against the same step with the whole model and all hidden states.
+"""Training steps as they are, against the same steps without what makes them fast.
 
-Both train the same LoRA adapter below ℓ on the same padded batches in one dtype; only the forward pass differs.
-Timings alternate between the two, so that a busy machine slows both. Peak memory is measured in a process of its own.
+Stage 1: only the blocks below ℓ, the common prefix once a batch, rows of like length together
+("ours"); the blocks below ℓ on whole padded rows ("unshared"); the whole model with all hidden
+states ("full"). Stage 2 on short rows: with and without the shared prefix. All sides train the same
+adapter on the same rows; sides alternate, so that a busy machine slows all; gradients are compared.
+The share of held-out evaluation is that of the profile reference-135m, from seconds measured here.
 
-    python benchmarks/refinement_speed.py [--steps 6] [--dtype fp32]
+    python benchmarks/refinement_speed.py [--steps 2] [--precision fp32]
 
 Writes benchmarks/results/refinement_speed.json.
 """
@@ -12,178 +15,142 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 from dcr import load_model
+from dcr.config import load_config
 from dcr.data.sets import training_sets
-from dcr.lm.batches import position_ids
+from dcr.lm.batches import common_prefix, padded, position_ids
 from dcr.lm.blocks import decoder_layers, pool, resolve_layer
-from dcr.lm.load import DTYPES
+from dcr.lm.load import autocast
 from dcr.run.store import environment, write_atomic
+from dcr.train import contrast
 from dcr.train.adapters import train_blocks
-from dcr.train.contrast import PromptRows, StageOneModel
+from dcr.train.align import AnswerModel
+from dcr.train.contrast import HELD_ROWS, PROBE_ROWS, PromptRows, StageOneModel
+from dcr.train.examples import Examples
 from dcr.train.losses import ContrastiveLoss
 from dcr.train.refine import prompt_table
-from dcr.train.sampling import batch_plan, contrastive_batches
+from dcr.train.sampling import batch_plan, contrastive_batches, length_grouped_batches
 
 OUT = Path(__file__).parent / "results" / "refinement_speed.json"
+LOSS = ContrastiveLoss()
 
 
-def setting(dtype: str, layer: float, batch: int, steps: int):
-    from dcr.config import load_config
-
-    torch.manual_seed(0)
-    model, tokenizer = load_model("embedded", precision="fp32")
-    model = model.to(DTYPES[dtype])
-    index = resolve_layer(layer, len(decoder_layers(model)))
-    sets = training_sets(load_config("embedded"))
-    toxic, harmless = sets.toxic, sets.seemingly_toxic
-    rows = PromptRows(prompt_table(toxic, harmless), tokenizer, 256)
-    table = prompt_table(toxic, harmless)
-    schedule = contrastive_batches(table, batch_plan(batch_size=batch), n_batches=steps, seed=0)
-    trainable = train_blocks(model, 0, index, rank=16, alpha=32)
-    return trainable, index, [rows.collate(b) for b in schedule]
-
-
-def step(kind: str, stage: StageOneModel, inputs: dict, loss: ContrastiveLoss) -> float:
-    """One forward and backward pass; the loss's value."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    if kind == "truncated":
-        hidden = stage(ids, mask)
-    else:
-        states = stage.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
-            output_hidden_states=True,
-            use_cache=False,
-        ).hidden_states
-        hidden = pool(states[stage.layer], mask)
-    value = loss(hidden, inputs["classes"])
-    value.backward()
-    stage.zero_grad(set_to_none=True)
-    return float(value.detach())
+def compare(sides: dict[str, Callable[[list], Tensor]], batches: list, stage: nn.Module) -> dict:
+    """Seconds of CPU and clock a step of each side, ratios to "ours", and how far gradients differ."""
+    cpu, wall = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
+    apart = 0.0
+    for number, batch in enumerate(batches):  # the first warms up
+        found = {}
+        for name, loss_of in sides.items():
+            stage.zero_grad()
+            began = time.process_time(), time.perf_counter()
+            loss_of(batch).backward()
+            if number:
+                cpu[name] += time.process_time() - began[0]
+                wall[name] += time.perf_counter() - began[1]
+            found[name] = torch.cat(
+                [p.grad.flatten() for p in stage.parameters() if p.requires_grad]
+            )
+        ours = found.pop("ours")
+        apart = max(apart, *((ours - g).norm().item() / g.norm().item() for g in found.values()))
+    n = len(batches) - 1
+    return {
+        "cpu_seconds_a_step": {k: round(v / n, 3) for k, v in cpu.items()},
+        "seconds_a_step": {k: round(v / n, 3) for k, v in wall.items()},
+        "cpu_ratio_to_ours": {k: round(v / cpu["ours"], 2) for k, v in cpu.items()},
+        "largest_relative_gradient_difference": apart,
+    }
 
 
-def matrix_rate(dtype: torch.dtype, m: int, k: int, n: int, seconds: float = 1.0) -> float:
-    """Floating-point operations a second of a matrix product of the model's own shapes."""
-    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-    a @ b
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        a @ b
-        count += 1
-    return 2 * m * k * n * count / (time.perf_counter() - started)
+def stage_one(options) -> dict:
+    config = load_config(options.profile)
+    model, tokenizer = load_model("embedded", precision="fp32", device="cpu")
+    sets = training_sets(config)
+    table = prompt_table(sets.toxic, sets.seemingly_toxic)
+    rows = PromptRows(table, tokenizer, 256)
+    plan = batch_plan(config.refine)
+    batches = contrastive_batches(table, plan, n_batches=options.steps + 1, seed=0)
+    layer = resolve_layer(config.refine.layer, len(decoder_layers(model)))
+    stage = StageOneModel(train_blocks(model, 0, layer, rank=16, alpha=32), layer, "last").train()
+
+    def ours(batch: list) -> Tensor:
+        with autocast("cpu", options.precision):
+            return LOSS(stage([rows.ids[r] for r in batch], 10**9), rows.classes[batch])
+
+    def unshared(batch: list) -> Tensor:
+        off = mock.patch.object(contrast, "common_prefix", lambda rows: 0)
+        with off, mock.patch.object(contrast, "ROWS_AT_ONCE", 0):
+            return ours(batch)
+
+    def full(batch: list) -> Tensor:
+        ids, mask = padded([rows.ids[r] for r in batch], "right")
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+        with autocast("cpu", options.precision):
+            states = stage.model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+            return LOSS(pool(states[layer], mask), rows.classes[batch])
+
+    sides = {"ours": ours, "unshared": unshared, "full": full}
+    result = compare(sides, batches, stage)
+    which = range(min(2 * (PROBE_ROWS + HELD_ROWS), len(rows.ids)))
+    began = time.process_time()
+    with autocast("cpu", options.precision):
+        contrast.pooled_states(stage, rows, which)
+    evaluation = time.process_time() - began
+    paper = load_config("reference-135m").refine
+    trained = paper.max_steps * paper.batch_size
+    times = max(2, int(contrast.SHARE * trained / (contrast.READING * len(which))))
+    train = paper.max_steps * result["cpu_seconds_a_step"]["ours"]
+    share = times * evaluation / (times * evaluation + train)
+    held_out = {"rows": len(which), "cpu_seconds": round(evaluation, 3), "share": round(share, 4)}
+    return {"layer": layer, "batch": config.refine.batch_size, **result, "held_out": held_out}
 
 
-def operations(model, layer: int, tokens: int) -> float:
-    """Matrix operations of a truncated step: forward and backward through frozen weights (2 + 2 a weight and token)."""
-    weights = sum(
-        p.numel()
-        for b in list(decoder_layers(model))[:layer]
-        for n, p in b.named_parameters()
-        if "lora" not in n
-    )
-    adapters = sum(
-        p.numel()
-        for b in list(decoder_layers(model))[:layer]
-        for n, p in b.named_parameters()
-        if "lora" in n
-    )
-    return tokens * (4 * weights + 6 * adapters)
+def stage_two(options) -> dict:
+    config = load_config(options.profile)
+    model, tokenizer = load_model("embedded", precision="fp32", device="cpu")
+    rows = Examples(training_sets(config).mix, tokenizer, config.align.replaced(max_length=96))
+    size = config.align.batch_size
+    batches = length_grouped_batches(rows.lengths, size, options.steps + 1, 0)
+    targets = ("q_proj", "k_proj", "v_proj")
+    model = train_blocks(model, 0, len(decoder_layers(model)), rank=8, alpha=16, targets=targets)
+    stage = AnswerModel(model).train()
 
+    def loss_of(batch: list, share: bool) -> Tensor:
+        shared = common_prefix([rows.ids[r][: rows.heads[r]] for r in batch]) if share else 0
+        with autocast("cpu", options.precision):
+            return stage(rows.collate(batch), shared)[0] / rows.labels(batch)
 
-def resident(field: str) -> float:
-    """MiB of this process, now (VmRSS) or at most (VmHWM); Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
-
-
-def peak(kind: str, args) -> float:
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        kind,
-        "--dtype",
-        args.dtype,
-        "--layer",
-        str(args.layer),
-        "--batch",
-        str(args.batch),
-        "--steps",
-        "1",
-    ]
-    return float(
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+    sides = {"ours": lambda b: loss_of(b, True), "unshared": lambda b: loss_of(b, False)}
+    lengths = sum(rows.lengths[r] for b in batches for r in b) / sum(map(len, batches))
+    return {"batch": size, "tokens_a_row": round(lengths, 1), **compare(sides, batches, stage)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES))
-    parser.add_argument("--layer", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--memory-of", default="")
-    args = parser.parse_args()
-    model, layer, batches = setting(args.dtype, args.layer, args.batch, args.steps)
-    stage, loss = StageOneModel(model, layer, "last"), ContrastiveLoss()
-    stage.train()
-    if args.memory_of:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-        before = resident("VmRSS")
-        step(args.memory_of, stage, batches[0], loss)
-        print(round(resident("VmHWM") - before, 1))
-        return
-    seconds, values = {"truncated": [], "full": []}, {"truncated": [], "full": []}
-    for kind in seconds:
-        step(kind, stage, batches[0], loss)  # warm-up
-    for inputs in batches:
-        for kind in seconds:
-            started = time.process_time(), time.perf_counter()
-            values[kind].append(step(kind, stage, inputs, loss))
-            seconds[kind].append(
-                (time.process_time() - started[0], time.perf_counter() - started[1])
-            )
-    cpu, wall = ({k: sum(t[i] for t in v) for k, v in seconds.items()} for i in (0, 1))
-    tokens = sum(b["input_ids"].numel() for b in batches)
-    width, inner = model.config.hidden_size, model.config.intermediate_size
-    rates = {
-        d: matrix_rate(DTYPES[d], batches[0]["input_ids"].numel(), width, inner)
-        for d in dict.fromkeys((args.dtype, "bf16"))
-    }
-    own = operations(model, layer, tokens) / wall["truncated"]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--profile", default="embedded")
+    options = parser.parse_args()
+    torch.manual_seed(0)
     result = {
-        "what": "stage-1 step, blocks below ℓ only, against the whole model with output_hidden_states=True",
-        "layer": layer,
-        "blocks": len(decoder_layers(model)),
-        "dtype": args.dtype,
-        "batch": args.batch,
-        "steps": args.steps,
-        "padded_tokens": tokens,
-        "cpu_ratio_full_over_truncated": round(cpu["full"] / cpu["truncated"], 3),
-        "wall_ratio_full_over_truncated": round(wall["full"] / wall["truncated"], 3),
-        "seconds_a_step": {k: round(v / args.steps, 3) for k, v in wall.items()},
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(*values.values(), strict=True)),
-        "peak_memory_of_a_step_mib": {k: peak(k, args) for k in seconds},
-        "step_gflops": round(own / 1e9, 2),
-        "matrix_rate_gflops": {k: round(v / 1e9, 2) for k, v in rates.items()},
-        "share_of_matrix_rate": {k: round(own / v, 3) for k, v in rates.items()},
+        "profile": options.profile,
+        "precision": options.precision,
+        "steps": options.steps,
+        "refine": stage_one(options),
+        "align": stage_two(options),
         "environment": environment(),
     }
-    path = OUT if args.dtype == "fp32" else OUT.with_stem(f"{OUT.stem}_{args.dtype}")
-    write_atomic(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(
-        json.dumps(
-            {k: v for k, v in result.items() if k != "environment"}, indent=1, ensure_ascii=False
-        )
-    )
+    write_atomic(OUT, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    shown = {k: v for k, v in result.items() if k != "environment"}
+    print(json.dumps(shown, indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

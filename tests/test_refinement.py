@@ -92,6 +92,20 @@ def test_the_target_stops_early_and_says_why():
     assert all(r["cross_similarity"] > 0.6 for r in result.evaluations[:-1])
 
 
+@pytest.mark.parametrize("batch", [12, 16])
+def test_held_out_readings_take_no_more_than_a_twentieth_of_the_stage(batch):
+    config = REFINE.replaced(max_steps=90, batch_size=batch, eval_steps=1, lr=1e-5)
+    result = refined(config=config)
+    read = [r["step"] for r in result.evaluations]
+    rows = 32 + 2 * max(2, round(0.2 * 20))  # 16 a class to fit on, a fifth of each class held out
+    assert read[0] == 0 and read[-1] == 90 and len(read) >= batch / 4
+    assert contrast.READING * rows * len(read) <= 0.05 * 90 * batch
+    kept = [
+        r["step"] for r in refined(config=config.replaced(target=-0.99, max_steps=4)).evaluations
+    ]
+    assert kept == [0, 1, 2, 3, 4]  # a stop rule reads when it was told to
+
+
 def test_the_layer_is_chosen_by_the_probe_that_reads_the_classes_best(monkeypatch):
     result = refined(config=REFINE.replaced(layer="auto", max_steps=1))
     best = result.layers.sort_values(["auroc", "log_loss"], ascending=[False, True]).iloc[0]

@@ -25,7 +25,8 @@ from dcr.train.losses import ContrastiveLoss, drift
 TOXIC, SEEMINGLY_TOXIC, GENERAL = 1, 0, 2
 CLASS = {"toxic": TOXIC, "seemingly_toxic": SEEMINGLY_TOXIC, "general": GENERAL}
 ROWS_AT_ONCE = 16  # on a CPU: rows of like length run together, so that less padding runs
-PROBE_ROWS, HELD_ROWS = 32, 32  # prompts a class that the held-out probe is fitted and read on
+PROBE_ROWS, HELD_ROWS = 16, 16  # prompts a class that the held-out probe is fitted and read on
+READING, SHARE = 0.4, 0.05  # a row read costs this part of a row trained; readings, of the stage
 
 
 class PromptRows:
@@ -163,9 +164,11 @@ def held_out_measures(
 
 
 class HeldOutWatcher(TrainerCallback):
-    """Held-out similarity and probe every few steps; stops training when the target is reached.
+    """Held-out similarity and probe; stops training when the target is reached.
 
-    train, held: prompt tables under their TRUE labels, whatever labels training sees.
+    Read at the start, the end, and every `refine.eval_steps` where there is a target; without one
+    as often as takes 5 % of the stage. train, held: prompt tables under their TRUE labels, whatever
+    labels training sees.
     """
 
     def __init__(self, trainer: RefineTrainer, tokenizer, train: pd.DataFrame, held: pd.DataFrame):
@@ -175,6 +178,11 @@ class HeldOutWatcher(TrainerCallback):
         self.toxic = (table["label"] == "toxic").to_numpy().astype(int)
         self.fitted = len(_first(train, PROBE_ROWS))
         self.path = trainer.plan.folder / "evaluations.jsonl"
+        steps, rows = len(trainer.plan.steps), sum(len(b) for s in trainer.plan.steps for b in s)
+        readings = max(2, int(SHARE * rows / (READING * len(table))))
+        self.every = self.config.eval_steps
+        if self.config.target <= -1:
+            self.every = max(self.every, -(-steps // (readings - 1)))
         self.rows: list[dict] = []
         self.reason = "all steps done"
 
@@ -187,7 +195,7 @@ class HeldOutWatcher(TrainerCallback):
             self.measure(0)
 
     def on_step_end(self, args, state, control, **_) -> None:
-        if state.global_step % self.config.eval_steps and state.global_step != state.max_steps:
+        if state.global_step % self.every and state.global_step != state.max_steps:
             return
         cosine = self.measure(state.global_step)["cross_similarity"]
         if -1 < self.config.target >= cosine:
