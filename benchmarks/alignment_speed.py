@@ -23,12 +23,24 @@ from transformers import TrainerCallback, set_seed
 import dcr
 from dcr.config import AlignConfig, load_config
 from dcr.data.sets import training_sets
+from dcr.lm.blocks import decoder_layers
 from dcr.run.store import environment, write_atomic
-from dcr.tables.estimate import counts, matrix_rate
-from dcr.train.adapters import train_blocks
-from dcr.train.align import IGNORED, Examples, align, length_grouped_batches
+from dcr.train.adapters import Lora, train_blocks
+from dcr.train.align import align
+from dcr.train.examples import Examples
+from dcr.train.sampling import length_grouped_batches
 
 WARMUP = 2  # steps that are not timed
+
+
+def matrix_rate(seconds: float = 1.0) -> float:
+    """Floating-point operations a second of a bf16 product of a small model's shapes."""
+    a, b = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((1024, 576), (576, 1536)))
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        a @ b
+        count += 1
+    return 2 * 1024 * 576 * 1536 * count / (time.perf_counter() - began)
 
 
 class Clock(TrainerCallback):
@@ -47,9 +59,11 @@ class Clock(TrainerCallback):
 
 def ours(mix, config: AlignConfig, seed: int) -> dict:
     """{losses, tokens (of each step), seconds} of our trainer."""
-    model, tokenizer = dcr.load_model("embedded", device="cpu")
+    model, tokenizer = dcr.load_model("embedded", precision="fp32", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        history = align(model, tokenizer, mix, config=config, seed=seed, work_dir=folder).history
+        history = align(
+            model, tokenizer, mix, config=config, seed=seed, work_dir=folder, precision="bf16"
+        ).history
     seconds, tokens = [r["seconds"] for r in history], [r["tokens"] for r in history]
     return {
         "losses": [r["loss"] for r in history],
@@ -63,8 +77,8 @@ def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None)
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    model, tokenizer = dcr.load_model("embedded", device="cpu")
-    examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)
+    model, tokenizer = dcr.load_model("embedded", precision="fp32", device="cpu")
+    examples = Examples(mix, tokenizer, config)
     order = [r for b in batches for r in b] if batches else range(len(examples))
     rows = [
         {
@@ -78,10 +92,7 @@ def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None)
         model,
         0,
         len(model.model.layers),
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets,
-        dropout=config.lora_dropout,
+        Lora(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout),
     )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -149,26 +160,23 @@ def main() -> None:
         warmup=0.0,
         checkpoints="last",
     )
-    model, tokenizer = dcr.load_model("embedded", device="cpu")
-    examples = Examples(mix, tokenizer, labels=config.labels, max_length=config.max_length)
-    batches = length_grouped_batches(
-        [len(i) for i in examples.ids], config.batch_size, options.steps, 0
-    )
-    labelled = sum(int((examples.collate(b)["labels"] != IGNORED).sum()) for b in batches[WARMUP:])
-    size = counts(
-        model, 0, len(model.model.layers), rank=config.lora_rank, targets=config.lora_targets
-    )
+    model, tokenizer = dcr.load_model("embedded", precision="fp32", device="cpu")
+    examples = Examples(mix, tokenizer, config)
+    batches = length_grouped_batches(examples.lengths, config.batch_size, options.steps, 0)
+    labelled = sum(examples.labels(b) for b in batches[WARMUP:])
+    blocks = sum(p.numel() for p in decoder_layers(model).parameters())
+    head = model.get_output_embeddings().weight.numel()
     del model
     rates, runs = [], {"ours": [], "trl": [], "trl_own_batches": []}
     for _ in range(options.rounds):
-        rates.append(matrix_rate(torch.bfloat16, seconds=1.0))
+        rates.append(matrix_rate())
         runs["ours"].append(ours(mix, config, 0))
         runs["trl"].append(theirs(mix, config, 0, batches))
         runs["trl_own_batches"].append(theirs(mix, config, 0, None))
     speed = {name: max(r["tokens"] / r["seconds"] for r in each) for name, each in runs.items()}
     best = min(runs["ours"], key=lambda r: r["seconds"] / r["tokens"])
     flops = (
-        4 * size["blocks"] * best["tokens"] + 4 * size["head"] * labelled
+        4 * blocks * best["tokens"] + 4 * head * labelled
     )  # forward and gradients of activations
     gap = [
         abs(a - b) for a, b in zip(runs["ours"][0]["losses"], runs["trl"][0]["losses"], strict=True)

@@ -31,7 +31,7 @@ from dcr.lm.blocks import decoder_layers, pool, resolve_layer
 from dcr.lm.load import autocast
 from dcr.run.store import environment, write_atomic
 from dcr.train import contrast
-from dcr.train.adapters import train_blocks
+from dcr.train.adapters import Lora, train_blocks
 from dcr.train.align import AnswerModel
 from dcr.train.contrast import HELD_ROWS, PROBE_ROWS, PromptRows, StageOneModel
 from dcr.train.examples import Examples
@@ -79,7 +79,7 @@ def stage_one(options) -> dict:
     plan = batch_plan(config.refine)
     batches = contrastive_batches(table, plan, n_batches=options.steps + 1, seed=0)
     layer = resolve_layer(config.refine.layer, len(decoder_layers(model)))
-    stage = StageOneModel(train_blocks(model, 0, layer, rank=16, alpha=32), layer, "last").train()
+    stage = StageOneModel(train_blocks(model, 0, layer, Lora(16, 32)), layer, "last").train()
 
     def ours(batch: list) -> Tensor:
         with autocast("cpu", options.precision):
@@ -120,7 +120,7 @@ def stage_two(options) -> dict:
     size = config.align.batch_size
     batches = length_grouped_batches(rows.lengths, size, options.steps + 1, 0)
     targets = ("q_proj", "k_proj", "v_proj")
-    model = train_blocks(model, 0, len(decoder_layers(model)), rank=8, alpha=16, targets=targets)
+    model = train_blocks(model, 0, len(decoder_layers(model)), Lora(8, 16, targets))
     stage = AnswerModel(model).train()
 
     def loss_of(batch: list, share: bool) -> Tensor:

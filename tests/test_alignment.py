@@ -1,4 +1,4 @@
-"""Stage 2: labels, stop token, logits in chunks, decision and routing, recorded steps, bad input."""
+"""Stage 2: labels, stop token, logits in chunks, decision, routing, recorded steps, bad input."""
 
 from __future__ import annotations
 

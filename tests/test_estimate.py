@@ -12,7 +12,7 @@ from dcr.config import load_config
 from dcr.errors import DCRError
 from dcr.run.experiment import Experiment
 from dcr.tables.estimate import cost_table, counts, estimate, matrix_rate
-from dcr.train.adapters import train_blocks
+from dcr.train.adapters import Lora, train_blocks
 
 SMALL = {
     "refine.layer": 2,
@@ -43,7 +43,7 @@ def test_counts_equal_what_trains(family, rank):
     model = make_model(family)
     size = counts(model, 1, 3, rank=rank)
     assert size["all"] == sum(p.numel() for p in model.parameters())
-    trained = train_blocks(model, 1, 3, rank=rank, alpha=8)
+    trained = train_blocks(model, 1, 3, Lora(rank, 8))
     assert size["trainable"] == sum(p.numel() for p in trained.parameters() if p.requires_grad)
 
 

@@ -124,10 +124,10 @@ def test_all_tokens_estimate_is_unbiased_and_its_interval_covers(tiny_tokenizer)
 
 
 def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
-    from dcr.train.adapters import train_blocks
+    from dcr.train.adapters import Lora, train_blocks
 
     torch.manual_seed(0)
-    model = train_blocks(make_model(layers=2, hidden=16), 0, 2, rank=2, alpha=4)
+    model = train_blocks(make_model(layers=2, hidden=16), 0, 2, Lora(2, 4))
     with caplog.at_level("WARNING", logger="dcr"):
         result = entk(model, tiny_tokenizer, A, B, k=4, parameters="lora")
     assert result.degenerate and "degenerate" in caplog.text

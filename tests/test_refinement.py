@@ -1,4 +1,4 @@
-"""Stage 1: what moves and what does not, shared prefix, retention, hold-out, the target, bad input."""
+"""Stage 1: what moves and what does not, shared prefix, retention, hold-out, target, bad input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix
 from dcr.lm.blocks import decoder_layers
 from dcr.train import contrast
-from dcr.train.adapters import train_blocks
+from dcr.train.adapters import Lora, train_blocks
 from dcr.train.contrast import PromptRows, StageOneModel, pooled_states, reference_states
 from dcr.train.refine import hold_out, prompt_table
 
@@ -205,7 +205,7 @@ def test_the_shared_prefix_and_micro_batches_leave_the_gradient_alone(family, po
     rows = PromptRows(prompt_table(**texts(8)), make_tokenizer(), 64).ids
     rows = [[3] * 10 + row[: 5 + i % 4] for i, row in enumerate(rows)]
     assert common_prefix(rows) >= 10
-    trainable = train_blocks(make_model(family), 0, 3, rank=0, alpha=1)
+    trainable = train_blocks(make_model(family), 0, 3, Lora(0, 1))
     stage = StageOneModel(trainable.double(), 3, pooling)
     shared, cut = gradient(stage, rows), gradient(stage, rows, max_tokens=60)
     monkeypatch.setattr(contrast, "common_prefix", lambda rows: 0)
@@ -221,7 +221,7 @@ def test_micro_batches_keep_no_more_than_their_own_activations(monkeypatch):
         LlamaMLP, "forward", lambda self, x: calls.append(x.shape[:2].numel()) or forward(self, x)
     )
     rows = PromptRows(prompt_table(**texts(8)), make_tokenizer(), 64).ids
-    stage = StageOneModel(train_blocks(make_model(), 0, 2, rank=4, alpha=1), 2, "last")
+    stage = StageOneModel(train_blocks(make_model(), 0, 2, Lora(4, 1)), 2, "last")
     gradient(stage, rows)
     whole, calls[:] = sum(calls), []
     gradient(stage, rows, max_tokens=60)
@@ -259,9 +259,9 @@ def test_bf16_trains_near_fp32(dtype):
 
 def test_whole_weights_train_in_fp32_and_adapters_leave_the_base_in_bf16():
     half = lambda: make_model().bfloat16()  # noqa: E731
-    whole = train_blocks(half(), 0, 2, rank=0, alpha=1, precision="bf16")
+    whole = train_blocks(half(), 0, 2, Lora(0, 1), precision="bf16")
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
-    adapted = train_blocks(half(), 0, 2, rank=4, alpha=1, precision="bf16")
+    adapted = train_blocks(half(), 0, 2, Lora(4, 1), precision="bf16")
     kinds = {p.requires_grad: p.dtype for p in adapted.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16}
 
@@ -277,7 +277,7 @@ def test_references_are_the_base_models_without_a_second_copy():
     model = make_model()
     rows = PromptRows(prompt_table(**texts(4), general=GENERAL), make_tokenizer(), 64)
     base = pooled_states(StageOneModel(model, 2, "last"), rows, range(8, len(rows.ids)))
-    adapted = train_blocks(model, 0, 2, rank=4, alpha=8)
+    adapted = train_blocks(model, 0, 2, Lora(4, 8))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""What both stages share: micro-batches, memory, history, faults and resume, work folders, processes."""
+"""What both stages share: micro-batches, memory, faults and resume, work folders, processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dcr.data.files import measured_peak, read_jsonl
 from dcr.errors import DCRError
 from dcr.train import align as alignment
 from dcr.train import loop
-from dcr.train.adapters import train_blocks
+from dcr.train.adapters import Lora, train_blocks
 from dcr.train.align import AlignTrainer, AnswerModel
 from dcr.train.examples import Examples
 from dcr.train.losses import ContrastiveLoss
@@ -31,14 +31,14 @@ STAGES = {"refine": refined, "align": aligned}
 SETTINGS = {"refine": REFINE, "align": ALIGN}
 
 
-# ---- one step, however it is cut up ----------------------------------------------------------------
+# ---- one step, however it is cut up ----
 
 
 def step_of(batches: list[list[int]], max_tokens: int, folder: Path, accumulate=None) -> dict:
     """History of one optimiser step of stage 2 over given batches, with its gradient norm."""
     rows = Examples(mix(), make_tokenizer(), ALIGN)
     config = ALIGN.replaced(max_tokens_per_batch=max_tokens, lr=0.0)
-    model = train_blocks(make_model(), 0, 4, rank=0, alpha=1)
+    model = train_blocks(make_model(), 0, 4, Lora(0, 1))
     plan = loop.Plan("align", config, [batches], folder, False, 0, "fp32")
     return AlignTrainer(AnswerModel(model), rows, plan).fit()[0]
 
@@ -135,7 +135,7 @@ def test_a_small_stage_behind_a_big_one_needs_less_memory():
     assert min(p.mib()["peak_memory_mib"] for p in (outer, inner)) > small.largest + 300
 
 
-# ---- faults ----------------------------------------------------------------------------------------
+# ---- faults ----
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_never_become_a_resume_point(tmp_path, monke
 
 @pytest.mark.parametrize("what", ["weights", "optimiser"])
 def test_a_full_disk_keeps_the_last_resume_point(what, tmp_path, monkeypatch, every_step):
-    """Saving fails at step 4: the error says so, step 3 survives, going on ends at the same weights."""
+    """Saving fails at step 4: step 3 survives, and going on from it ends at the same weights."""
     whole = weights(aligned(work_dir=tmp_path / "whole").model)
 
     def full(save):
@@ -303,7 +303,7 @@ def test_a_tokenizer_with_another_template_is_another_model(tmp_path):
         )
 
 
-# ---- several processes -------------------------------------------------------------------------------
+# ---- several processes ----
 
 
 TWO = """

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,31 +14,40 @@ from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, is_linear
 
 
+@dataclass(frozen=True)
+class Lora:
+    """A low-rank adapter; rank 0 trains whole weights instead.
+
+    targets: last parts of the layers' names, e.g. ("q_proj", "v_proj"); () takes every linear layer
+    of a block.
+    """
+
+    rank: int
+    alpha: int = 16
+    targets: Sequence[str] = ()
+    dropout: float = 0.0
+
+
 def train_blocks(
-    model: nn.Module,
+    model: Any,
     first: int,
     last: int,
+    lora: Lora,
     *,
-    rank: int,
-    alpha: int,
-    targets: Sequence[str] = (),
-    dropout: float = 0.0,
     precision: str = "fp32",
     layers_path: str = "",
-) -> nn.Module:
-    """Freeze `model` except for blocks first..last-1: LoRA of `rank` on linear layers, or whole (0).
+) -> Any:
+    """Freeze `model` except for blocks first..last-1: an adapter on them, or their weights.
 
-    targets: last parts of the layers' names, e.g. ("q_proj", "v_proj"); () takes every linear
-        layer of a block.
     precision: "fp32" lifts a half-precision model; with "bf16" its frozen weights stay as they
         are, while whatever trains (adapters, or the whole model at rank 0) is held in fp32.
     Seed before the call: LoRA's initialisation is random. Raises DCRError when no layer matches.
     """
-    if rank == 0 or precision == "fp32":
+    if lora.rank == 0 or precision == "fp32":
         model.float()
     model.requires_grad_(False)
     blocks = decoder_layers(model, layers_path)
-    if rank == 0:
+    if lora.rank == 0:
         blocks[first:last].requires_grad_(True)
         return model
     from peft import LoraConfig, get_peft_model
@@ -48,24 +59,24 @@ def train_blocks(
         for n, m in blocks[i].named_modules()
         if is_linear(m)
     ]
-    wanted = [n for n in linear if not targets or n.rsplit(".", 1)[-1] in targets]
+    wanted = [n for n in linear if not lora.targets or n.rsplit(".", 1)[-1] in lora.targets]
     if not wanted:
         known = sorted({n.rsplit(".", 1)[-1] for n in linear})
         raise DCRError(
-            f"lora_targets={list(targets)} match no linear layer in blocks {first}..{last - 1}; "
-            f"known: {', '.join(known)}."
+            f"lora_targets={list(lora.targets)} match no linear layer in blocks {first}.."
+            f"{last - 1}; known: {', '.join(known)}."
         )
     options = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=wanted,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, options)
 
 
-def merged(model: nn.Module) -> nn.Module:
+def merged(model: Any) -> Any:
     """An ordinary transformers model in eval mode, as trainable as a freshly loaded one.
 
     An adapter is folded in in fp32, and the result stays in fp32: most of what an adapter adds is
@@ -76,12 +87,12 @@ def merged(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(True)  # a frozen LM head would also decode at half the speed
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
+def save_trained(model: Any, folder: Path) -> None:
     """Save a PEFT model's adapter, or a whole model, as safetensors."""
     model.save_pretrained(folder)
 
 
-def reopen(model: nn.Module, folder: Path) -> nn.Module:
+def reopen(model: Any, folder: Path) -> Any:
     """`model` with what `save_trained` kept put on top; an adapter is not folded in."""
     folder = Path(folder)
     if (folder / "adapter_config.json").exists():
@@ -92,7 +103,7 @@ def reopen(model: nn.Module, folder: Path) -> nn.Module:
     return kept.to(model.device)
 
 
-def apply_trained(model: nn.Module, folder: Path) -> nn.Module:
+def apply_trained(model: Any, folder: Path) -> Any:
     """`model` with what `save_trained` kept: adapter folded in, or whole weights. Eval mode."""
     return merged(reopen(model, folder))
 

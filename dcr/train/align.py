@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, shared_inputs, token_batches
 from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logits, resolve_layer
 from dcr.lm.load import resolve_precision
-from dcr.train.adapters import load_trained_state, merged, train_blocks, trained_state
+from dcr.train.adapters import Lora, load_trained_state, merged, train_blocks, trained_state
 from dcr.train.examples import Examples
 from dcr.train.loop import StageTrainer, planned
 from dcr.train.losses import SummedCrossEntropy, chunk_rows, routing
@@ -68,9 +69,11 @@ def align(  # noqa: PLR0913
     is not finite.
     """
     config, n_blocks = config or AlignConfig(), len(decoder_layers(model, layers_path))
-    if config.above_layer and layer is None:
-        raise DCRError("align.above_layer is on but no layer ℓ was given; pass layer=...")
-    first = resolve_layer(layer, n_blocks) if config.above_layer else 0
+    first = 0
+    if config.above_layer:
+        if layer is None:
+            raise DCRError("align.above_layer is on but no layer ℓ was given; pass layer=...")
+        first = resolve_layer(layer, n_blocks)
     precision = resolve_precision(precision, str(model.device))
     rows = Examples(mix, tokenizer, config)
     per_step = config.accumulation
@@ -83,17 +86,9 @@ def align(  # noqa: PLR0913
     fields = {"title": "align", "config": config, "seed": seed, "precision": precision}
     with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
-        trainable = train_blocks(
-            model,
-            first,
-            n_blocks,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            targets=config.lora_targets,
-            dropout=config.lora_dropout,
-            precision=precision,
-            layers_path=layers_path,
-        )
+        lora = Lora(config.lora_rank, config.lora_alpha, config.lora_targets, config.lora_dropout)
+        how = {"precision": precision, "layers_path": layers_path}
+        trainable = train_blocks(model, first, n_blocks, lora, **how)
         trainer = AlignTrainer(AnswerModel(trainable, layers_path), rows, plan)
         if plan.keep:
             trainer.add_callback(StepRecorder(trainer, recorded))
@@ -108,7 +103,7 @@ class AnswerModel(nn.Module):
     The tokens that all prompts begin with run once a batch. Source: paper, "Method".
     """
 
-    def __init__(self, model: nn.Module, layers_path: str = "") -> None:
+    def __init__(self, model: Any, layers_path: str = "") -> None:
         super().__init__()
         self.model, self.layers_path = model, layers_path
 
@@ -133,7 +128,7 @@ class AlignTrainer(StageTrainer):
     metrics_add_up = True
 
     def parts(self, step: int) -> list[tuple[int, list[int]]]:
-        """(step, rows) of this process's micro-batches; a process without rows counts one 0 times."""
+        """(step, rows) of this process's micro-batches; for none (-step, a row that counts 0)."""
         rows = self.plan.rows(step)
         mine = rows[self.args.process_index :: self.args.world_size]
         if not mine:
@@ -162,7 +157,7 @@ class AlignTrainer(StageTrainer):
 
 
 def recorded_steps(rule: str | Sequence[int], steps: int) -> list[int]:
-    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ... and the last; "last"; or those given."""
+    """Steps whose weights are kept: "log" → 0, 1, 2, 4, ..., the last; "last"; or those given."""
     if rule == "log":
         return sorted({0, steps, *(2**i for i in range(steps.bit_length()) if 2**i <= steps)})
     chosen = sorted({steps} if rule == "last" else {*map(int, rule), steps})
@@ -179,9 +174,11 @@ class StepRecorder(TrainerCallback):
         self.folder = trainer.plan.folder / STEPS_FOLDER
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        """Begin, or go on from what an interrupted training wrote."""
         self._record(state)
 
     def on_step_end(self, args, state, control, **_) -> None:
+        """Do what is due behind this step."""
         self._record(state)
 
     def _record(self, state) -> None:
@@ -189,9 +186,8 @@ class StepRecorder(TrainerCallback):
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{state.global_step:06d}.safetensors"
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model).model
         try:
-            save_file(trained_state(model), path.with_suffix(".tmp"))
+            save_file(trained_state(self.trainer.stage.model), path.with_suffix(".tmp"))
         except (OSError, SafetensorError) as error:
             path.with_suffix(".tmp").unlink(missing_ok=True)
             raise DCRError(

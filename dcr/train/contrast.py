@@ -1,9 +1,10 @@
-"""Stage 1's view of the model: prompts in, pooled hidden states at layer ℓ out, and how they part."""
+"""Stage 1's view of the model: prompts in, pooled hidden states at ℓ out, and how they part."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ class PromptRows:
 class StageOneModel(nn.Module):
     """The model up to hidden state ℓ: rows of token ids → pooled hidden states [rows, hidden]."""
 
-    def __init__(self, model: nn.Module, layer: int, pooling: str, layers_path: str = "") -> None:
+    def __init__(self, model: Any, layer: int, pooling: str, layers_path: str = "") -> None:
         super().__init__()
         self.model, self.layer, self.pooling, self.layers_path = model, layer, pooling, layers_path
 
@@ -109,7 +110,12 @@ class RefineTrainer(StageTrainer):
 
     def __init__(self, stage: StageOneModel, rows: PromptRows, plan: Plan) -> None:
         super().__init__(stage, rows, plan)
-        config = plan.config
+        config, n = plan.config, self.args.world_size
+        if len(plan.steps[0][0]) % n:
+            raise DCRError(
+                f"refine.batch_size gives batches of {len(plan.steps[0][0])} prompts, which {n} "
+                "processes cannot share evenly; change it."
+            )
         self.contrastive = ContrastiveLoss(config.loss, margin=config.margin, gamma=config.gamma)
 
     def parts(self, step: int) -> list[list[int]]:
@@ -187,6 +193,7 @@ class HeldOutWatcher(TrainerCallback):
         self.reason = "all steps done"
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        """Begin, or go on from what an interrupted training wrote."""
         self.rows = [r for r in read_jsonl(self.path) if r["step"] <= state.global_step]
         self.trainer.accelerator.wait_for_everyone()  # all have read before one writes
         if args.should_save:
@@ -195,6 +202,7 @@ class HeldOutWatcher(TrainerCallback):
             self.measure(0)
 
     def on_step_end(self, args, state, control, **_) -> None:
+        """Do what is due behind this step."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
         cosine = self.measure(state.global_step)["cross_similarity"]
@@ -205,9 +213,8 @@ class HeldOutWatcher(TrainerCallback):
     def measure(self, step: int) -> dict:
         """One row of evaluations, in the run's precision; written and returned."""
         trainer, n = self.trainer, self.fitted
-        stage = trainer.accelerator.unwrap_model(trainer.model)
         with autocast(trainer.args.device, trainer.plan.precision):
-            states = pooled_states(stage, self.prompts, range(len(self.toxic)))
+            states = pooled_states(trainer.stage, self.prompts, range(len(self.toxic)))
         measures = held_out_measures(states[:n], self.toxic[:n], states[n:], self.toxic[n:])
         self.rows.append({"step": step, **measures})
         if trainer.args.should_save:

@@ -1,4 +1,4 @@
-"""Stage 2's rows: prompts with answers as token ids, the labels among them, and the decision token."""
+"""Stage 2's rows: prompts and answers as token ids, labels among them, the decision token."""
 
 from __future__ import annotations
 

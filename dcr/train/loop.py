@@ -1,4 +1,4 @@
-"""What both stages share: transformers' Trainer over a fixed schedule, with history and resume points.
+"""What both stages share: transformers' Trainer over a fixed schedule, history, resume points.
 
 The rows of every step are drawn before training. A step is cut into micro-batches that change its
 memory and nothing else. Resume points go by time and hold the trained parameters (safetensors) with
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,8 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import sort_checkpoints
 
-from dcr.config import AlignConfig, RefineConfig
-from dcr.data.files import append_jsonl, content_key, measured_peak, read_jsonl, write_atomic
+from dcr.data.files import Peak, append_jsonl, content_key, measured_peak, read_jsonl, write_atomic
 from dcr.errors import DCRError
 from dcr.lm.batches import out_of_memory, tokens_that_fit
 from dcr.lm.load import autocast
@@ -52,7 +52,7 @@ class Plan:
     """How one stage is trained. steps: the batches of rows that each optimiser step works on."""
 
     title: str  # refine or align
-    config: RefineConfig | AlignConfig
+    config: Any  # RefineConfig or AlignConfig
     steps: Sequence[list[list[int]]]
     folder: Path  # history and resume points
     keep: bool  # whether the folder stays: then resume points are written
@@ -115,11 +115,11 @@ class StageTrainer(Trainer):
 
     metrics_add_up = False  # over processes; else each of them has the whole value
 
-    def __init__(self, stage: nn.Module, rows, plan: Plan) -> None:
+    def __init__(self, stage: Any, rows: Any, plan: Plan) -> None:
+        self.stage = stage
         self.plan, self.rows, self.halved, self.stop_signal = plan, rows, False, 0
         StageArguments.own = next(stage.parameters()).device
-        numbers = [{"step": i} for i in range(len(plan.steps))]
-        super().__init__(model=stage, args=plan.arguments(), train_dataset=numbers)
+        super().__init__(model=stage, args=plan.arguments())
         self.accelerator.device_placement = self.args.world_size > 1
         checkpointing = plan.config.gradient_checkpointing
         self.max_tokens = plan.config.max_tokens_per_batch or tokens_that_fit(
@@ -143,7 +143,8 @@ class StageTrainer(Trainer):
 
         With a generator of its own, else its start would draw from the state that dropout uses.
         """
-        return torch.utils.data.DataLoader(self.train_dataset, generator=torch.Generator())
+        numbers: Any = [{"step": i} for i in range(len(self.plan.steps))]
+        return torch.utils.data.DataLoader(numbers, generator=torch.Generator())
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """All micro-batches of one step; cut in half, once, when the memory does not hold them."""
@@ -206,10 +207,10 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:  # the library calls this in every process
-            state = trained_state(self.accelerator.unwrap_model(self.model))
+            state = trained_state(self.stage)
             if not all(p.isfinite().all() for p in state.values()):
                 self.give_up("weights are no longer finite", self.state.global_step)
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.plan.folder)
             folder.mkdir(parents=True, exist_ok=True)
             save_file(state, folder / WEIGHTS)
 
@@ -225,7 +226,7 @@ class StageTrainer(Trainer):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_trained_state(model or self.model, load_file(Path(resume_from_checkpoint) / WEIGHTS))
+        load_trained_state(self.stage, load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def fit(self) -> list[dict]:
         """Train, from the last whole resume point in the folder if there is one; the history.
@@ -244,12 +245,12 @@ class StageTrainer(Trainer):
         with measured_peak() as self.recorder.peak, stopping(self):
             self.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
         if self.plan.config.gradient_checkpointing:
-            self.model.model.gradient_checkpointing_disable()
+            self.stage.model.gradient_checkpointing_disable()
         return self.recorder.rows
 
 
 class Recorder(TrainerCallback):
-    """A JSON line a step, a log line now and then, and resume points: by time, at the end, at a signal.
+    """A JSON line a step, a log line now and then, resume points by time, at the end, at a signal.
 
     Metrics stay on the device until they are read, so that a GPU need not wait for Python.
     """
@@ -260,8 +261,10 @@ class Recorder(TrainerCallback):
         self.waiting: list[dict] = []  # steps whose metrics have not been read yet
         self.metrics: dict[str, Tensor] = {}  # of the running step
         self.flushed = self.next_save = self.step_seconds = 0.0
+        self.peak: Peak
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        """Begin, or go on from what an interrupted training wrote."""
         self.rows = [r for r in read_jsonl(self.path) if r["step"] <= state.global_step]
         self.trainer.accelerator.wait_for_everyone()  # all have read before one writes
         if args.should_save:
@@ -271,13 +274,16 @@ class Recorder(TrainerCallback):
         self.next_save = self._clock() + SAVE_SECONDS
 
     def on_step_begin(self, args, state, control, **_) -> None:
+        """Note the time."""
         self.begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_) -> None:
+        """Do what is due behind this step."""
         now, step = time.perf_counter(), state.global_step
         self.step_seconds = now - self.begun
         self.tokens += sum(self.trainer.rows.lengths[r] for r in self.trainer.plan.rows(step))
-        rate = self.trainer.lr_scheduler.get_last_lr()[0]
+        scheduler: Any = self.trainer.lr_scheduler
+        rate = scheduler.get_last_lr()[0]
         self.waiting.append(
             {"step": step, **self.metrics, "lr": rate, "tokens": self.tokens}
             | {"seconds": round(now - self.started, 3)}
@@ -290,6 +296,7 @@ class Recorder(TrainerCallback):
         self.save_begun = time.perf_counter()
 
     def on_save(self, args, state, control, **_) -> None:
+        """Set the time of the next point; the last two are kept."""
         took = time.perf_counter() - self.save_begun
         self.next_save = self._clock() + max(SAVE_SECONDS, took / SAVE_SHARE)
         if args.should_save:  # by step: the library's own rotation trusts the system's clock
@@ -299,7 +306,9 @@ class Recorder(TrainerCallback):
     def flush(self) -> None:
         """Read the metrics that wait. Raises DCRError at the first loss that is not finite."""
         for waiting in self.waiting:
-            row = {k: v.item() if torch.is_tensor(v) else v for k, v in waiting.items()}
+            row: dict[str, Any] = {
+                k: v.item() if torch.is_tensor(v) else v for k, v in waiting.items()
+            }
             row["tokens_per_second"] = round(row["tokens"] / max(row["seconds"], 1e-9), 1)
             if not math.isfinite(row["loss"]):
                 self.trainer.give_up(f"the loss became {row['loss']}", row["step"])
@@ -327,7 +336,7 @@ def stopping(trainer: StageTrainer) -> Iterator[None]:
     """SIGTERM and Ctrl-C wait for a short step to end; a second one, or a long step, does not."""
     here = threading.current_thread() is threading.main_thread() and trainer.args.world_size == 1
     numbers = (signal.SIGTERM, signal.SIGINT) if here else ()
-    before = {s: signal.getsignal(s) or signal.SIG_DFL for s in numbers}
+    before: dict[int, Any] = {s: signal.getsignal(s) or signal.SIG_DFL for s in numbers}
 
     def stop(number: int, _frame) -> None:
         if trainer.stop_signal or trainer.recorder.step_seconds > LONG_STEP:
@@ -336,7 +345,7 @@ def stopping(trainer: StageTrainer) -> Iterator[None]:
         trainer.stop_signal = number
 
     try:
-        for number in numbers:
+        for number in before:
             signal.signal(number, stop)
         yield
     finally:

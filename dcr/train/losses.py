@@ -50,6 +50,7 @@ class ContrastiveLoss(nn.Module):
         self.loss = known[name]()
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar in fp32."""
         used = labels >= 0
         with torch.autocast(hidden.device.type, enabled=False):
             return self.loss(hidden[used].float(), labels[used])
@@ -86,6 +87,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        """The kept gradient, scaled."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None, None
 

@@ -24,7 +24,7 @@ from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, fingerprint, resolve_layer
 from dcr.lm.load import resolve_precision
 from dcr.lm.states import hidden_states
-from dcr.train.adapters import merged, train_blocks
+from dcr.train.adapters import Lora, merged, train_blocks
 from dcr.train.contrast import (
     HeldOutWatcher,
     PromptRows,
@@ -91,8 +91,10 @@ def refine(  # noqa: PLR0913
     layers = pd.DataFrame()
     if config.layer == "auto":
         contrast = train[train["label"] != "general"]
-        how = {"pooling": config.pooling, "layers_path": layers_path}
-        states = hidden_states(model, tokenizer, contrast["text"].tolist(), **how)
+        texts = contrast["text"].tolist()
+        states = hidden_states(
+            model, tokenizer, texts, pooling=config.pooling, layers_path=layers_path
+        )
         layer, layers = best_layer(states, contrast, seed=seed)
         log.info("refine: layer=auto chose layer %d", layer)
     else:
@@ -110,16 +112,9 @@ def refine(  # noqa: PLR0913
     fields = {"title": "refine", "config": config, "seed": seed, "precision": precision}
     with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
-        trainable = train_blocks(
-            model,
-            0,
-            layer,
-            rank=config.lora_rank,
-            alpha=2 * config.lora_rank,
-            targets=config.lora_targets,
-            precision=precision,
-            layers_path=layers_path,
-        )
+        lora = Lora(config.lora_rank, 2 * config.lora_rank, config.lora_targets)
+        how = {"precision": precision, "layers_path": layers_path}
+        trainable = train_blocks(model, 0, layer, lora, **how)
         stage = StageOneModel(trainable, layer, config.pooling, layers_path)
         rows = PromptRows(seen, tokenizer, config.max_length)
         if config.retention:
@@ -187,7 +182,9 @@ def hold_out(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame
     A request is on one side with both its forms and both members of its minimal pairs.
     """
     contrast = table["label"] != "general"
-    order = np.random.default_rng([seed, 0xE7]).permutation(pd.unique(table["request"][contrast]))
+    order = np.random.default_rng([seed, 0xE7]).permutation(
+        table["request"][contrast].unique().tolist()
+    )
     held = pd.Series(False, index=table.index)
     for label in ("toxic", "seemingly_toxic"):
         mine = table["label"] == label

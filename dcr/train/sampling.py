@@ -7,7 +7,7 @@ drawn from (seed, epoch) alone. No global random state is touched.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +43,9 @@ def batch_plan(config: RefineConfig) -> BatchPlan:
         toxic = harmless = (size - general) // 2
     if harmless < 2:
         raise DCRError(
-            f"refine.batch_size={size} leaves {harmless} seemingly toxic places; the loss needs two "
-            "of each class. Enlarge the batch or lower refine.toxic_share or refine.general_share."
+            f"refine.batch_size={size} leaves {harmless} seemingly toxic places, and the loss "
+            "needs two of each class. Enlarge the batch or lower refine.toxic_share or "
+            "refine.general_share."
         )
     retention = size // 4 if config.retention and not config.general_share else 0
     return BatchPlan(toxic, harmless, general, retention, matched, config.balance_forms)
@@ -135,9 +136,10 @@ def _dealer(
         forms = balanced["form"].to_numpy()
         decks = [[u for u in units if forms[u[0]] == f] for f in ("question", "imperative")]
         if not all(decks):
+            label = balanced["label"].iloc[units[0][0]]
             raise DCRError(
-                f"refine.balance_forms is on, but the {balanced['label'].iloc[units[0][0]]} prompts "
-                "are all of one form. Add the other form (dcr.data.forms) or turn it off."
+                f"refine.balance_forms is on, but the {label} prompts are all of "
+                "one form. Add the other form (dcr.data.forms) or turn it off."
             )
     queues: list[list[int]] = [[] for _ in decks]
 
@@ -162,7 +164,8 @@ def length_grouped_batches(
     Rows are shuffled, sorted inside groups of 16 batches, and the batches shuffled.
     """
     rng = np.random.default_rng([seed, 0xA11])
-    sizes, batches = np.asarray(lengths), []
+    sizes = np.asarray(lengths)
+    batches: list[list[int]] = []
     while len(batches) < n_batches:
         order = rng.permutation(len(sizes))
         groups = np.split(order, range(16 * batch_size, len(order), 16 * batch_size))
@@ -172,9 +175,9 @@ def length_grouped_batches(
     return batches[:n_batches]
 
 
-def shuffled_labels(labels: Sequence[str], seed: int) -> list[str]:
+def shuffled_labels(labels: Iterable[str], seed: int) -> list[str]:
     """The sham control: toxic and seemingly toxic labels permuted among their prompts."""
-    mixed = np.array(labels, dtype=object)
+    mixed = np.array(list(labels), dtype=object)
     rows = np.flatnonzero(mixed != "general")
     mixed[rows] = np.random.default_rng([seed, 0x5A]).permutation(mixed[rows])
     return mixed.tolist()
