@@ -358,5 +358,7 @@ def test_states_kernel_and_probability_of_any_prompts(run):
     assert (run.refusal_probability("STL", few, 0) == run.refusal_probability("base", few)).all()
     items = run.ability("base")
     assert set(items["metric"]) == {"perplexity"} and items["loss"].gt(0).all()
+    losses = run.answer_losses("STL", run.prompts)
+    assert set(losses["item"]) <= set(run.prompts["id"]) and (losses["tokens"] > 0).all()
     longer = run.judged("STL", few, tokens=5)
     assert longer["n_tokens"].max() > 3 and set(longer["prompt_id"]) == set(few["id"])

@@ -281,3 +281,18 @@ class Run(Training):
         settings = {"tasks": task_facts(options), "limit": options.capability_limit}
         folder = self._measured("ability", method, held_out, measure, **settings)
         return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
+
+    def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
+        """item, loss, tokens: how unlikely the base model finds a method's answers (empty ones left out)."""
+        from dcr.evaluate.ability import answer_losses
+
+        said = self.answers(method, prompts)
+        said = said.rename(columns={"prompt_id": "id"})[["id", "response"]]
+        rows = prompts.drop(columns="response", errors="ignore").merge(said, on="id")
+
+        def measure(model, tokenizer, texts, folder):
+            found = answer_losses(model, tokenizer, rows)
+            write_atomic(folder / "losses.jsonl", found.to_json(orient="records", lines=True))
+
+        folder = self._measured("losses", "base", rows, measure)
+        return pd.DataFrame(read_jsonl(folder / "losses.jsonl"))
