@@ -162,9 +162,9 @@ def known_answers(name: str = "consensus", *, tokens: Sequence[int] = (0, 24)) -
     when it is there) and Alpaca's answers, each where the file is at hand. Few refusals there are deflections without any
     refusal word, and a few Alpaca answers do decline, so neither share is meant to reach 0 or 1.
     """
-    from dcr.data import loaders
+    from dcr.data import sources
 
-    pairs = loaders.load_bundled("pairs")
+    pairs = sources.load_bundled("pairs")
     sets = {
         "pairs refusals": pairs[pairs["label"] == "toxic"],
         "pairs answers": pairs[pairs["label"] == "seemingly_toxic"],
@@ -174,14 +174,14 @@ def known_answers(name: str = "consensus", *, tokens: Sequence[int] = (0, 24)) -
         ("alpaca answers", "alpaca-demo"),
     ):
         try:
-            rows = loaders.load(source, download=False)
+            rows = sources.load(source, download=False)
         except DCRError as error:
             if "neither in" not in str(error):
                 raise
             continue
-        if source == "safety-only" and (loaders.BUNDLED / "audit.csv").exists():
+        if source == "safety-only" and (sources.BUNDLED / "audit.csv").exists():
             sets["safety-tuning answers to harmful prompts"] = rows[
-                rows["id"].map(loaders.audit()) == "harmful"
+                rows["id"].map(sources.audit()) == "harmful"
             ]
         sets[shown] = rows
     out = []

@@ -154,7 +154,7 @@ def fit(table: pd.DataFrame) -> Learned:
 
 
 def _bundled_answers() -> list[tuple[str, str, str]]:
-    from dcr.data.loaders import load_bundled
+    from dcr.data.sources import load_bundled
 
     rows = load_bundled("pairs")
     rows = rows[(rows["response"] != "") & rows["label"].isin(["toxic", "seemingly_toxic"])]
@@ -169,9 +169,7 @@ def completions() -> pd.DataFrame:
 
     `first` and `second` are the two annotators' labels. Empty when no file is there.
     """
-    from dcr.data.fetch import path_of
-    from dcr.data.loaders import load
-    from dcr.data.registry import SOURCES
+    from dcr.data.sources import SOURCES, load, path_of
 
     tables = []
     for name in (n for n, s in SOURCES.items() if not s.label):
@@ -210,10 +208,8 @@ def code_hash() -> str:
 
 def key() -> str | None:
     """Identity of the classifier that would be used now (data at hand, bundled pairs, code); None without data."""
-    from dcr.data.fetch import path_of
     from dcr.data.files import content_key, sha256_of
-    from dcr.data.loaders import BUNDLED
-    from dcr.data.registry import SOURCES
+    from dcr.data.sources import BUNDLED, SOURCES, path_of
 
     sums = {}
     for name, entry in SOURCES.items():
