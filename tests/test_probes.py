@@ -221,6 +221,15 @@ def test_the_probe_is_the_librarys_with_the_scaler_folded_in():
     )
 
 
+def test_the_probe_recovers_a_planted_direction():
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=64) / 8
+    toxic = rng.integers(2, size=400)
+    probe = fit_probe(rng.normal(size=(400, 64)) + 6 * toxic[:, None] * direction, toxic)
+    found = probe.weight / np.linalg.norm(probe.weight)
+    assert found @ direction / np.linalg.norm(direction) > 0.95
+
+
 def test_weighted_auroc_is_the_librarys_on_rows_repeated():
     from sklearn.metrics import roc_auc_score
 

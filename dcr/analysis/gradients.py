@@ -24,8 +24,7 @@ class Factors:
     """One prompt's share of one weight matrix, Σ_s δ_s a_sᵀ, or of a table that is looked up."""
 
     delta: Tensor  # [k, seq, out]
-    activation: Tensor | None = None  # [seq, in]
-    ids: Tensor | None = None  # [seq], rows of the table
+    activation: Tensor  # [seq, in]; of a table, the rows looked up, [seq]
 
 
 @dataclass
@@ -46,11 +45,12 @@ class _Reached(Exception):
 
 
 class _LookUps(TorchFunctionMode):
-    """Every look-up in a wanted table becomes a leaf: [(table's name, ids [seq], leaf [1, seq, hidden])]."""
+    """Look-ups in wanted tables become leaves: (name, ids [seq], leaf [1, seq, hidden])."""
 
     def __init__(self, tables: dict[int, str]) -> None:
         super().__init__()
-        self.tables, self.seen = tables, []
+        self.tables = tables
+        self.seen: list[tuple[str, Tensor, Tensor]] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -66,7 +66,8 @@ def trace(
 ) -> Trace:
     """Run one prompt [1, seq]; pull `cotangents` [k, vocab] on the last logits to the top block."""
     blocks, head = decoder_layers(model, layers_path), model.get_output_embeddings()
-    inputs, arguments, seen = [], [], {}
+    inputs, arguments = [], []
+    seen: dict = {}
 
     def before(_module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -165,8 +166,8 @@ def at_embeddings(
         delta = delta.flatten(1, -2)  # [k, seq, hidden]
         if name in out:  # a table that is looked up twice
             delta = torch.cat([out[name].delta, delta], 1)
-            ids = torch.cat([out[name].ids, ids])
-        out[name] = Factors(delta, ids=ids)
+            ids = torch.cat([out[name].activation, ids])
+        out[name] = Factors(delta, ids)
     return out
 
 

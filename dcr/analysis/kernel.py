@@ -82,9 +82,7 @@ def entk(  # noqa: PLR0913
     a model whose gradients, put together from factors, are not autograd's.
     """
     if not len(prompts_a) or not len(prompts_b):
-        raise DCRError(
-            f"entk: {len(prompts_a)} and {len(prompts_b)} prompts given; both lists need at least one."
-        )
+        raise DCRError(f"entk: {len(prompts_a)} and {len(prompts_b)} prompts; give at least one each.")
     sides = [prompts_of(side) for side in (prompts_a, prompts_b)]
     prompts = pd.concat(sides, ignore_index=True)
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
@@ -143,8 +141,8 @@ def class_matrix(
     seeds. Raises DCRError for a class with fewer than 2 prompts.
     """
     stack = np.stack(norms if isinstance(norms, (list, tuple)) else [norms])  # [seeds, n, n]
-    labels, own = np.asarray(labels), np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]
-    members = {c: np.flatnonzero(labels == c) for c in dict.fromkeys(labels.tolist())}
+    own = np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]
+    members = {c: np.flatnonzero(np.asarray(labels) == c) for c in dict.fromkeys(labels)}
     for name, found in members.items():
         if len(found) < 2:
             raise DCRError(
@@ -308,8 +306,8 @@ def _linear(column: list[Factors], shared: int = 0) -> Tensor:
     n, k = len(column), column[0].delta.shape[0]
     delta = pad_sequence([f.delta.float().transpose(0, 1) for f in column], True)
     delta = delta.permute(0, 2, 3, 1)  # [n, seq, k, out] -> [n, k, out, seq]
-    if column[0].ids is not None:  # one-hot activations
-        ids = pad_sequence([f.ids for f in column], True)
+    if column[0].activation.dim() == 1:  # rows of a table: one-hot activations
+        ids = pad_sequence([f.activation for f in column], True)
         return _pairwise(delta, lambda part, i: (ids[part][:, :, None] == ids[i]).float())
     activation = pad_sequence([f.activation.float() for f in column], True)  # [n, seq, in]
     total: Tensor | float = 0.0
@@ -365,7 +363,7 @@ def _tied_cross(
     place = torch.where(asked, asked.cumsum(0) - 1, deltas.shape[-1])  # token -> column of deltas
     heads = torch.nn.functional.pad(deltas, (0, 1))  # [n, k, m + 1], zero for what is not asked
     parts = [
-        torch.einsum("ksn,njs->nkj", f.delta.float() @ inputs.T, heads[..., place[f.ids]])
+        torch.einsum("ksn,njs->nkj", f.delta.float() @ inputs.T, heads[..., place[f.activation]])
         for f in column
     ]
     out = torch.stack(parts).cpu()  # [n, n, k, k]

@@ -115,9 +115,9 @@ def refusal_score(
     a prompt over the context length (unless `truncate`: its last tokens are kept), or logits that
     are not finite.
     """
-    prompts = prompts_of(prompts)
-    texts = prompts["text"].tolist()
-    rows = fitted(model, encode_prompts(tokenizer, texts), prompts, truncate=truncate)
+    table = prompts_of(prompts)
+    texts = table["text"].tolist()
+    rows = fitted(model, encode_prompts(tokenizer, texts), table, truncate=truncate)
     tree = _tree(opening_tokens(tokenizer, typographies(REFUSAL_OPENINGS)))
     under = steering.start(model, tokenizer, texts) if steering else Unsteered()
     device, prefix = next(model.parameters()).device, None
@@ -143,7 +143,7 @@ def refusal_score(
             result[batch] = found
             bar.update(len(batch))
             if not np.isfinite(found).all():
-                row = named(prompts, batch[int(np.argmax(~np.isfinite(found)))])
+                row = named(table, batch[int(np.argmax(~np.isfinite(found)))])
                 raise DCRError(f"refusal score of {row} is not finite; load the model in fp32.")
     return result
 
@@ -178,7 +178,7 @@ def _log_odds(logits: Tensor, packed: _Packed, tree: list[dict[int, int]]) -> np
     """
     n = logits.shape[0]
     refuse, rest = np.full(n, -np.inf), np.full(n, -np.inf)
-    reading, unread = [[_Begun(0.0)] for _ in range(n)], [[] for _ in range(n)]
+    reading, unread = [[_Begun(0.0)] for _ in range(n)], [list[_Begun]() for _ in range(n)]
     while True:
         found, other = _next(logits, reading, tree)
         for row, begun in enumerate(reading):

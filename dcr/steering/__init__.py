@@ -1,19 +1,22 @@
-"""Training-free peers on top of an aligned model: SCANS, Surgical.
+"""Methods that act beside the weights, or edit them in closed form.
 
-Each is a small frozen object with `settings`, `at(strength)` and `start`; `dcr.lm.generate.generate(..., steering=it)`
-runs it. Hooks come off on exit, so the model is untouched afterwards.
+Each is a small frozen object that is fitted, kept as `facts` and `tensors`, run by `generate` and
+`refusal_score`, and scored. `KINDS` names them as methods.yaml does.
 """
 
-from dcr.steering.hooks import ablated, shifted
-from dcr.steering.scans import Scans, choose_threshold, fit_scans
-from dcr.steering.surgical import Surgical, fit_surgical
+from dcr.steering.gate import Gate
+from dcr.steering.scans import Scans
+from dcr.steering.surgical import Surgical
+from dcr.steering.tied import Tied
+from dcr.steering.tokens import DecisionToken, TokenGate
 
-__all__ = [
-    "Scans",
-    "Surgical",
-    "ablated",
-    "choose_threshold",
-    "fit_scans",
-    "fit_surgical",
-    "shifted",
-]
+KINDS = {
+    "scans": Scans,
+    "surgical": Surgical,
+    "gate": Gate,
+    "token": DecisionToken,
+    "token+gate": TokenGate,
+    "tied": Tied,
+}
+
+__all__ = ["KINDS", "DecisionToken", "Gate", "Scans", "Surgical", "Tied", "TokenGate"]

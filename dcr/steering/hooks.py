@@ -1,31 +1,105 @@
-"""Forward hooks for steering: context managers only. Hooks come off on exit; no weight is ever written.
+"""What steering methods share: forward hooks as context managers, readings of the residual stream.
 
-Blocks are those of `dcr.lm.blocks.decoder_layers`. Everything a decoder block reads and writes passes here, so SCANS and
-Surgical are a few lines each.
+Hooks come off on exit; no weight is written. Blocks are those of `dcr.lm.blocks.decoder_layers`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dcr.analysis.refusal import refusal_score
+from dcr.data.files import content_key
 from dcr.errors import DCRError
-from dcr.lm.batches import position_ids, token_batches
-from dcr.lm.blocks import decoder_layers, layers_holder
-from dcr.lm.chat import render
+from dcr.lm.batches import (
+    behind,
+    can_share,
+    common_prefix,
+    padded,
+    run_prefix,
+    token_batches,
+    tokens_that_fit,
+)
+from dcr.lm.blocks import decoder_layers, decoder_stack
+from dcr.lm.chat import encode_prompts
+from dcr.lm.decode import Unsteered
 
 Edit = Callable[[Tensor], Tensor]
+Place = tuple[int, int | None]
 ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn")
+BATCH = 32
+SCRIPT = '''"""An answer under steering: python use.py "a prompt" (needs dcr-kit)."""
+
+import json
+import pathlib
+import sys
+
+from safetensors.torch import load_file
+
+from dcr import generate, load_model
+from dcr.steering import KINDS
+
+here = pathlib.Path(__file__).parent
+facts = json.loads((here / "steering.json").read_text())
+tensors = load_file(here / "steering.safetensors")
+model, tokenizer = load_model(str(here))
+steering = KINDS[facts.pop("kind")].load(facts, tensors)
+print(generate(model, tokenizer, [sys.argv[1]], steering=steering)["response"][0])
+'''
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A fitted method. Subclasses add `fit`, and `start`, which decoding and scoring run.
+
+    facts: plain values, what was chosen and from what; tensors: the rest of the fit.
+    """
+
+    ANCHORS: ClassVar[tuple[str, ...]] = ()  # roles of `dcr.data.sets.anchors` that `fit` reads
+    SEEDED: ClassVar[bool] = False  # whether `fit` depends on the seed
+    script: ClassVar[str] = SCRIPT  # use.py of an exported folder
+
+    facts: dict
+    tensors: dict[str, Tensor]
+    strength: float = 1.0
+    layers_path: str = ""
+
+    @classmethod
+    def load(cls, facts: dict, tensors: dict[str, Tensor], *, layers_path: str = "") -> Self:
+        """The fit again from what was kept of it."""
+        return cls(facts, tensors, layers_path=layers_path)
+
+    @property
+    def settings(self) -> dict:
+        """What an answer depends on beside the weights."""
+        values = {n: t.double().sum().item() for n, t in sorted(self.tensors.items())}
+        fit = content_key({"facts": self.facts, "sums": values})
+        return {"method": type(self).__name__, "strength": self.strength, "fit": fit}
+
+    def at(self, strength: float) -> Self:
+        """The same at another strength; 0 leaves the model as it is."""
+        return replace(self, strength=strength)
+
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
+        """Steering of these prompts (see `dcr.lm.decode`)."""
+        raise NotImplementedError
+
+    def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+        """[n] how inclined the steered model is to refuse: log odds of its refusal openings."""
+        return refusal_score(model, tokenizer, prompts, steering=self)
 
 
 @contextlib.contextmanager
 def edited(
     outputs: Sequence[tuple[nn.Module, Edit]] = (), inputs: Sequence[tuple[nn.Module, Edit]] = ()
 ) -> Iterator[None]:
-    """Replace the (first) output or input tensor of modules by `edit(tensor)`, both [batch, seq, hidden], until exit."""
+    """Replace the (first) output or input of modules by `edit(tensor)`, [batch, seq, hidden]."""
     handles: list = []
     try:
         for module, edit in outputs:
@@ -55,21 +129,22 @@ def _first_input(args: tuple, kwargs: dict, edit: Edit) -> tuple[tuple, dict]:
 
 
 def writers(block: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs a block adds to the residual stream: attention and MLP, or the norms behind them.
+    """The modules whose outputs a block adds to the stream: attention and MLP, or their norms.
 
     Raises DCRError for a block whose parts have unknown names.
     """
-    if hasattr(
-        block, "post_feedforward_layernorm"
-    ):  # Gemma 2 and 3 normalise what attention and MLP write
-        return [block.post_attention_layernorm, block.post_feedforward_layernorm]
-    found = [
+    if hasattr(block, "post_feedforward_layernorm"):  # Gemma normalises what they write
+        return [block.get_submodule(f"post_{n}_layernorm") for n in ("attention", "feedforward")]
+    found: list = [
         next((getattr(block, n) for n in names if hasattr(block, n)), None)
         for names in (ATTENTION, FEED_FORWARD)
     ]
+    if not found[1] and hasattr(block, "fc2"):  # OPT has no module around its MLP
+        found[1] = block.fc2
     if None in found:
         raise DCRError(
-            f"{type(block).__name__}: no attention or MLP found among {[n for n, _ in block.named_children()]}; "
+            f"{type(block).__name__}: no attention or MLP found among "
+            f"{[n for n, _ in block.named_children()]}; "
             f"known names: {', '.join(ATTENTION + FEED_FORWARD)}."
         )
     return found
@@ -79,15 +154,15 @@ def writers(block: nn.Module) -> list[nn.Module]:
 def ablated(
     model: nn.Module, direction: Tensor, strength: float = 1.0, layers_path: str = ""
 ) -> Iterator[None]:
-    """Take `strength` times the component along unit `direction` [hidden] out of the residual stream, all positions.
+    """Take `strength` times the component along unit `direction` [hidden] out of the stream.
 
-    x ← x − s (x·d) d at the embeddings and at everything a block writes; the stream's component is then (1 − s) times
-    what the blocks write. At strength 1 block inputs are ablated as well, as published (Wang et al., ICLR 2025).
+    x ← x − s (x·d) d at the embeddings and at all that a block writes, everywhere; the stream's
+    component is then (1 − s) times what the blocks write. At strength 1 block inputs are ablated
+    as well, as published (Wang et al., ICLR 2025).
     """
-    cache: dict = {}
 
     def edit(x: Tensor) -> Tensor:
-        d = cache.setdefault((x.dtype, x.device), direction.to(x))
+        d = direction.to(x)
         return x - strength * (x @ d).unsqueeze(-1) * d
 
     blocks = decoder_layers(model, layers_path)
@@ -98,104 +173,106 @@ def ablated(
 
 @contextlib.contextmanager
 def shifted(
-    model: nn.Module,
-    vectors: Tensor,
-    blocks: Sequence[int],
-    amounts: Tensor,
-    tail: int,
-    layers_path: str = "",
+    model: nn.Module, shifts: dict[int, Tensor], tail: int = 0, layers_path: str = ""
 ) -> Iterator[None]:
-    """Add amounts[row] · vectors[ℓ] to the output of each block ℓ at the last `tail` tokens of every forward pass.
-
-    vectors [layers, hidden]; amounts [batch], signed. With left padding and a cache, those are the post-instruction
-    tokens of the prompt and then each generated token.
-    """
+    """Add shifts[i] [batch, hidden] to the output of block i at the last `tail` tokens (0: all)."""
     layers = decoder_layers(model, layers_path)
 
-    def edit_for(vector: Tensor) -> Edit:
+    def edit_for(shift: Tensor) -> Edit:
         def edit(x: Tensor) -> Tensor:
             x = x.clone()
-            x[:, -tail:] += amounts.to(x)[:, None, None] * vector.to(x)
+            x[:, -tail:] += shift.to(x)[:, None]
             return x
 
         return edit
 
-    with edited([(layers[i], edit_for(vectors[i])) for i in blocks]):
+    with edited([(layers[i], edit_for(shift)) for i, shift in shifts.items()]):
         yield
 
 
-def instruction_tail(tokenizer) -> int:
-    """Number of tokens that the template puts behind every prompt (the end of the instruction and the assistant's mark)."""
-    a, b = (
-        tokenizer(t, add_special_tokens=False)["input_ids"][::-1]
-        for t in render(tokenizer, ["cat", "is it 7 ?"])
-    )
-    tail = next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+def template_ends(tokenizer) -> tuple[int, int]:
+    """(tokens before every prompt's text, tokens behind it) that the chat template puts there.
+
+    Raises DCRError where there are none behind: no end-of-instruction token to steer or read from.
+    """
+    a, b = encode_prompts(tokenizer, ["cat", "is it 7 ?"])
+    head, tail = (
+        next((i for i, (x, y) in enumerate(zip(p, q, strict=False)) if x != y), min(len(a), len(b)))
+        for p, q in ((a, b), (a[::-1], b[::-1]))
     )
     if not tail:
-        raise DCRError(
-            "the chat template puts nothing behind a prompt, so there is no end-of-instruction token to steer from."
-        )
-    return tail
-
-
-def token_rows(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered prompts."""
-    return tokenizer(render(tokenizer, prompts), add_special_tokens=False)["input_ids"]
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device) -> dict[str, Tensor]:
-    """input_ids, attention_mask, position_ids [batch, seq] of token rows, padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + list(r) for r in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+        raise DCRError("the chat template puts nothing behind a prompt: no token to steer from.")
+    return head, tail
 
 
 @torch.no_grad()
 def residuals(
     model: nn.Module,
     rows: Sequence[Sequence[int]],
-    pad: int,
+    places: Sequence[Place],
     *,
-    last: int,
     at: str = "output",
-    batch_size: int = 16,
+    layers: Sequence[int] = (),
     layers_path: str = "",
 ) -> Tensor:
-    """[layers, n, last, hidden] fp32: the residual stream at the input or output of every block, last tokens of each row.
+    """[layers, n, places, hidden] fp32: the residual stream at blocks' outputs (or `at="input"`).
 
-    The output of the last block is before the final norm. The LM head does not run.
+    places: slices (start, stop) of a row's tokens, each averaged; (-1, None) is the last token.
+    layers: numbers of blocks from 0 (default: all). The last block's output is before the final
+    norm; the LM head does not run.
     """
-    holder, _ = layers_holder(model, layers_path)
-    blocks, device = decoder_layers(model, layers_path), next(model.parameters()).device
-    result, seen = None, {}
+    blocks, kept, order = decoder_layers(model, layers_path), [], []
+    numbers, seen = list(layers) or range(len(blocks)), dict[int, Tensor]()
+    starts = [start for start, _ in places]
+    shared = common_prefix(rows, keep=max(1, -min(starts)))
+    shared = min([shared, *(start for start in starts if start >= 0)])
 
-    def keep(i: int) -> Edit:
-        return lambda x: seen.__setitem__(i, x[:, -last:].float()) or x
+    def note(i: int) -> Edit:
+        return lambda x: seen.update({i: _averaged(x, lengths, places).float()}) or x
 
-    hooks = [(block, keep(i)) for i, block in enumerate(blocks)]
-    with edited(**{"outputs" if at == "output" else "inputs": hooks}):
-        for batch in token_batches([len(r) for r in rows], batch_size):
-            holder(**left_padded([rows[i] for i in batch], pad, device), use_cache=False)
-            block = torch.stack([seen[i] for i in range(len(blocks))])
-            if result is None:
-                result = block.new_zeros(len(blocks), len(rows), *block.shape[2:])
-            result[:, batch] = block
-    return result
+    stack, hooks = decoder_stack(model, layers_path), [(blocks[i], note(i)) for i in numbers]
+    for batch, inputs in _batches(stack, rows, shared):
+        lengths = inputs["position_ids"][:, -1] + 1
+        with edited(**{"outputs" if at == "output" else "inputs": hooks}):
+            stack(**inputs)
+        kept.append(torch.stack([seen[i] for i in numbers]).cpu())
+        order += batch
+    return torch.cat(kept, 1)[:, np.argsort(order)]
+
+
+def _batches(
+    stack: nn.Module, rows: Sequence[Sequence[int]], shared: int
+) -> Iterator[tuple[list[int], dict]]:
+    """(numbers of rows, arguments of their forward pass), padded on the left."""
+    device, cache = next(stack.parameters()).device, None
+    if shared and can_share(stack):
+        cache, _ = run_prefix(stack, torch.tensor([rows[0][:shared]], device=device))
+    for batch in token_batches([len(r) for r in rows], BATCH, tokens_that_fit(stack)):
+        yield batch, behind(cache, *padded([rows[i] for i in batch], device=device))
+
+
+def _averaged(x: Tensor, lengths: Tensor, places: Sequence[Place]) -> Tensor:
+    """[batch, seq, hidden], padded on the left → [batch, places, hidden]; lengths [batch]."""
+    token = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
+    means = []
+    for start, stop in places:
+        first = start if start >= 0 else lengths[:, None] + start
+        end = lengths[:, None] + (stop or 0)
+        own = ((token >= first) & (token < end)).unsqueeze(-1)  # [batch, seq, 1]
+        means.append((x * own).sum(1) / own.sum(1).clamp(min=1))
+    return torch.stack(means, 1)
+
+
+def last_tokens(n: int) -> list[Place]:
+    """The last n tokens, each a place of its own."""
+    return [(-i, 1 - i or None) for i in range(n, 0, -1)]
 
 
 @torch.no_grad()
-def last_logits(
-    model: nn.Module, rows: Sequence[Sequence[int]], pad: int, batch_size: int = 16
-) -> Tensor:
+def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
     """[n, vocabulary] fp32 logits of the first answer token."""
-    device, parts = next(model.parameters()).device, [None] * len(rows)
-    for batch in token_batches([len(r) for r in rows], batch_size):
-        logits = model(
-            **left_padded([rows[i] for i in batch], pad, device), use_cache=False, logits_to_keep=1
-        ).logits[:, -1]
-        for i, row in zip(batch, logits.float(), strict=True):
-            parts[i] = row
-    return torch.stack(parts)
+    parts, order = [], []
+    for batch, inputs in _batches(model, rows, common_prefix(rows)):
+        parts.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
+        order += batch
+    return torch.cat(parts)[np.argsort(order)]

@@ -1,0 +1,204 @@
+"""A gate (after CAST, ICLR 2025): a linear probe decides, the model answers what it lets pass.
+
+The probe reads hidden state ℓ of the gated model and is fitted on sources that hold both classes in
+both forms: else it reads the source or the form. Layer and place (last template token, last
+instruction token, mean over the instruction) by cross-validation on training prompts, one threshold
+from validation prompts. Refused prompts get a plain refusal, the others the model's own answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+
+from dcr.analysis.probes import best_layer, fit_probe, is_toxic
+from dcr.config import SteeringConfig
+from dcr.errors import DCRError
+from dcr.lm.blocks import truncated
+from dcr.lm.chat import encode_prompts
+from dcr.lm.decode import Unsteered
+from dcr.lm.states import HiddenStates
+from dcr.steering.hooks import Steering, residuals, template_ends
+
+REFUSAL = "I'm sorry, but I can't help with that."
+FORMS = ("question", "imperative")
+SCRIPT = '''"""A gated model with transformers alone: python use.py "a prompt"."""
+
+import json
+import pathlib
+import sys
+
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+here, prompt = pathlib.Path(__file__).parent, sys.argv[1]
+gate = json.loads((here / "steering.json").read_text())
+probe = load_file(here / "steering.safetensors")
+tokenizer = AutoTokenizer.from_pretrained(here)
+model = AutoModelForCausalLM.from_pretrained(here)
+chat = [{"role": "user", "content": prompt}]
+text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+states = model(**inputs, output_hidden_states=True).hidden_states[gate["layer"]][0]
+score = float(states[slice(*gate["tokens"])].mean(0) @ probe["weight"] + probe["bias"])
+answer = gate["refusal"]
+if score < gate["threshold"]:
+    ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0]
+    answer = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(json.dumps({"score": score, "answer": answer}))
+'''
+
+
+@dataclass(frozen=True)
+class Deciding(Steering):
+    """A method with a score of its own, which refuses from facts["threshold"] on."""
+
+    def refuses(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+        """[n] whether each prompt is refused; the strength multiplies the odds of refusing."""
+        with np.errstate(divide="ignore"):
+            moved = self.score(model, tokenizer, prompts) + np.log(self.strength)
+        return moved >= self.facts["threshold"]
+
+
+@dataclass(frozen=True)
+class Gate(Deciding):
+    """facts: layer, tokens [start, stop] (a slice of the prompt, averaged), threshold, refusal, and
+    what was measured; tensors: weight [hidden], bias []."""
+
+    ANCHORS = ("pairs",)
+    script = SCRIPT
+
+    @classmethod
+    def fit(
+        cls,
+        model,
+        tokenizer,
+        anchors: dict[str, pd.DataFrame],
+        validation: pd.DataFrame,
+        options: SteeringConfig,
+        *,
+        layers_path: str = "",
+        **_others,
+    ) -> Self:
+        """The probe from anchors of role pairs (text, label, form, source, request).
+
+        Raises DCRError for a source that holds one class or one form only.
+        """
+        prompts = anchors["pairs"].reset_index(drop=True)
+        check_sources(prompts)
+        y, (head, tail) = is_toxic(prompts), template_ends(tokenizer)
+        places = {
+            "template": (-1, None),
+            "instruction": (-tail - 1, -tail),
+            "mean": (head, -tail),
+        }
+        rows = encode_prompts(tokenizer, prompts["text"].tolist())
+        states = residuals(model, rows, list(places.values()), layers_path=layers_path)
+        found = []
+        for i, place in enumerate(places):
+            values = np.pad(states[:, :, i].numpy(), ((1, 0), (0, 0), (0, 0)))  # no embeddings
+            layer, table = best_layer(HiddenStates(values, place), prompts)
+            auroc, loss = table.loc[table["layer"] == layer, ["auroc", "log_loss"]].to_numpy()[0]
+            found.append((-auroc, loss, place, layer, values[layer]))
+        _, _, place, layer, chosen = min(found, key=lambda f: f[:2])
+        probe = fit_probe(chosen, y)
+        facts = {
+            "layer": layer,
+            "place": place,
+            "tokens": list(places[place]),
+            "refusal": REFUSAL,
+            "cross_validated": {f[2]: {"layer": f[3], "auroc": -float(f[0])} for f in found},
+            "sources": sorted(prompts["source"].unique()),
+            "prompts": len(prompts),
+        }
+        tensors = {
+            "weight": torch.tensor(probe.weight, dtype=torch.float32),
+            "bias": torch.tensor(probe.bias, dtype=torch.float32),
+        }
+        gate = cls(facts, tensors, layers_path=layers_path)
+        scores = gate.score(model, tokenizer, validation["text"].tolist())
+        facts |= nominal(validation, scores, options)
+        return gate
+
+    def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+        """[n] log odds of toxic; only the blocks up to ℓ run."""
+        rows = encode_prompts(tokenizer, list(prompts))
+        layer, place, path = self.facts["layer"], tuple(self.facts["tokens"]), self.layers_path
+        with truncated(model, layer, path):
+            states = residuals(model, rows, [place], layers=[layer - 1], layers_path=path)[0, :, 0]
+        return (states.double() @ self.tensors["weight"].double() + self.tensors["bias"]).numpy()
+
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
+        """The plain refusal for each prompt that the probe refuses."""
+        started, refused = Unsteered(), self.refuses(model, tokenizer, prompts)
+        started.answers = {int(i): self.facts["refusal"] for i in np.flatnonzero(refused)}
+        return started
+
+
+def check_sources(prompts: pd.DataFrame) -> None:
+    """Raise DCRError where a source has one class or one form only: a fit would read that."""
+    for source, rows in prompts.groupby("source"):
+        for column, wanted in (("label", 2), ("form", 2)):
+            if rows[column].nunique() < wanted:
+                raise DCRError(
+                    f"source {source!r} holds {column} {rows[column].iloc[0]!r} only: what is "
+                    "fitted on it reads the source or the form, not harm; take both."
+                )
+
+
+def cells(prompts: pd.DataFrame) -> pd.Series:
+    """Weights that add up to 1 in a class: sets equal in it, forms equal in a set; else 0."""
+    name = "benchmark" if "benchmark" in prompts else "source"
+    counted = prompts[prompts["form"].isin(FORMS)]
+    size = counted.groupby(["label", name, "form"])["form"].transform("size")
+    forms = counted.groupby(["label", name])["form"].transform("nunique")
+    sets = counted.groupby("label")[name].transform("nunique")
+    return (1 / (size * forms * sets)).reindex(prompts.index, fill_value=0.0)
+
+
+def nominal(prompts: pd.DataFrame, scores: np.ndarray, options: SteeringConfig) -> dict:
+    """The nominal threshold: it refuses the target share of toxic validation prompts; and what else
+    it refuses. Raises DCRError without toxic questions or imperatives."""
+    target, weights = options.target, cells(prompts).to_numpy()
+    toxic = (prompts["label"] == "toxic").to_numpy() & (weights > 0)
+    if not toxic.any():
+        raise DCRError("no toxic validation prompts to set a threshold on; see data.validation.")
+    order = np.argsort(-scores[toxic], kind="stable")
+    reached = np.cumsum(weights[toxic][order])
+    threshold = float(scores[toxic][order][int((reached < target - 1e-9).sum())])
+    harmless = ~toxic & (prompts["label"] == "seemingly_toxic").to_numpy() & (weights > 0)
+    refused = float((weights * (scores >= threshold))[harmless].sum()) if harmless.any() else None
+    return {
+        "threshold": threshold,
+        "target": target,
+        "validation_auroc": balanced_auroc(prompts, scores) if harmless.any() else None,
+        "validation_refused": refused,
+    }
+
+
+def balanced_auroc(prompts: pd.DataFrame, scores: np.ndarray) -> float:
+    """Mean over harmless sets and pairs of forms of AUROC, toxic against seemingly toxic.
+
+    Raises DCRError where no cell has both classes.
+    """
+    name = "benchmark" if "benchmark" in prompts else "source"
+    weights, form, label = cells(prompts).to_numpy(), prompts["form"], prompts["label"]
+    found = []
+    for a in FORMS:
+        toxic = ((label == "toxic") & (form == a)).to_numpy()
+        for (_, _), rows in prompts[label == "seemingly_toxic"].groupby([name, "form"]):
+            if not toxic.any() or rows["form"].iloc[0] not in FORMS:
+                continue
+            chosen = toxic | prompts.index.isin(rows.index)
+            found.append(
+                roc_auc_score(toxic[chosen], scores[chosen], sample_weight=weights[chosen])
+            )
+    if not found:
+        raise DCRError("AUROC: no toxic and seemingly toxic questions or imperatives to compare.")
+    return float(np.mean(found))

@@ -1,0 +1,155 @@
+"""Tied directions (after LLM-VA, ACL 2026): a closed-form edit of what blocks write with.
+
+v_a is the direction along which prompts that the model answers differ from those it refuses, v_b
+the one along which harmless differ from toxic. For a matrix that maps x to xW, W' = W + s
+((σa/σb) W v_b − W v_a) v_aᵀ: at strength 1 what it writes along v_a is what it wrote along v_b, on
+v_a's scale, so that the decision to answer follows harm. Directions from training pairs in both
+forms; strength and blocks from validation prompts; repeated while validation improves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from dcr.analysis.probes import fit_probe, is_toxic
+from dcr.analysis.refusal import refusal_score
+from dcr.config import SteeringConfig
+from dcr.errors import DCRError
+from dcr.lm.blocks import decoder_layers, is_linear
+from dcr.lm.chat import encode_prompts
+from dcr.lm.decode import Unsteered
+from dcr.steering.gate import balanced_auroc, check_sources
+from dcr.steering.hooks import FEED_FORWARD, Steering, residuals
+
+log = logging.getLogger("dcr")
+STRENGTHS = (0.5, 1.0)
+STARTS = (0.4, 0.6, 0.8)  # first edited block, as a share of depth; all above it are edited as well
+LEAST_GAIN = 0.002  # of AUROC on validation prompts, for an iteration to be kept
+
+
+@dataclass(frozen=True)
+class Tied(Steering):
+    """facts: what each iteration chose and reached; tensors: {parameter: its new value}."""
+
+    ANCHORS = ("pairs",)
+
+    @classmethod
+    def fit(
+        cls,
+        model,
+        tokenizer,
+        anchors: dict[str, pd.DataFrame],
+        validation: pd.DataFrame,
+        options: SteeringConfig,
+        *,
+        layers_path: str = "",
+        **_others,
+    ) -> Self:
+        """The edit from anchors of role pairs; the model itself is as before afterwards.
+
+        Raises DCRError for a source that holds one class or one form only.
+        """
+        prompts = anchors["pairs"].reset_index(drop=True)
+        check_sources(prompts)
+        texts, harmless = prompts["text"].tolist(), 1 - is_toxic(prompts)
+        held = validation[validation["label"] != "general"].reset_index(drop=True)
+
+        def reached() -> float:
+            return balanced_auroc(held, refusal_score(model, tokenizer, held["text"].tolist()))
+
+        depth, rows = len(decoder_layers(model, layers_path)), encode_prompts(tokenizer, texts)
+        kept: dict[str, Tensor] = {}
+        history = [{"validation_auroc": reached()}]
+        for _ in range(options.tied_iterations):
+            with replaced(model, kept):
+                refusing = refusal_score(model, tokenizer, texts)
+                states = residuals(model, rows, [(-1, None)], layers_path=layers_path)[:, :, 0]
+                answered = (refusing < np.median(refusing)).astype(int)
+                tried = []
+                for start, strength in itertools.product(STARTS, STRENGTHS):
+                    blocks = range(int(start * depth), depth)
+                    edit = tied(model, states, answered, harmless, blocks, strength, layers_path)
+                    with replaced(model, edit):
+                        tried.append((reached(), -blocks.start, strength, edit))
+            auroc, first, strength, edit = max(tried, key=lambda t: t[:3])
+            log.info("tied: blocks from %d, strength %.1f: AUROC %.3f", -first, strength, auroc)
+            if auroc < history[-1]["validation_auroc"] + LEAST_GAIN:
+                break
+            kept |= edit
+            history.append({"validation_auroc": auroc, "first_block": -first, "strength": strength})
+        facts = {"iterations": history, "sources": sorted(prompts["source"].unique())}
+        return cls(facts | {"prompts": len(prompts)}, kept, layers_path=layers_path)
+
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
+        """Nothing to do while decoding: the edit is in the weights (see `replaced`)."""
+        return Unsteered()
+
+
+def tied(  # noqa: PLR0913
+    model: nn.Module,
+    states: Tensor,
+    answered: np.ndarray,
+    harmless: np.ndarray,
+    blocks: Sequence[int],
+    strength: float = 1.0,
+    layers_path: str = "",
+) -> dict[str, Tensor]:
+    """{parameter name: new value} of the down-projections of `blocks`.
+
+    states [layers, n, hidden] fp32 at the blocks' outputs; answered, harmless [n] in {0, 1}.
+    """
+    names = {id(p): n for n, p in model.named_parameters()}
+    layers, out = decoder_layers(model, layers_path), {}
+    for i in blocks:
+        directions = [fit_probe(states[i].numpy(), y).weight for y in (answered, harmless)]
+        a, b = (torch.tensor(v / np.linalg.norm(v), dtype=torch.float32) for v in directions)
+        ratio = float((states[i] @ a).std() / (states[i] @ b).std())
+        module: Any = down_projection(layers[i])
+        for parameter in filter(lambda p: p is not None, (module.weight, module.bias)):
+            stored = (
+                type(module).__name__ == "Conv1D" or parameter.dim() == 1
+            )  # [in, out], or [out]
+            whole = parameter.detach().float() if stored else parameter.detach().float().T
+            va, vb = a.to(whole), b.to(whole)
+            moved = ratio * (whole @ vb) - whole @ va  # [in], or one number for a bias
+            edit = whole + strength * moved.unsqueeze(-1) * va
+            out[names[id(parameter)]] = (edit if stored else edit.T).to(parameter).contiguous()
+    return out
+
+
+def down_projection(block: nn.Module) -> nn.Module:
+    """The last linear layer of a block's MLP. Raises DCRError for a block whose MLP is unknown."""
+    mlp = next((getattr(block, n) for n in FEED_FORWARD if hasattr(block, n)), None)
+    mlp = getattr(block, "fc2", None) if mlp is None else mlp
+    found = [m for m in mlp.modules() if is_linear(m)] if mlp is not None else []
+    if not found:
+        raise DCRError(
+            f"{type(block).__name__}: no MLP found among {[n for n, _ in block.named_children()]}."
+        )
+    return found[-1]
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """The model with some parameters replaced, until exit."""
+    parameters = dict(model.named_parameters())
+    before = {n: parameters[n].detach().clone() for n in values}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                parameters[name].copy_(value)

@@ -1,0 +1,123 @@
+"""The decision as one token (after Refusal Tokens, COLM 2025), alone and with a gate.
+
+A model aligned with a decision word in front of every answer decides there; the log odds of
+refusing against complying are its score, and any threshold can be set at inference. The word is
+put behind the prompt, so that the shown answer begins after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import pandas as pd
+
+from dcr.config import SteeringConfig
+from dcr.lm.chat import encode_prompts
+from dcr.lm.decode import Unsteered
+from dcr.steering.gate import Deciding, Gate, balanced_auroc, nominal
+from dcr.steering.hooks import last_logits
+from dcr.train.examples import decision_tokens
+
+WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tried on validation
+
+
+def decision_score(model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+    """[n] log odds of the word that refuses against the one that complies, first in the answer."""
+    words = decision_tokens(tokenizer)
+    logits = last_logits(model, encode_prompts(tokenizer, list(prompts)))
+    return (logits[:, words.refuse] - logits[:, words.comply]).double().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class DecisionToken(Deciding):
+    """facts: threshold, the words, and what was measured."""
+
+    @classmethod
+    def fit(
+        cls,
+        model,
+        tokenizer,
+        anchors: dict[str, pd.DataFrame],
+        validation: pd.DataFrame,
+        options: SteeringConfig,
+        **others,
+    ) -> Self:
+        """The one threshold from validation prompts."""
+        scores = decision_score(model, tokenizer, validation["text"].tolist())
+        facts = {"words": list(decision_tokens(tokenizer).words)}
+        path = others.get("layers_path", "")
+        return cls(facts | nominal(validation, scores, options), {}, layers_path=path)
+
+    def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+        """[n] log odds of the decision token."""
+        return decision_score(model, tokenizer, prompts)
+
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
+        """The decided word behind each prompt."""
+        words, started = decision_tokens(tokenizer), Unsteered()
+        refused = self.refuses(model, tokenizer, prompts)
+        started.prefill = [[words.refuse if r else words.comply] for r in refused]
+        return started
+
+
+def fit_combination(prompts: pd.DataFrame, scores: pd.DataFrame) -> dict:
+    """Means and deviations of two scores [n, 2] on validation prompts, and the second one's weight.
+
+    The weight, of 0, .1 ... 1, is that of the best AUROC with forms and harmless sets equal; ties
+    go to the most even one.
+    """
+    facts = {
+        "mean": scores.mean().to_dict(),
+        "deviation": scores.std(ddof=0).replace(0.0, 1.0).to_dict(),
+    }
+    aurocs = [
+        balanced_auroc(prompts, combined(scores, facts | {"weight": w}).to_numpy()) for w in WEIGHTS
+    ]
+    best = max(zip(aurocs, WEIGHTS, strict=True), key=lambda a: (round(a[0], 4), -abs(a[1] - 0.5)))
+    return facts | {"weight": best[1], "aurocs": aurocs}
+
+
+def combined(scores: pd.DataFrame, facts: dict) -> pd.Series:
+    """[n] the sum of two standardised scores, weighted 1 − w and w (see `fit_combination`)."""
+    standard = (scores - pd.Series(facts["mean"])) / pd.Series(facts["deviation"])
+    first, second = scores.columns
+    return (1 - facts["weight"]) * standard[first] + facts["weight"] * standard[second]
+
+
+@dataclass(frozen=True)
+class TokenGate(DecisionToken):
+    """The decision token and a gate on the same model, standardised and weighted on validation."""
+
+    ANCHORS = Gate.ANCHORS
+
+    @classmethod
+    def fit(
+        cls,
+        model,
+        tokenizer,
+        anchors: dict[str, pd.DataFrame],
+        validation: pd.DataFrame,
+        options: SteeringConfig,
+        **others,
+    ) -> Self:
+        """Fit the gate, then weight and threshold of the sum on validation prompts."""
+        gate = Gate.fit(model, tokenizer, anchors, validation, options, **others)
+        path = others.get("layers_path", "")
+        method = cls({"gate": gate.facts}, gate.tensors, layers_path=path)
+        scores = method.parts(model, tokenizer, validation["text"].tolist())
+        facts = method.facts | fit_combination(validation, scores)
+        facts |= nominal(validation, combined(scores, facts).to_numpy(), options)
+        return cls(facts, gate.tensors, layers_path=path)
+
+    def parts(self, model, tokenizer, prompts: Sequence[str]) -> pd.DataFrame:
+        """[n, (token, gate)] both scores."""
+        gate = Gate(self.facts["gate"], self.tensors, layers_path=self.layers_path)
+        token = decision_score(model, tokenizer, prompts)
+        return pd.DataFrame({"token": token, "gate": gate.score(model, tokenizer, prompts)})
+
+    def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
+        """[n] the sum of both standardised scores."""
+        return combined(self.parts(model, tokenizer, prompts), self.facts).to_numpy()
