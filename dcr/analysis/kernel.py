@@ -82,7 +82,9 @@ def entk(  # noqa: PLR0913
     a model whose gradients, put together from factors, are not autograd's.
     """
     if not len(prompts_a) or not len(prompts_b):
-        raise DCRError(f"entk: {len(prompts_a)} and {len(prompts_b)} prompts; give at least one each.")
+        raise DCRError(
+            f"entk: {len(prompts_a)} and {len(prompts_b)} prompts; give at least one each."
+        )
     sides = [prompts_of(side) for side in (prompts_a, prompts_b)]
     prompts = pd.concat(sides, ignore_index=True)
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
