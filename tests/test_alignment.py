@@ -120,7 +120,7 @@ def test_the_shared_prefix_leaves_loss_and_gradient_alone(family):
 
 
 def test_it_learns_the_answer_and_to_stop(tiny_tokenizer):
-    config = ALIGN.replaced(max_steps=120, lr=2e-2, lora_rank=0, lora_targets=())
+    config = ALIGN.replaced(max_steps=70, lr=2e-2, lora_rank=0, lora_targets=())
     model = aligned(config=config).model
     ids = torch.tensor(encode_prompts(tiny_tokenizer, ["how do i kill the cat ?"]))
     out = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :].tolist()
@@ -144,7 +144,7 @@ def test_the_decision_comes_first_and_adds_one_token(tiny_tokenizer):
         start = plain.starts[row]
         assert decided.ids[row] == plain.ids[row][:start] + [token] + plain.ids[row][start:]
         assert labels_of(decided, row)[0] == token
-    model = aligned(config=ALIGN.replaced(decision="words", max_steps=80, lr=2e-2)).model
+    model = aligned(config=ALIGN.replaced(decision="words", max_steps=50, lr=4e-2)).model
     ids = encode_prompts(tiny_tokenizer, ["how do i kill the cat ?", "list the dog in 8 ."])
     said = [model(torch.tensor([r])).logits[0, -1].argmax().item() for r in ids]
     assert said == [decision.refuse, decision.comply]
@@ -162,7 +162,7 @@ def test_routing_ties_the_decision_to_the_probe_against_the_label():
     """Refusals whose probe says harmless: the label pulls one way, enough weight the other."""
     rows = mix().assign(target=[-2.0, -2.0] * 8)
     rows.loc[::4, "target"] = np.nan  # no target: these rows are taught as ever
-    config = ALIGN.replaced(decision="words", max_steps=80, lr=2e-2)
+    config = ALIGN.replaced(decision="words", max_steps=40, lr=4e-2)
     plain, tied = (
         odds(aligned(config=config.replaced(routing=w), rows=rows).model, [mix()["text"][1]])[0]
         for w in (0.0, 50.0)

@@ -37,7 +37,7 @@ def test_every_block_below_moves_and_none_above(family, rank):
 
 
 def test_it_pulls_the_classes_apart():
-    result = refined(config=REFINE.replaced(max_steps=40, eval_steps=20))
+    result = refined(config=REFINE.replaced(max_steps=20, eval_steps=20))
     similarity = [row["cross_similarity"] for row in result.evaluations]
     assert similarity[-1] < similarity[0] - 0.2
     assert result.history[-1]["loss"] < result.history[0]["loss"]
@@ -79,7 +79,7 @@ def test_other_losses_train(loss):
 
 def test_retention_holds_general_prompts_still():
     loose, held = (
-        refined(config=REFINE.replaced(max_steps=30, retention=w), general=GENERAL)
+        refined(config=REFINE.replaced(max_steps=12, retention=w), general=GENERAL)
         for w in (1e-6, 30.0)
     )
     assert held.history[-1]["drift"] < 0.5 * loose.history[-1]["drift"]
@@ -92,7 +92,7 @@ def test_the_target_stops_early_and_says_why():
     assert all(r["cross_similarity"] > 0.6 for r in result.evaluations[:-1])
 
 
-@pytest.mark.parametrize("batch", [12, 16])
+@pytest.mark.parametrize("batch", [16])
 def test_held_out_readings_take_no_more_than_a_twentieth_of_the_stage(batch):
     config = REFINE.replaced(max_steps=90, batch_size=batch, eval_steps=1, lr=1e-5)
     result = refined(config=config)
