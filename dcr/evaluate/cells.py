@@ -48,6 +48,10 @@ class Cell:
         """[draws, m] weight of each of its prompts in the rate, from request weights [draws, n]."""
         return np.hstack([share * shares(drawn[:, i]) for share, i in self.parts])
 
+    def single(self, requests: np.ndarray) -> bool:
+        """Whether it is one share of requests that each come once."""
+        return len(self.parts) == 1 and len(set(requests[self.index])) == len(self.index)
+
     def effective(self, requests: np.ndarray) -> float:
         """How many requests stand behind it (Kish)."""
         return effective_n(self.weights(np.ones((1, len(requests))))[0], requests[self.index])

@@ -10,8 +10,15 @@ import pandas as pd
 from dcr.data.forms import form_of
 from dcr.errors import DCRError
 from dcr.evaluate.cells import aligned
-from dcr.evaluate.intervals import N_BOOT, effective_n, interval, mean_interval, request_weights
-from dcr.evaluate.rates import SIGNED, WANTED
+from dcr.evaluate.intervals import (
+    N_BOOT,
+    SIGNED,
+    effective_n,
+    interval,
+    mean_interval,
+    request_weights,
+)
+from dcr.evaluate.rates import WANTED
 
 # Ours, mild, the same for both classes: a role, a demanded opening, courtesy, another language.
 WRAPPERS: dict[str, Callable[[str], str]] = {

@@ -26,6 +26,7 @@ from dcr.errors import DCRError
 
 N_BOOT = 1000
 LEVEL = (0.025, 0.975)
+SHARE, SIGNED = (0.0, 1.0), (-1.0, 1.0)  # bounds of a share, of a difference of shares
 Names = Sequence[str] | np.ndarray | pd.Series
 
 
@@ -35,18 +36,8 @@ def _weights_of(request: str, n_boot: int) -> np.ndarray:
     return np.random.default_rng(key).standard_exponential(n_boot)
 
 
-@functools.cache
-def _noise(n_boot: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights of the two made-up requests [n_boot, 2] and normal multipliers [n_boot, seeds]."""
-    rng = np.random.default_rng(0x5EED)
-    return rng.standard_exponential((n_boot, 2)), rng.standard_normal((n_boot, seeds))
-
-
 def request_weights(requests: Names, n_boot: int = N_BOOT) -> np.ndarray:
-    """[1 + n_boot, n] weight of each row's request; row 0 is the sample itself (all 1).
-
-    Raises DCRError when there is nothing to draw from.
-    """
+    """[1 + n_boot, n] weight of each row's request; row 0 is the sample itself (all 1)."""
     codes, unique = pd.factorize(np.asarray(requests, dtype=object))
     if not len(codes) or n_boot < 1:
         raise DCRError(f"bootstrap: {len(codes)} prompts, n_boot={n_boot}; need at least 1 each.")
@@ -57,8 +48,8 @@ def request_weights(requests: Names, n_boot: int = N_BOOT) -> np.ndarray:
 def shares(weights: np.ndarray) -> np.ndarray:
     """[1 + n_boot, n] the weights of a mean: they add up to 1 in each draw.
 
-    The Bayesian bootstrap spreads a mean of m requests by (m - 1) / (m + 1) of its unbiased variance;
-    that is made good here (a share may fall below 0 by a hair).
+    The Bayesian bootstrap spreads a mean of m requests by (m - 1) / (m + 1) of its unbiased
+    variance; that is made good here (a share may fall below 0 by a hair).
     """
     m = len(np.unique(weights[-1]))  # requests: each has a weight of its own
     share = weights / weights.sum(1, keepdims=True)
@@ -72,32 +63,30 @@ def effective_n(weights: np.ndarray, requests: Names) -> float:
 
 
 def interval(
-    draws: np.ndarray, n: float | np.ndarray = 0.0, bounds: tuple[float, float] | None = (0.0, 1.0)
+    draws: np.ndarray, n: float | np.ndarray = 0.0, bounds: tuple[float, float] | None = SHARE
 ) -> dict[str, np.ndarray]:
-    """value, low, high, se [...] from draws [1 + n_boot, seeds, ...] of a statistic (row 0: the sample).
+    """value, low, high, p [...] from draws [1 + n_boot, seeds, ...] (row 0: the sample).
 
     The value is the mean over seeds. Seeds that differ by more than what requests spread (drawn
-    apart for each, that spread is in the draws already) widen the interval by the rest.
-    n: requests behind the statistic. bounds: its least and largest value, None where it has none.
+    apart for each, that spread is in the draws already) widen the interval by the rest. p: of the
+    value 0, two-sided, normal. n: requests behind the statistic. bounds: None where it has none.
     """
     seeds, drawn = draws.shape[1], draws[1:].mean(1)
     value = np.round(draws[0].mean(0), 12)  # sums of weights miss 1 by a few bits
-    made_up, multipliers = _noise(len(drawn), seeds)
+    rng, column = np.random.default_rng(0x5EED), (-1, *[1] * (drawn.ndim - 1))
     if seeds > 1:
         apart = draws[0] - value  # [seeds, ...]
-        by_requests = (draws[1:] - drawn[:, None]).var(axis=0).sum(0)
-        total = (apart**2).sum(0)
+        by_requests, total = (draws[1:] - drawn[:, None]).var(0).sum(0), (apart**2).sum(0)
         rest = np.sqrt(np.clip(1 - by_requests / np.where(total > 0, total, np.inf), 0, 1))
-        drawn = drawn + rest * np.tensordot(
-            multipliers / np.sqrt(seeds * (seeds - 1)), apart, (1, 0)
-        )
+        multipliers = rng.standard_normal((len(drawn), seeds)) / np.sqrt(seeds * (seeds - 1))
+        drawn = drawn + rest * np.tensordot(multipliers, apart, (1, 0))
     if bounds is not None:
-        a, b = made_up.T.reshape(2, -1, *[1] * (drawn.ndim - 1))
+        a, b = (x.reshape(column) for x in rng.standard_exponential((2, len(drawn))))
         drawn = (n * drawn.clip(*bounds) + a * bounds[0] + b * bounds[1]) / (n + a + b)
     low, high = np.quantile(drawn, LEVEL, axis=0)
-    se = (high - low) / (norm.ppf(LEVEL[1]) - norm.ppf(LEVEL[0]))
+    se = np.maximum((high - low) / (2 * norm.ppf(LEVEL[1])), 1e-12)
     low, high = np.minimum(low, value), np.maximum(high, value)
-    return {"value": value, "low": low, "high": high, "se": se}
+    return {"value": value, "low": low, "high": high, "p": 2 * norm.sf(np.abs(value) / se)}
 
 
 def mean_interval(
@@ -115,30 +104,15 @@ def mean_interval(
     return float(found["value"]), float(found["low"]), float(found["high"])
 
 
-def mean_over_seeds(
-    rows: pd.DataFrame, by: Sequence[str], values: Sequence[str] = ("value",)
-) -> pd.DataFrame:
-    """`by`, each value with <value>_low and <value>_high (`low`, `high` if there is one), seeds.
-
-    Student's t over seeds, for what no prompts stand behind (losses, trajectories); the value
-    itself where there is one seed. `rows` have a column seed.
-    """
-    found = []
-    for key, part in rows.groupby(list(by), sort=False, dropna=False):
-        each = part.groupby("seed")[list(values)].mean()
-        k, row = len(each), dict(zip(by, key, strict=True))
-        for name in values:
-            half = t.ppf(LEVEL[1], k - 1) * each[name].std() / np.sqrt(k) if k > 1 else 0.0
-            low, high = ("low", "high") if len(values) == 1 else (f"{name}_low", f"{name}_high")
-            mean = each[name].mean()
-            row |= {name: mean, low: mean - half, high: mean + half}
-        found.append({**row, "seeds": k})
-    return pd.DataFrame(found)
-
-
-def p_value(value: np.ndarray | float, se: np.ndarray | float) -> np.ndarray:
-    """Two-sided normal p of "no difference", from a difference and the width of its interval."""
-    return 2 * norm.sf(np.abs(value) / np.maximum(se, 1e-12))
+def mean_over_seeds(rows: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """`by`, value, low, high, seeds: Student's t over seeds (column seed), for what no prompts
+    stand behind, such as losses; a single seed has no interval (low = high = value)."""
+    each = rows.groupby([*by, "seed"], sort=False, dropna=False)[value].mean().reset_index()
+    table = each.groupby(list(by), sort=False, dropna=False)[value].agg(["mean", "sem", "size"])
+    half = t.ppf(LEVEL[1], table["size"] - 1) * table["sem"]
+    low, high = table["mean"] - half.fillna(0), table["mean"] + half.fillna(0)
+    found = {value: table["mean"], "low": low, "high": high, "seeds": table["size"]}
+    return pd.DataFrame(found).reset_index()
 
 
 def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
@@ -158,13 +132,13 @@ def wilson(count: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mcnemar_exact(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> float:
+def mcnemar_exact(a: np.ndarray, b: np.ndarray) -> float:
     """Two-sided exact McNemar p value of two methods' hits on the same prompts."""
     x, y = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
     if x.shape != y.shape:
         raise DCRError(f"mcnemar: {x.size} and {y.size} outcomes; both need the same prompts.")
     table = [[(x & y).sum(), (x & ~y).sum()], [(~x & y).sum(), (~x & ~y).sum()]]
-    return float(min(1.0, mcnemar(table, exact=True).pvalue)) if (x != y).any() else 1.0
+    return float(min(1.0, mcnemar(table, exact=True).pvalue))
 
 
 # ---- Below: what tables/ still calls; goes with its last caller.
