@@ -6,7 +6,6 @@ limits or company.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -148,10 +147,9 @@ def _kept(key: str, tables: tuple) -> pd.DataFrame:
         except (OSError, ValueError):
             log.warning("%s is broken and made again", path)
     rows = _made(tables)
-    with contextlib.suppress(DCRError, OSError):  # a cache that cannot be written is no loss
-        write_atomic(path, rows.to_parquet(index=False))
-        for old in sorted(path.parent.glob("*.parquet"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
-            old.unlink(missing_ok=True)
+    write_atomic(path, rows.to_parquet(index=False))
+    for old in sorted(path.parent.glob("*.parquet"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+        old.unlink(missing_ok=True)
     return rows
 
 

@@ -1,118 +1,104 @@
-"""What stage 1 did to one experiment's held-out prompts: cosines, map, drift and kernel before and after. Tidy tables."""
+"""Notebook 02: what stage 1 moves and what it costs the rest, before (base) and after it."""
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-from dcr.data.pairs import as_pairs
+from dcr.analysis.probes import map_2d
+from dcr.evaluate.intervals import mean_over_seeds
+from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
-from dcr.tables.trajectories import class_prompts, kernel_table, stored_states
+from dcr.run.registry import table
+from dcr.tables.gather import followed_prompts, methods_of, needed, stacked
 
-WHEN = ("before", "after")
-
-
-def training_pairs(experiment: Experiment, method: str = "DCR", n: int = 6) -> pd.DataFrame:
-    """A few training prompts as they meet in a batch: minimal pairs where the data have them, else the two classes apart."""
-    toxic, seemingly, *_ = experiment.training_sets(method)
-    shared = set(toxic["pair_id"]) & set(seemingly["pair_id"]) - {""}
-    if shared:
-        both = pd.concat([toxic, seemingly])
-        pairs = as_pairs(both[both["pair_id"].isin(shared)])
-        return pairs[["category", "form", "seemingly_toxic", "toxic", "distance"]].head(n)
-    return pd.concat([seemingly.head(n), toxic.head(n)])[["label", "form", "text"]]
+NOTEBOOK = "02_refinement"
+PER_CLASS = 12  # prompts a class in maps and drifts
+FOLLOWED = {"cross_similarity": "cosine, across classes", "within_similarity": "cosine, within"}
 
 
-def _both(experiment: Experiment, method: str, per_class: int):
-    rows = class_prompts(experiment, per_class)
-    states = {
-        "before": stored_states(experiment, "base", "refinement", rows),
-        "after": stored_states(experiment, method, "refinement", rows, 0),
-    }
-    return rows, states, experiment.refined(method).manifest["layer"]
+@table("overview", notebook=NOTEBOOK)
+def overview(experiment: Experiment) -> pd.DataFrame:
+    """The two stages of DCR: blocks of the model, blocks that move (from below), ℓ, loss."""
+    run = experiment.runs[0]
+    loss = f"{run.recipe('DCR').refine.loss} loss at ℓ"
+    rows = [
+        ("refine", run.layer("DCR"), loss, "toxic and seemingly toxic prompts"),
+        ("align", run.depth, "next token", "general instructions, toxic prompts with refusals"),
+    ]
+    table = pd.DataFrame(rows, columns=["stage", "trained", "loss", "prompts"])
+    return table.assign(blocks=run.depth, layer=run.layer("DCR"))
 
 
-def cosines(experiment: Experiment, method: str = "DCR", per_class: int = 12) -> pd.DataFrame:
-    """Rows when, i, j, label_i, label_j, cosine at ℓ between held-out prompts of three classes, before and after stage 1."""
-    rows, states, layer = _both(experiment, method, per_class)
-    labels, parts = rows["label"].to_numpy(), []
-    i, j = (x.ravel() for x in np.indices((len(rows), len(rows))))
-    for when in WHEN:
-        unit = states[when].layer(layer) / np.linalg.norm(
-            states[when].layer(layer), axis=1, keepdims=True
-        )
-        parts.append(
-            pd.DataFrame(
-                {
-                    "when": when,
-                    "i": i,
-                    "j": j,
-                    "label_i": labels[i],
-                    "label_j": labels[j],
-                    "cosine": (unit @ unit.T).ravel(),
-                    "layer": layer,
-                }
+@table("refinement", notebook=NOTEBOOK)
+def refinement(experiment: Experiment) -> pd.DataFrame:
+    """Held-out cosines and a probe's AUROC over stage 1, a row a method, seed and evaluation."""
+    methods = methods_of(experiment, "refine")
+    rows = stacked(experiment, lambda run, m: run.history(m, "evaluations"), methods)
+    return rows[["method", "seed", "step", *FOLLOWED, "probe_auroc"]]
+
+
+@table("losses", notebook=NOTEBOOK)
+def losses(experiment: Experiment) -> pd.DataFrame:
+    """Training loss of both stages, a row a method, seed and step."""
+    parts = []
+    for stage in ("refine", "align"):
+        if methods := methods_of(experiment, stage):
+
+            def read(run: Run, method: str, stage: str = stage) -> pd.DataFrame:
+                return run.history(method, stage)
+
+            parts.append(stacked(experiment, read, methods).assign(stage=stage))
+    return pd.concat(parts, ignore_index=True)[["method", "seed", "stage", "step", "loss"]]
+
+
+@table("refinement_maps", notebook=NOTEBOOK)
+def refinement_maps(experiment: Experiment) -> pd.DataFrame:
+    """Two principal components of ℓ's states before and after DCR's stage 1, each with own axes."""
+    run, method = experiment.runs[0], needed(experiment, "DCR", "refinement_maps")
+    rows, parts, layer = followed_prompts(experiment, PER_CLASS), [], run.layer(method)
+    for when, states in (
+        ("before", run.states("base", rows)),
+        ("after", run.states(method, rows, 0)),
+    ):
+        x, y = map_2d(states, layer).T
+        parts.append(rows[["id", "label", "form"]].assign(when=when, x=x, y=y))
+    return pd.concat(parts, ignore_index=True).assign(method=method, layer=layer)
+
+
+@table("refinement_drift", notebook=NOTEBOOK)
+def refinement_drift(experiment: Experiment) -> pd.DataFrame:
+    """How far each class moved from the base at every layer: mean ‖h − h₀‖²/‖h₀‖²."""
+    rows, parts = followed_prompts(experiment, PER_CLASS), []
+    for run in experiment.runs:
+        for method in methods_of(experiment, "refine"):
+            old, new = run.states("base", rows).values, run.states(method, rows, 0).values
+            moved = ((new - old) ** 2).sum(-1) / (old**2).sum(-1)  # [layers + 1, n]
+            wide = pd.DataFrame(moved.T).groupby(rows["label"].to_numpy()).mean()
+            long = (
+                wide.rename_axis("label")
+                .reset_index()
+                .melt("label", range(1, run.depth + 1), "layer", "drift")
             )
-        )
-    table = pd.concat(parts, ignore_index=True)
-    experiment.write_table("refinement_cosines", table)
-    return table
+            parts.append(long.assign(method=method, seed=run.seed, refined_at=run.layer(method)))
+    keys = ["method", "layer", "label", "refined_at"]
+    return mean_over_seeds(pd.concat(parts, ignore_index=True), keys, ["drift"])
 
 
-def maps(experiment: Experiment, method: str = "DCR", per_class: int = 12) -> pd.DataFrame:
-    """Rows when, x, y, label, form: two principal components of ℓ's states, each picture with its own axes."""
-    from dcr.analysis.probes import map_2d
-
-    rows, states, layer = _both(experiment, method, per_class)
-    points = {when: map_2d(states[when], layer) for when in WHEN}
-    table = pd.concat(
-        [
-            rows[["id", "label", "form"]].assign(when=w, x=p[:, 0], y=p[:, 1], layer=layer)
-            for w, p in points.items()
-        ],
-        ignore_index=True,
+@table("similarity", notebook=NOTEBOOK)
+def similarity(experiment: Experiment) -> pd.DataFrame:
+    """Cosines at ℓ and toxic prompts' kernel with each class, before and after (figure 5)."""
+    steps = (
+        experiment.table("refinement").sort_values("step", kind="stable").rename(columns=FOLLOWED)
     )
-    experiment.write_table("refinement_maps", table)
-    return table
-
-
-def drift_by_layer(
-    experiment: Experiment, method: str = "DCR", per_class: int = 12
-) -> pd.DataFrame:
-    """Rows layer, label, drift: how far each class moved from the base at every layer, mean ‖h − h₀‖²/‖h₀‖²."""
-    rows, states, refined_at = _both(experiment, method, per_class)
-    found = []
-    for layer in range(1, states["before"].n_layers + 1):
-        old, new = states["before"].layer(layer), states["after"].layer(layer)
-        moved = ((new - old) ** 2).sum(1) / (old**2).sum(1)
-        found += [
-            {
-                "layer": layer,
-                "label": label,
-                "drift": float(moved[(rows["label"] == label).to_numpy()].mean()),
-                "refined_at": refined_at,
-            }
-            for label in rows["label"].unique()
-        ]
-    table = pd.DataFrame(found)
-    experiment.write_table("refinement_drift", table)
-    return table
-
-
-def kernel_before_after(experiment: Experiment, method: str = "DCR") -> pd.DataFrame:
-    """Kernel rows (see `kernel_table`) of toxic prompts with each class, before and after stage 1, `when` in place of method."""
-    both = (
-        kernel_table(experiment, m, 0).assign(when=w)
-        for m, w in (("STL", "before"), (method, "after"))
-    )
-    table = pd.concat(both, ignore_index=True).drop(columns="method").query("class_a == 'toxic'")
-    experiment.write_table("refinement_kernel", table)
-    return table
-
-
-def layer_sweep(experiment: Experiment, method: str = "DCR") -> pd.DataFrame:
-    """The candidates of `layer="auto"`, one row each (empty where ℓ was given)."""
-    table = pd.DataFrame(experiment.refined(method).manifest["layer_sweep"])
-    if len(table):
-        experiment.write_table("layer_choice", table)
-    return table
+    ends = steps.groupby(["method", "seed"], sort=False)[list(FOLLOWED.values())]
+    both = pd.concat({"before": ends.first(), "after": ends.last()}, names=["when"]).reset_index()
+    long = both.melt(["when", "method", "seed"], var_name="measure", value_name="value")
+    cosines = mean_over_seeds(long, ["method", "measure", "when"])
+    rows = experiment.table("kernel").query("class_a == 'toxic'")
+    rows = rows.assign(measure="kernel, toxic with " + rows["class_b"].str.replace("_", " "))
+    names = {"normalised": "value", "normalised_low": "low", "normalised_high": "high"}
+    rows = rows.rename(columns=names)[["method", "stage", "measure", *names.values(), "seeds"]]
+    after = rows[rows["stage"] == "refined"].assign(when="after")
+    base = rows[rows["stage"] == "base"].drop(columns="method").assign(when="before")
+    before = base.merge(after[["method"]].drop_duplicates(), how="cross")
+    return pd.concat([cosines, before, after], ignore_index=True).drop(columns="stage")

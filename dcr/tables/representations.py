@@ -1,281 +1,206 @@
-"""Why aligned models over-refuse, measured on one experiment: which prompts lie apart, and by what.
+"""Notebook 01: what hidden states of the base model tell apart, harm, form or source.
 
-Every function returns a tidy table; hidden states are computed once and kept in the run directory. Kernel, refusal
-probability and their course over alignment are in `dcr.tables.trajectories` and offered here too.
+The first seed is read: seeds choose only the training sample here. Requests that a probe was
+fitted on are scored by the fold that held them out.
 """
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pandas as pd
 
+from dcr.analysis import probes
+from dcr.analysis.kernel import class_matrix
+from dcr.analysis.proposition import bound_check, bound_pairs
+from dcr.data.forms import swap_table
+from dcr.evaluate.frontier import auroc
+from dcr.evaluate.intervals import mean_interval
+from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
-from dcr.tables.trajectories import (
-    class_prompts,
-    kernel_table,
-    proposition,
-    refinement_layer,
-    refusal_rates,
-    rejection_reliability,
-    rejection_table,
-    stored_states,
-    trajectories,
-)
+from dcr.run.registry import table
+from dcr.tables.gather import auroc_rows, first_of_each, followed_prompts, methods_of
 
-__all__ = [
-    "before_after",
-    "class_prompts",
-    "closing_note",
-    "kernel_table",
-    "map_points",
-    "probe_cells",
-    "probe_sets",
-    "proposition",
-    "question_shares",
-    "refinement_layer",
-    "refusal_rates",
-    "rejection_reliability",
-    "rejection_table",
-    "separability",
-    "separability_summary",
-    "trajectories",
-]
-
-log = logging.getLogger("dcr")
-PAIRINGS = {
-    "sources (paper)": "sources, forms swapped",
-    "matched pairs": "matched pairs, forms swapped",
-    "XSTest contrasts": "XSTest contrasts, forms swapped",
-}
-MAX_PROMPTS = 150  # a class, in representation analyses
+NOTEBOOK = "01_representations"
+SHOWN = ["pairing", "source", "toxic_form", "harmless_form", "auroc", "low", "high", "n"]
 
 
-def probe_sets(experiment: Experiment, method: str = "base") -> dict[str, pd.DataFrame]:
-    """Named pairings to separate: the profile's own contrastive sets, matched pairs, and XSTest where it is at hand.
-
-    For the untouched model matched pairs are those of all splits (unless the profile limits its sets): nothing was
-    trained on them. For any other method only held-out ones.
-    """
-    from dcr.data import loaders, sets
-    from dcr.data.forms import swap_table
-
-    seed = experiment.config.seed
-    pairs = pd.concat(
-        [
-            sets.table(n)
-            for n in ("pairs-safe", "pairs-toxic", "validation-safe", "validation-toxic")
-        ],
-        ignore_index=True,
-    )
-    if method == "base" and not experiment.config.data.limit:
-        pairs = loaders.load_bundled("pairs")
-    chosen = (
-        pairs["pair_id"].drop_duplicates().sample(frac=1, random_state=seed)
-    )  # both members of a pair, or neither
-    pairs = pairs[
-        pairs["pair_id"].isin(chosen[: experiment.config.evaluation.probe_pairs])
-    ].reset_index(drop=True)
-    found = {"matched pairs": pairs, "matched pairs, forms swapped": swap_table(pairs)}
-    if experiment.config.data.toxic != "bundled":
-        toxic, harmless = experiment.sets.toxic, experiment.sets.seemingly_toxic
-        found["sources (paper)"] = pd.concat(
-            [_some(toxic, seed), _some(harmless, seed)], ignore_index=True
-        )
-    else:  # the paper's confound in small: harmless questions against toxic imperatives
-        kept = pairs[(pairs["label"] == "toxic") == (pairs["form"] == "imperative")]
-        found["sources (paper)"] = kept.reset_index(drop=True)
-    found["sources, forms swapped"] = swap_table(found["sources (paper)"])
-    if "xstest-unsafe" in experiment.config.data.benchmarks:
-        xstest = pd.concat(
-            [_some(sets.table(n), seed) for n in ("xstest-safe", "xstest-unsafe")],
-            ignore_index=True,
-        )
-        kind = xstest["category"].str.replace("contrast_", "", regex=False)
-        found["XSTest contrasts"] = xstest.assign(pair_id=kind)  # folds grouped by kind
-        found["XSTest contrasts, forms swapped"] = swap_table(found["XSTest contrasts"])
-    if {"or-bench", "advbench"} <= set(
-        experiment.config.data.benchmarks
-    ):  # sources that no probe is trained on
-        others = pd.concat(
-            [_some(sets.table(n), seed) for n in ("or-bench", "advbench")], ignore_index=True
-        )
-        found["other sources"], found["other sources, forms swapped"] = others, swap_table(others)
-    return found
+def pairings(run: Run) -> dict[str, pd.DataFrame]:
+    """Named training pairings of both classes: the paper's, minimal pairs, XSTest's contrasts."""
+    named = {}
+    for name, method in (("sources (paper)", "DCR"), ("matched pairs", "DCR-matched")):
+        sets = run.sets(method)
+        named[name] = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
+    if run.config.data.toxic == "bundled":  # the paper's confound in small: questions, imperatives
+        rows = named["matched pairs"]
+        kept = (rows["label"] == "toxic") == (rows["form"] == "imperative")
+        named["sources (paper)"] = rows[kept]
+    xstest = run.prompts["benchmark"].str.startswith("xstest")
+    contrasts = run.prompts[xstest & (run.prompts["version"] == "published")]
+    if contrasts["label"].nunique() == 2:
+        named["XSTest contrasts"] = contrasts
+    n = run.config.evaluation.probe_pairs
+    return {name: first_of_each(rows, n) for name, rows in named.items()}
 
 
-def _some(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
-    from dcr.data.loaders import stratified_subset
+def unseen(run: Run, per_set: int) -> pd.DataFrame:
+    """Test prompts of both classes, all versions of `per_set` requests a set; no training set."""
+    rows = run.prompts[(run.prompts["role"] == "test") & (run.prompts["label"] != "general")]
+    return first_of_each(rows, per_set, ("label", "benchmark"))
 
-    return stratified_subset(rows, min(MAX_PROMPTS, len(rows)), seed)
+
+def spread(run: Run, n: int = 8) -> list[int]:
+    """`n` layers spread over the depth, with ℓ and the last one."""
+    return sorted({*np.linspace(1, run.depth, n).round().astype(int).tolist(), run.layer("DCR")})
 
 
+@table("question_shares", notebook=NOTEBOOK)
 def question_shares(experiment: Experiment) -> pd.DataFrame:
-    """Share of questions in every benchmark and training set: the shortcut, counted."""
-    tables = {n: t for n, t in experiment.sets.benchmarks.items() if "/swapped" not in n}
-    tables |= {
-        "stage 1, seemingly toxic": experiment.sets.seemingly_toxic,
-        "stage 1, toxic": experiment.sets.toxic,
-        "stage 2, safe": experiment.sets.mix.query("role == 'safe'"),
-        "stage 2, general": experiment.sets.mix.query("role == 'general'"),
-    }
-    rows = [
-        {
-            "set": n,
-            "label": t["label"].iloc[0],
-            "question_share": float((t["form"] == "question").mean()),
-            "n": len(t),
-        }
-        for n, t in tables.items()
-    ]
-    table = pd.DataFrame(rows)
-    experiment.write_table("question_shares", table)
-    return table
+    """The shortcut, counted: share of questions in every published test set and training set."""
+    published = experiment.prompts[experiment.prompts["version"] == "published"]
+    sets = experiment.runs[0].sets("DCR")
+    parts = [published.assign(set=published["benchmark"], use="test")]
+    for use, rows in (
+        ("stage 1", sets.toxic),
+        ("stage 1", sets.seemingly_toxic),
+        ("stage 2", sets.mix),
+    ):
+        parts.append(rows.assign(set=use + ", " + rows["label"].str.replace("_", " "), use=use))
+    rows = pd.concat(parts).assign(asks=lambda t: t["form"] == "question")
+    grouped = rows.groupby(["set", "use", "label"], sort=False)["asks"]
+    return grouped.agg(question_share="mean", n="size").reset_index()
 
 
-def separability(
-    experiment: Experiment, method: str = "base", layers: int = 8
-) -> dict[str, pd.DataFrame]:
-    """Tables `probe` (by layer and pairing), `transfer` (to swapped forms), `surface`, `cosine`, `clusters`."""
-    from dcr.analysis import probes as s
+@table("separability", notebook=NOTEBOOK)
+def separability(experiment: Experiment) -> pd.DataFrame:
+    """AUROC of a cross-validated probe by layer, and of surface readers (layer -1), by pairing."""
+    run, parts = experiment.runs[0], []
+    for name, rows in pairings(run).items():
+        by_layer = probes.layer_scores(run.states("base", rows), rows, spread(run))
+        probed = auroc_rows(rows, by_layer, "layer").assign(reader="probe")
+        surface = auroc_rows(rows, probes.surface_scores(rows), "reader").assign(layer=-1)
+        parts.append(pd.concat([probed, surface]).assign(pairing=name))
+    return pd.concat(parts, ignore_index=True)
 
-    seed, named = experiment.config.seed, probe_sets(experiment, method)
-    parts: dict[str, list[pd.DataFrame]] = {
-        "probe": [],
-        "transfer": [],
-        "surface": [],
-        "cosine": [],
-        "clusters": [],
-    }
-    states = {name: stored_states(experiment, method, name, rows) for name, rows in named.items()}
+
+@table("transfer", notebook=NOTEBOOK)
+def transfer(experiment: Experiment) -> pd.DataFrame:
+    """Each pairing's probe by layer on the others, on its own swapped, and on unseen sets."""
+    run, parts = experiment.runs[0], []
+    named = pairings(run)
+    tests = named | {f"{n}, forms swapped": swap_table(rows) for n, rows in named.items()}
+    tests["unseen sets"] = unseen(run, run.config.evaluation.probe_pairs // 4)
     for name, rows in named.items():
-        chosen = sorted({*np.linspace(1, states[name].n_layers, layers).astype(int).tolist()})
-        if name in PAIRINGS:
-            parts["probe"].append(
-                s.probe_by_layer(states[name], rows, chosen, seed).assign(pairing=name)
-            )
-            parts["surface"].append(s.surface_baselines(rows, seed).assign(pairing=name))
-            parts["cosine"].append(
-                s.cosine_structure(states[name], rows, chosen).assign(pairing=name)
-            )
-            parts["clusters"].append(
-                s.cluster_by_layer(states[name], rows, chosen, seed).assign(pairing=name)
-            )
-    for train in ("sources (paper)", "matched pairs"):
-        for test in named:
-            if train != test:
-                table = s.transfer_auroc(
-                    states[train], named[train], states[test], named[test], chosen, seed
-                )
-                parts["transfer"].append(table.assign(pairing=train, tested_on=test))
-    tables = {k: pd.concat(v, ignore_index=True).assign(method=method) for k, v in parts.items()}
-    for name, table in tables.items():
-        experiment.write_table(f"separability_{name}_{method}", table)
-    return tables
+        states = run.states("base", rows)
+        for other, held in ((n, t) for n, t in tests.items() if n != name):
+            read = run.states("base", held)
+            by_layer = probes.transfer_scores(states, rows, read, held, spread(run))
+            found = auroc_rows(held, by_layer, "layer")
+            parts.append(found.assign(pairing=name, tested_on=other))
+    return pd.concat(parts, ignore_index=True)
 
 
-def probe_cells(experiment: Experiment, method: str = "base", layer: int = 0) -> pd.DataFrame:
-    """AUROC of each pairing's probe at one layer (default ℓ) by form of the toxic and of the harmless prompt.
+@table("probe_cells", notebook=NOTEBOOK)
+def probe_cells(experiment: Experiment) -> pd.DataFrame:
+    """Each pairing's probe at ℓ by form of toxic and harmless prompts; same requests in a cell."""
+    run, parts = experiment.runs[0], []
+    for name, rows in pairings(run).items():
+        both = pd.concat([rows, swap_table(rows)]).drop_duplicates("id").reset_index(drop=True)
+        parts.append(_at_layer(run, {name: rows}, both, by="form"))
+    return pd.concat(parts, ignore_index=True).drop(columns="source")
 
-    Rows pairing, toxic_form, harmless_form, auroc, n, layer; held-out prompts are scored as they are and form-swapped.
+
+@table("source_shortcut", notebook=NOTEBOOK)
+def source_shortcut(experiment: Experiment) -> pd.DataFrame:
+    """Training pairing × unseen harmless source, forms equal: is harm read at ℓ, or the source?
+
+    Beside the pairings, every harmless test source is itself set against the refusal file: its
+    own row says how well a source is told apart, its other rows whether that was harm. Nothing is
+    trained with these probes.
     """
-    from dcr.analysis.probes import probe_by_form
-
-    named, layer, parts = probe_sets(experiment, method), layer or refinement_layer(experiment), []
-    for name, swapped in PAIRINGS.items():
-        if name in named:
-            states = [stored_states(experiment, method, n, named[n]) for n in (name, swapped)]
-            parts.append(
-                probe_by_form(
-                    states[0], named[name], states[1], named[swapped], layer, experiment.config.seed
-                ).assign(pairing=name)
-            )
-    table = pd.concat(parts, ignore_index=True)
-    experiment.write_table(f"separability_cells_{method}", table)
-    return table
+    run = experiment.runs[0]
+    held = unseen(run, run.config.evaluation.probe_pairs)
+    refusals, named = run.sets("DCR").toxic, pairings(run)
+    refusals = pd.concat([refusals, swap_table(refusals)], ignore_index=True)
+    for source, rows in held[held["label"] == "seemingly_toxic"].groupby("source", sort=False):
+        both = pd.concat([rows, refusals], ignore_index=True)
+        named[f"{source} against refusals"] = both.drop_duplicates("id", ignore_index=True)
+    return _at_layer(run, named, held, by="source")
 
 
-def separability_summary(tables: dict[str, pd.DataFrame], layer: int) -> pd.DataFrame:
-    """A row a pairing at the probed layer nearest to `layer`: the probe's AUROC and interval, accuracy, every surface
-    baseline, and the same probe on the form-swapped prompts (held out)."""
-    probe, transfer = tables["probe"], tables["transfer"]
-    nearest = min(probe["layer"].unique(), key=lambda at: abs(at - layer))
-    rows = []
-    for _, row in probe[probe["layer"] == nearest].iterrows():
-        surface = tables["surface"][tables["surface"]["pairing"] == row["pairing"]].set_index(
-            "baseline"
-        )["auroc"]
-        swapped = transfer[
-            (transfer["pairing"] == row["pairing"])
-            & (transfer["layer"] == nearest)
-            & (transfer["tested_on"] == PAIRINGS[row["pairing"]])
-        ]["auroc"]
-        rows.append(
-            {
-                **row[["pairing", "layer", "auroc", "low", "high", "accuracy", "n"]].to_dict(),
-                **surface.to_dict(),
-                "forms swapped": float(swapped.iloc[0]) if len(swapped) else float("nan"),
-            }
+def _at_layer(run: Run, named: dict, held: pd.DataFrame, by: str) -> pd.DataFrame:
+    """AUROC of each named pairing's probe at ℓ on `held`, by form (and harmless source)."""
+    layer, read, parts = run.layer("DCR"), run.states("base", held), []
+    for name, rows in named.items():
+        found = probes.transfer_scores(run.states("base", rows), rows, read, held, [layer])[layer]
+        parts.append(pd.DataFrame({"prompt_id": held["id"], "score": found, "method": name}))
+    rows = auroc(held, pd.concat(parts, ignore_index=True).assign(seed=0), by=by)
+    return rows.rename(columns={"method": "pairing"})[SHOWN].assign(layer=layer)
+
+
+@table("structure", notebook=NOTEBOOK)
+def structure(experiment: Experiment) -> pd.DataFrame:
+    """Without labels: cosines within and across classes, and k-means against them, by layer."""
+    run, parts = experiment.runs[0], []
+    for name, rows in pairings(run).items():
+        states, layers = run.states("base", rows), spread(run)
+        cosines = probes.cosine_structure(states, rows, layers)
+        clusters = probes.cluster_by_layer(states, rows, layers)
+        parts.append(cosines.merge(clusters, on="layer").assign(pairing=name))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table("map", notebook=NOTEBOOK)
+def map_points(experiment: Experiment) -> pd.DataFrame:
+    """Two principal components of each pairing's prompts at a few layers; ids, no text."""
+    run, parts = experiment.runs[0], []
+    for name, rows in pairings(run).items():
+        states, facts = (
+            run.states("base", rows),
+            rows[["id", "label", "form", "source", "category"]],
         )
+        for layer in spread(run, 3):
+            x, y = probes.map_2d(states, layer).T
+            parts.append(facts.assign(pairing=name, layer=layer, x=x, y=y))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table("kernel", notebook=NOTEBOOK)
+def kernel(experiment: Experiment) -> pd.DataFrame:
+    """Kernel between classes (paper figure 3's quantity), in the base and after each stage 1."""
+    prompts = followed_prompts(experiment, experiment.config.evaluation.kernel_prompts)
+    named = {"base": ("base", experiment.runs[:1])}
+    named |= {m: ("refined", experiment.runs) for m in methods_of(experiment, "refine")}
+    parts = []
+    for method, (stage, runs) in named.items():
+        norms = [run.kernel(method, prompts, 0) for run in runs]
+        found = class_matrix(norms, prompts["label"].tolist())
+        parts.append(found.assign(method=method, stage=stage, seeds=len(norms)))
+    return pd.concat(parts, ignore_index=True)
+
+
+@table("proposition", notebook=NOTEBOOK)
+def proposition(experiment: Experiment) -> pd.DataFrame:
+    """Proposition 1, a row a pair of prompts: |h'ᵀh| at ℓ and ‖K‖, beside how the bound holds."""
+    run, parts = experiment.runs[0], []
+    prompts = followed_prompts(experiment, run.config.evaluation.kernel_prompts)
+    for method in ("base", *methods_of(experiment, "refine")[:1]):
+        stage, layer = ("base", "DCR") if method == "base" else ("refined", method)
+        states = run.states(method, prompts, 0).layer(run.layer(layer))
+        pairs = bound_pairs(states, run.kernel(method, prompts, 0), prompts["label"].to_numpy())
+        pairs = pairs.assign(method=method, stage=stage, layer=run.layer(layer))
+        check = pd.DataFrame([bound_check(pairs)]).drop(columns=["pairs", "reading"])
+        parts.append(pairs.merge(check, how="cross"))
+    return pd.concat(parts, ignore_index=True).drop(columns=["a", "b"])
+
+
+@table("rejection", notebook=NOTEBOOK)
+def rejection(experiment: Experiment) -> pd.DataFrame:
+    """Mean refusal probability of the base model by class and form."""
+    run, rows = experiment.runs[0], []
+    prompts = followed_prompts(experiment, run.config.evaluation.trajectory_prompts)
+    prompts = prompts.assign(value=run.refusal_probability("base", prompts, 0))
+    for (label, form), part in prompts.groupby(["label", "form"], sort=False):
+        value, low, high = mean_interval(part["value"], part["request"], bounds=(0.0, 1.0))
+        named = {"method": "base", "label": label, "form": form, "probability": value}
+        rows.append({**named, "low": low, "high": high, "n": len(part)})
     return pd.DataFrame(rows)
-
-
-def closing_note(
-    summary: pd.DataFrame, cells: pd.DataFrame, kernel: pd.DataFrame, bound: pd.DataFrame
-) -> str:
-    """The notebook's measured answers in words: probe against surface, probe by form, kernel, Proposition 1."""
-    lines = []
-    for _, row in summary.iterrows():
-        base = max(("question-mark", "length", "tf-idf"), key=lambda n: row[n])
-        said = (
-            f", on swapped forms {row['forms swapped']:.2f}"
-            if row["forms swapped"] == row["forms swapped"]
-            else ""
-        )
-        lines.append(
-            f"{row['pairing']}: probe AUROC {row['auroc']:.2f} [{row['low']:.2f}, {row['high']:.2f}] (accuracy "
-            f"{row['accuracy']:.2f}) at layer {row['layer']}{said}; best surface baseline {base} {row[base]:.2f}, source "
-            f"{row['source']:.2f}"
-        )
-    for name, rows in cells.groupby("pairing", sort=False):
-        shown = ", ".join(
-            f"{r.toxic_form}/{r.harmless_form} {r.auroc:.2f}" for r in rows.itertuples()
-        )
-        lines.append(f"{name}, probe by form (toxic/harmless): {shown}")
-    for (method, _), rows in kernel.groupby(["method", "step"], sort=False):
-        cross = rows[(rows["class_a"] == "toxic") & (rows["class_b"] == "seemingly_toxic")].iloc[0]
-        lines.append(
-            f"kernel toxic against seemingly toxic, {'base' if method == 'base' else f'{method} after stage 1'}: "
-            f"{cross['normalised']:.2f} [{cross['normalised_low']:.2f}, {cross['normalised_high']:.2f}]"
-        )
-    for row in bound.itertuples():
-        lines.append(
-            f"Proposition 1, {row.model}: Spearman {row.spearman:.2f} [{row.low:.2f}, {row.high:.2f}] over {row.pairs} "
-            f"pairs; {row.reading}"
-        )
-    return "\n".join(lines)
-
-
-def map_points(
-    experiment: Experiment,
-    layer: int,
-    name: str = "matched pairs",
-    method: str = "base",
-    step: int = -1,
-) -> pd.DataFrame:
-    """x, y of a set's prompts at one layer (principal components) with text, label, form, source: a map to explore."""
-    from dcr.analysis.probes import map_2d
-
-    rows = probe_sets(experiment, method)[name]
-    points = map_2d(stored_states(experiment, method, name, rows, step), layer)
-    return rows[["id", "text", "label", "form", "source", "category"]].assign(
-        x=points[:, 0], y=points[:, 1], layer=layer
-    )
-
-
-def before_after(experiment: Experiment, method: str = "DCR") -> pd.DataFrame:
-    """Held-out similarity and probe over stage 1 (rows step, cross_similarity, within_similarity, probe_auroc)."""
-    table = experiment.history(method, "evaluations")
-    experiment.write_table(f"refinement_{method}", table)
-    return table

@@ -1,0 +1,114 @@
+"""Notebook 03: what stage 2 learns from, and how refusals and kernel move while it learns."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pandas as pd
+
+from dcr.analysis.kernel import class_matrix
+from dcr.config import methods_file
+from dcr.evaluate.intervals import mean_interval
+from dcr.evaluate.rates import rates
+from dcr.run.answers import Run
+from dcr.run.experiment import Experiment
+from dcr.run.registry import table
+from dcr.run.training import Point
+from dcr.tables.gather import followed_prompts, methods_of, stacked
+
+NOTEBOOK = "03_alignment"
+
+
+@table("mix", notebook=NOTEBOOK)
+def mix(experiment: Experiment) -> pd.DataFrame:
+    """Alignment examples of every aligned method by part and form (first seed)."""
+    run = experiment.runs[0]
+    parts = [run.sets(m).mix.assign(method=m) for m in methods_of(experiment, "align")]
+    grouped = pd.concat(parts).groupby(["method", "part", "form"], sort=False)
+    return grouped.size().rename("n").reset_index()
+
+
+@table("same_rows", notebook=NOTEBOOK)
+def same_rows(experiment: Experiment) -> pd.DataFrame:
+    """Refusal rows that two aligned methods of the kit share, run here or not; the worst seed.
+
+    relation: same, subset (`method`'s are all among `other`'s: an audit), superset or partly;
+    same_source: whether it should be one of the first three.
+    """
+    aligned = [m for m, recipe in methods_file().items() if "align" in recipe.get("stages", [])]
+    found = []
+    for run in experiment.runs:
+        rows = {m: run.sets(m).mix.query("part == 'safe'")["id"].str.rstrip("~") for m in aligned}
+        sources = {m: run.recipe(m).data.align_toxic for m in aligned}
+        for method, mine in ((m, set(ids)) for m, ids in rows.items()):
+            for other, theirs in ((m, set(ids)) for m, ids in rows.items()):
+                shared, fewer = len(mine & theirs), min(len(mine), len(theirs))
+                relation = "subset" if mine < theirs else "superset" if mine > theirs else "partly"
+                named = {"method": method, "other": other, "n": len(mine), "n_other": len(theirs)}
+                named |= {"shared": shared, "share": shared / max(1, fewer)}
+                named |= {"relation": "same" if mine == theirs else relation}
+                found.append(named | {"same_source": sources[method] == sources[other]})
+    worst = pd.DataFrame(found).sort_values("share", kind="stable")
+    return worst.drop_duplicates(["method", "other"]).sort_index().reset_index(drop=True)
+
+
+@table("curves", notebook=NOTEBOOK)
+def curves(experiment: Experiment) -> pd.DataFrame:
+    """Rates at each point (step, strength) of every aligned or steered method's curve."""
+    run, parts = experiment.runs[0], []
+    for method in (m for m in methods_of(experiment) if len(run.points(m)) > 1):
+        for point in run.points(method):
+            said = stacked(experiment, functools.partial(_verdicts, point), [method])
+            found = rates(experiment.curve_prompts, said)
+            parts.append(found.assign(step=point.step, strength=point.strength))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _verdicts(point: Point, run: Run, method: str) -> pd.DataFrame:
+    return run.verdicts(method, *point)
+
+
+@table("refusal_rates", notebook=NOTEBOOK)
+def refusal_rates(experiment: Experiment) -> pd.DataFrame:
+    """Refusal rate of each class over alignment (paper figure 1): answers, published sets."""
+    rows = experiment.table("curves").query("metric == 'refusal_rate' and benchmark == 'mean'")
+    rows = rows[(rows["version"] == "published") & (rows["form"] == "all")]
+    rows = rows[rows["method"].isin(methods_of(experiment, "align"))]
+    return rows[["method", "step", "label", "value", "low", "high", "n", "seeds"]]
+
+
+@table("refusal_probability", notebook=NOTEBOOK)
+def refusal_probability(experiment: Experiment) -> pd.DataFrame:
+    """Probability of refusal openings of each class over alignment (paper figure 6)."""
+    prompts = followed_prompts(experiment, experiment.config.evaluation.trajectory_prompts)
+    found = []
+    for method in methods_of(experiment, "align"):
+        for step in experiment.runs[0].steps(method):
+            read = [run.refusal_probability(method, prompts, step) for run in experiment.runs]
+            rows = pd.DataFrame(np.stack(read, axis=1))  # [n, seeds]
+            for label, part in rows.groupby(prompts["label"], sort=False):
+                asked = prompts.loc[part.index, "request"]
+                value, low, high = mean_interval(part.to_numpy(), asked, bounds=(0.0, 1.0))
+                named = {"method": method, "step": step, "label": label, "value": value}
+                named |= {"low": low, "high": high, "n": len(part), "seeds": len(read)}
+                found.append(named)
+    return pd.DataFrame(found)
+
+
+@table("kernel_trajectory", notebook=NOTEBOOK)
+def kernel_trajectory(experiment: Experiment) -> pd.DataFrame:
+    """Kernel of toxic with seemingly toxic prompts over alignment (paper figure 3)."""
+    options, parts = experiment.config.evaluation, []
+    prompts = followed_prompts(experiment, options.kernel_prompts)
+    for method in methods_of(experiment, "align"):
+        steps = experiment.runs[0].steps(method)
+        count = min(len(steps), max(2, options.kernel_steps or len(steps)))
+        for at in np.linspace(0, len(steps) - 1, count).round().astype(int):
+            norms = [run.kernel(method, prompts, steps[at]) for run in experiment.runs]
+            found = class_matrix(norms, prompts["label"].tolist())
+            parts.append(found.assign(method=method, step=steps[at], seeds=len(norms)))
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows[(rows["class_a"] == "toxic") & (rows["class_b"] == "seemingly_toxic")]
+    numbers = ["normalised", "normalised_low", "normalised_high"]
+    return rows[["method", "step", *numbers, "seeds"]]

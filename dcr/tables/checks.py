@@ -1,0 +1,107 @@
+"""Notebook 04, checks: categories, rewording, ability, quality, judges, short answers, cost."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from dcr.evaluate import ability as measured
+from dcr.evaluate import checks, rates
+from dcr.evaluate import quality as answered
+from dcr.evaluate.judges import calibration
+from dcr.run.experiment import Experiment
+from dcr.run.registry import table
+from dcr.tables.gather import RULE, first_of_each, in_turn, methods_of, stacked, verdicts
+
+NOTEBOOK = "04_evaluation"
+LIMIT = 100  # prompts a class whose answers are compared for quality
+STAGES = ("refine", "align", "steer", "edit", "generate", "score")  # artifacts that cost
+
+
+def few(experiment: Experiment, per_class: int) -> pd.DataFrame:
+    """`per_class` test prompts of both classes as published, sets in turn."""
+    rows = experiment.prompts.query("role == 'test' and version == 'published'")
+    return in_turn(rows[rows["label"] != "general"], per_class, ["benchmark"])
+
+
+def answering(experiment: Experiment) -> list[str]:
+    """The methods that answer: all but the rule."""
+    return [m for m in methods_of(experiment) if m != RULE]
+
+
+@table("categories", notebook=NOTEBOOK)
+def categories(experiment: Experiment) -> pd.DataFrame:
+    """Refusal rate of every method by class, set and category, as published."""
+    rows = experiment.prompts
+    named = rows["benchmark"] + "|" + rows["category"].replace("", "(none)")
+    found = rates.rates(rows.assign(benchmark=named), verdicts(experiment))
+    found = found.query("metric == 'refusal_rate' and version == 'published' and form == 'all'")
+    found = found[found["benchmark"] != "mean"]
+    names = found["benchmark"].str.split("|", n=1, expand=True)
+    kept = found[["method", "label", "value", "low", "high", "n"]]
+    return kept.assign(benchmark=names[0], category=names[1]).reset_index(drop=True)
+
+
+@table("changed", notebook=NOTEBOOK)
+def changed(experiment: Experiment) -> pd.DataFrame:
+    """Prompts that a method mends or breaks beside STL (first seed); ids, no text."""
+    said = verdicts(experiment)
+    said = said[said["seed"] == experiment.runs[0].seed]
+    return checks.changes(experiment.prompts, said, "STL")
+
+
+@table("robustness", notebook=NOTEBOOK)
+def robustness(experiment: Experiment) -> pd.DataFrame:
+    """Refusal rate of both classes under mild rewordings, and its paired change."""
+    plain = few(experiment, experiment.config.evaluation.robustness_prompts)
+    prompts = pd.concat([checks.wrap(plain, w) for w in checks.WRAPPERS], ignore_index=True)
+    said = stacked(experiment, lambda run, m: run.judged(m, prompts), answering(experiment))
+    return checks.robustness(prompts, said)
+
+
+@table("longer_answers", notebook=NOTEBOOK)
+def longer_answers(experiment: Experiment) -> pd.DataFrame:
+    """What short answers hide: verdicts at the run's length against longer answers."""
+    options, methods = experiment.config.evaluation, answering(experiment)
+    prompts, tokens = few(experiment, options.longer_prompts), options.longer_tokens
+    long = stacked(experiment, lambda run, m: run.judged(m, prompts, tokens=tokens), methods)
+    short = verdicts(experiment, methods)
+    return checks.length_agreement(short[short["prompt_id"].isin(prompts["id"])], long)
+
+
+@table("ability", notebook=NOTEBOOK)
+def ability(experiment: Experiment) -> pd.DataFrame:
+    """General ability of every method with its own weights; paired changes from base and STL."""
+    mine = dict.fromkeys(
+        ["base", *methods_of(experiment, "align"), *methods_of(experiment, "edit")]
+    )
+    items = stacked(experiment, lambda run, m: run.ability(m), list(mine))
+    against = [m for m in ("base", "STL") if m in mine]
+    return pd.concat([measured.ability_rows(items, a).assign(against=a) for a in against])
+
+
+@table("quality", notebook=NOTEBOOK)
+def quality(experiment: Experiment) -> pd.DataFrame:
+    """Measures of answers to harmless prompts, and a win rate where an endpoint is set."""
+    rows = experiment.prompts[experiment.prompts["version"] == "published"]
+    prompts, methods = first_of_each(rows[rows["label"] != "toxic"], LIMIT), answering(experiment)
+    answers = stacked(experiment, lambda run, m: run.generations(m), methods)
+    answers = answers[answers["prompt_id"].isin(prompts["id"])]
+    losses = stacked(experiment, lambda run, m: run.answer_losses(m, prompts), methods)
+    options, out = experiment.config.evaluation, experiment.root / "quality"
+    found = answered.quality(prompts, answers, losses, options, out=out)
+    column = found["prompts"].str.replace("_", " ") + ": " + found["measure"]
+    return found.assign(column=column, best=False, mark="")
+
+
+@table("judge_calibration", notebook=NOTEBOOK)
+def judge_calibration(experiment: Experiment) -> pd.DataFrame:
+    """Agreement of the judge with people on published completions, whole and cut as here."""
+    return calibration.calibration(tokens=(0, experiment.config.generation.max_new_tokens))
+
+
+@table("cost", notebook=NOTEBOOK)
+def cost(experiment: Experiment) -> pd.DataFrame:
+    """Measured wall time (s) and peak memory (MiB) of each artifact of the run's methods."""
+    rows = pd.DataFrame(experiment.artifacts()).rename(columns={"name": "method"})
+    rows = rows[rows["kind"].isin(STAGES) & rows["method"].isin(experiment.methods)]
+    return rows[["method", "kind", "seed", "seconds", "peak_memory_mib"]].reset_index(drop=True)

@@ -1,0 +1,183 @@
+"""Notebook 04, answers: every rate, Table 1, the plane and the paper's claims.
+
+"published": prompts as they are published, sets equal; "equal": both forms equal in each set.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from dcr import data
+from dcr.evaluate import rates
+from dcr.evaluate.cells import BALANCED_FORMS
+from dcr.evaluate.frontier import differences
+from dcr.run.experiment import Experiment
+from dcr.run.registry import table
+from dcr.tables.frontier import baselines
+from dcr.tables.gather import auroc_difference, needed, scored_prompts, scores, verdicts
+
+NOTEBOOK = "04_evaluation"
+PAPER = Path(data.__file__).parent / "bundled" / "paper_table1.csv"
+PAPER_SETS = ("xstest-safe", "coconot", "or-bench", "oktest", "phtest")
+SAFETY = ("i-malicious", "i-cona", "i-controversial", "q-harm", "advbench")  # inferred (mark I)
+PAPER_TRAINED = {("DCR", "xstest-safe"), ("Surgical", "or-bench")}
+FORMS = {"published": ("published", "all"), "equal": ("both", "balanced")}
+HEADS = {"compliance": "compliance", "dsr": "DSR", "general": "general answered"}
+SHOWN = {"published": "as published", "equal": "forms equal", "matched": "forms equal, at DSR .80"}
+NUMBERS = ["value", "low", "high"]
+CLAIMS = {
+    "seemingly_toxic": "DCR answers more seemingly toxic prompts than STL (compliance)",
+    "toxic": "and refuses toxic prompts as often (DSR)",
+    "auroc": "because it tells the two apart better (AUROC of refusing)",
+}
+
+
+def headline(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compliance, DSR and (metric) general answered of rate rows, `forms` {published, equal}."""
+    rows = rows[rows["metric"].isin(["compliance", "dsr"])]
+    at = pd.Series(list(zip(rows["version"], rows["form"], strict=True)), rows.index)
+    rows = rows.assign(forms=at.map({pair: name for name, pair in FORMS.items()}))
+    metric = rows["metric"].mask(rows["label"] == "general", "general")
+    return rows.assign(metric=metric).dropna(subset="forms").reset_index(drop=True)
+
+
+@table("rates", notebook=NOTEBOOK)
+def rate_table(experiment: Experiment) -> pd.DataFrame:
+    """Every rate by set, version and form, and means over sets; `trained`: the method met it."""
+    rows = rates.rates(experiment.prompts, verdicts(experiment))
+    origin = experiment.prompts.groupby("benchmark")["source"].agg(set)
+    met = {m: experiment.runs[0].in_distribution(m) for m in set(rows["method"])}
+    pairs = zip(rows["benchmark"], rows["method"], strict=True)
+    return rows.assign(trained=[bool(origin.get(b, set()) & met[m]) for b, m in pairs])
+
+
+@table("rates_by_form", notebook=NOTEBOOK)
+def rates_by_form(experiment: Experiment) -> pd.DataFrame:
+    """Refusal rate of each set's questions and imperatives, beside its share of questions."""
+    rows = experiment.table("rates").query("metric == 'refusal_rate' and version == 'both'")
+    rows = rows[rows["form"].isin(BALANCED_FORMS) & (rows["benchmark"] != "mean")]
+    shares = experiment.table("question_shares").query("use == 'test'")
+    shares = shares.rename(columns={"set": "benchmark"})[["benchmark", "label", "question_share"]]
+    kept = rows[["method", "benchmark", "label", "form", *NUMBERS, "n"]]
+    return kept.merge(shares, on=["benchmark", "label"])
+
+
+@table("table1", notebook=NOTEBOOK)
+def table1(experiment: Experiment) -> pd.DataFrame:
+    """Method × (compliance, DSR: as published, forms equal; general answered; compliance at .80).
+
+    Only the last is comparable by itself, so only there the best value is bold.
+    """
+    rows = headline(experiment.table("rates")).query("benchmark == 'mean'")
+    rows = rows[(rows["metric"] != "general") | (rows["forms"] == "published")]
+    at = experiment.table("frontier").query("target == 0.8").rename(columns={"compliance": "value"})
+    at = at.assign(forms="matched", metric="compliance", best=at["value"] == at["value"].max())
+    both = pd.concat([rows.assign(best=False), at], ignore_index=True)
+    column = both["metric"].map(HEADS) + " ↑, " + both["forms"].map(SHOWN)
+    kept = ["method", "forms", "metric", *NUMBERS, "n", "seeds", "best"]
+    return both[kept].assign(column=column, mark="")
+
+
+@table("table1_sets", notebook=NOTEBOOK)
+def table1_sets(experiment: Experiment) -> pd.DataFrame:
+    """Compliance or DSR of every method on every set; † trained on it."""
+    rows = headline(experiment.table("rates")).query("benchmark != 'mean'")
+    column = rows["benchmark"] + " " + rows["metric"].map(HEADS) + " ↑, " + rows["forms"].map(SHOWN)
+    kept = [
+        "method",
+        "benchmark",
+        "label",
+        "forms",
+        "metric",
+        *NUMBERS,
+        "n",
+        "statements",
+        "trained",
+    ]
+    mark = rows["trained"].map({True: "†", False: ""})
+    return rows[kept].assign(column=column, best=False, mark=mark).reset_index(drop=True)
+
+
+@table("table1_paper", notebook="05_figures")
+def table1_paper(experiment: Experiment) -> pd.DataFrame:
+    """Ours beside the paper's Table 1 (N: secondary reading notes); compare directions."""
+    rows = headline(experiment.table("rates")).query("forms == 'published'")
+    asked = rows[rows["benchmark"].isin(SAFETY)]
+    asked = asked[asked.groupby("method")["method"].transform("size") == len(SAFETY)]
+    safety = asked.groupby("method", sort=False)[NUMBERS].mean().reset_index()
+    safety = safety.assign(benchmark="safety", trained=False)
+    ours = pd.concat([rows[rows["benchmark"].isin(PAPER_SETS)], safety])
+    ours = ours.assign(source="this run", model=experiment.config.model.name, reading="")
+    paper = pd.read_csv(PAPER).rename(columns={"mark": "reading"})
+    paper = paper.melt(
+        ["model", "method", "reading"], [*PAPER_SETS, "safety"], "benchmark"
+    ).dropna()
+    met = [pair in PAPER_TRAINED for pair in zip(paper["method"], paper["benchmark"], strict=True)]
+    both = pd.concat([ours, paper.assign(source="the paper's", trained=met)], ignore_index=True)
+    kept = both[["source", "model", "method", "reading", "benchmark", *NUMBERS, "trained"]]
+    mark = both["trained"].map({True: "†", False: ""})
+    return kept.assign(column=both["benchmark"] + " ↑", best=False, mark=mark)
+
+
+@table("plane", notebook=NOTEBOOK)
+def plane(experiment: Experiment) -> pd.DataFrame:
+    """DSR and compliance: nominal points on all test prompts, others on the curve's."""
+    last = experiment.table("rates").assign(step=-1, strength=1.0, nominal=True)
+    way = experiment.table("curves").assign(nominal=False)
+    ends = way["step"] == way.groupby("method")["step"].transform("max")
+    rows = headline(pd.concat([way[~ends | (way["strength"] != 1)], last]))
+    rows = rows[(rows["benchmark"] == "mean") & (rows["metric"] != "general")]
+    keys = ["method", "step", "strength", "nominal", "forms", "seeds"]
+    wide = rows.pivot(index=keys, columns="metric", values=NUMBERS).dropna()
+    names = wide.columns.map(lambda c: c[1] if c[0] == "value" else f"{c[1]}_{c[0]}")
+    return wide.set_axis(names, axis=1).reset_index()
+
+
+@table("paired", notebook=NOTEBOOK)
+def paired(experiment: Experiment) -> pd.DataFrame:
+    """DSR and compliance of every method less each baseline's, by set and over sets; Holm."""
+    said = verdicts(experiment)
+    return rates.rate_differences(experiment.prompts, said, baselines(experiment))
+
+
+@table("template_effect", notebook=NOTEBOOK)
+def template_effect(experiment: Experiment) -> pd.DataFrame:
+    """Rates on prompts natural in a form less those on prompts swapped into it."""
+    return rates.what_the_template_does(experiment.prompts, verdicts(experiment))
+
+
+@table("claims", notebook=NOTEBOOK)
+def claims(experiment: Experiment) -> pd.DataFrame:
+    """The paper's claims, DCR less STL (above 0: as it says): published, forms, sources controlled.
+
+    Controlled: sets of sources that no method met in training, AUROC averaged over harmless
+    sources. The other AUROCs pool sources, as is usual.
+    """
+    pair = [needed(experiment, m, "claims") for m in ("DCR", "STL")]
+    said, read, prompts = verdicts(experiment, pair), scores(experiment, pair), experiment.prompts
+    test, met = prompts["role"] == "test", prompts["met"].astype(bool)
+    readings = {
+        "as published": ("published", test & (prompts["version"] == "published")),
+        "forms equal": ("equal", test),
+        "sources controlled": ("equal", test & (~met | bool(met.all()))),
+    }
+    found = []
+    for reading, (forms, chosen) in readings.items():
+        rows = prompts[chosen].reset_index(drop=True)
+        table = rates.rate_differences(rows, said, ["STL"]).query("benchmark == 'mean'")
+        table = table[(table["version"] == FORMS[forms][0]) & (table["form"] == FORMS[forms][1])]
+        found += (
+            table.rename(columns={"difference": "value"}).assign(reading=reading).to_dict("records")
+        )
+        if reading != "sources controlled":
+            found.append({"reading": reading, **auroc_difference(rows, read, *pair)})
+    table = differences(scored_prompts(experiment), read, ["STL"]).query("measure == 'auroc'")
+    table = table.rename(columns={"difference": "value"}).assign(reading="sources controlled")
+    whole = pd.concat([pd.DataFrame(found), table]).fillna({"label": "auroc"})
+    whole = whole[whole["label"].isin(CLAIMS)]
+    whole = whole.sort_values("label", key=lambda c: c.map(list(CLAIMS).index), kind="stable")
+    where = whole["label"].map(lambda m: "auroc_by_source" if m == "auroc" else "paired")
+    whole = whole.assign(claim=whole["label"].map(CLAIMS), where=NOTEBOOK + ": " + where)
+    return whole[["claim", "reading", *NUMBERS, "n", "where"]].reset_index(drop=True)

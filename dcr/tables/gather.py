@@ -1,0 +1,101 @@
+"""What tables ask of an experiment: its seeds below one another; few prompts for dear measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from dcr.data.sets import first_requests
+from dcr.errors import DCRError
+from dcr.evaluate.cells import aligned, same_seeds
+from dcr.evaluate.frontier import Mass, auroc
+from dcr.evaluate.intervals import effective_n, interval, request_weights
+from dcr.run.answers import Run
+from dcr.run.experiment import Experiment
+
+RULE = "question-mark"
+LABELS = ("toxic", "seemingly_toxic", "general")
+
+
+def methods_of(experiment: Experiment, stage: str = "") -> list[str]:
+    """The run's methods and the question-mark rule; with `stage` those that go through it."""
+    every = dict.fromkeys((*experiment.methods, RULE))
+    return [m for m in every if not stage or stage in experiment.runs[0].stages(m)]
+
+
+def stacked(
+    experiment: Experiment, read: Callable[[Run, str], pd.DataFrame], methods: Sequence[str] = ()
+) -> pd.DataFrame:
+    """`read(run, method)` of every seed and method, with columns method and seed."""
+    methods = methods or methods_of(experiment)
+    pairs = [(run, m) for run in experiment.runs for m in methods]
+    found = [read(run, m).assign(method=m, seed=run.seed) for run, m in pairs]
+    return pd.concat(found, ignore_index=True)
+
+
+def verdicts(experiment: Experiment, methods: Sequence[str] = ()) -> pd.DataFrame:
+    """Verdicts on the test prompts: prompt_id, method, seed, verdict, finish where known."""
+    return stacked(experiment, lambda run, m: run.verdicts(m), methods)
+
+
+def scores(experiment: Experiment, methods: Sequence[str] = ()) -> pd.DataFrame:
+    """Refusal scores of test and validation prompts: prompt_id, method, seed, score."""
+    return stacked(experiment, lambda run, m: run.scores(m), methods)
+
+
+def scored_prompts(experiment: Experiment) -> pd.DataFrame:
+    """Test and validation prompts, as the frontier reads them."""
+    return pd.concat([experiment.validation, experiment.prompts], ignore_index=True)
+
+
+def first_of_each(prompts: pd.DataFrame, n: int, by: Sequence[str] = ("label",)) -> pd.DataFrame:
+    """All prompts of the first `n` requests of each group, in the order of the ledger's hash."""
+    groups = [first_requests(rows, n) for _, rows in prompts.groupby(list(by), sort=False)]
+    return pd.concat(groups, ignore_index=True)
+
+
+def in_turn(prompts: pd.DataFrame, n: int, by: Sequence[str]) -> pd.DataFrame:
+    """`n` prompts of each class, one of each group in turn, in the order of the ledger's hash."""
+    rows = prompts.sort_values("rank", kind="stable")
+    turn = rows.groupby(["label", *by], sort=False).cumcount().sort_values(kind="stable").index
+    rows = rows.loc[turn].groupby("label").head(n)
+    return rows.sort_values("label", key=lambda c: c.map(LABELS.index), ignore_index=True)
+
+
+def followed_prompts(experiment: Experiment, per_class: int) -> pd.DataFrame:
+    """Validation prompts, forms mixed, on which kernels, probabilities and maps are followed.
+
+    No method trains on them, and no test prompt is spent.
+    """
+    return in_turn(experiment.validation, per_class, ["form"])
+
+
+def auroc_rows(prompts: pd.DataFrame, scores: pd.DataFrame, name: str) -> pd.DataFrame:
+    """`name`, auroc, low, high, n: toxic against the rest, a row a column of `scores`."""
+    long = scores.set_axis(prompts["id"]).rename_axis("prompt_id").reset_index()
+    long = long.melt("prompt_id", var_name="method", value_name="score").assign(seed=0)
+    found = auroc(prompts, long, by="all").rename(columns={"method": name})
+    return found[[name, "auroc", "low", "high", "n"]]
+
+
+def auroc_difference(prompts: pd.DataFrame, scores: pd.DataFrame, a: str, b: str) -> dict:
+    """value, low, high, n: AUROC of `a`'s scores less that of `b`'s, sources pooled."""
+    rows = prompts[prompts["label"] != "general"].reset_index(drop=True)
+    toxic, drawn = (rows["label"] == "toxic").to_numpy(), request_weights(rows["request"])
+    up, down = (w / w.sum(1, keepdims=True) for w in (drawn[:, toxic], drawn[:, ~toxic]))
+    read = []
+    for values in same_seeds(aligned(rows, scores, "score"), a, b):  # [n, seeds]
+        each = [(down * Mass(s[toxic], up).above(s[~toxic])).sum(1) for s in values.T.astype(float)]
+        read.append(np.stack(each, axis=1))  # [1 + draws, seeds]
+    found = interval(read[0] - read[1], effective_n(drawn[0], rows["request"]), (-1.0, 1.0))
+    return {k: float(found[k]) for k in ("value", "low", "high")} | {"n": len(rows)}
+
+
+def needed(experiment: Experiment, method: str, name: str) -> str:
+    """`method` if the run has it. Raises DCRError naming the table otherwise."""
+    if method not in methods_of(experiment):
+        known = ", ".join(experiment.methods)
+        raise DCRError(f"table {name!r} needs {method}; this run has {known}.")
+    return method

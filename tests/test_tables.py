@@ -1,0 +1,215 @@
+"""Every registered table on a made-up experiment.
+
+What it says, what it may not depend on, and a table from outside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pandas as pd
+import pytest
+from stub_experiment import StubExperiment
+
+from dcr.errors import DCRError
+from dcr.run import registry
+
+registry.load_all()
+TABLES = [n for n, t in registry.TABLES.items() if t.make.__module__.startswith("dcr.tables")]
+ELSEWHERE = {"ablations", "search", "judge_calibration"}  # test_grid.py, test_calibration.py
+FAMILY = {"p_holm", "best"}  # what names a row's place among its rows
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory):
+    return StubExperiment(root=tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("name", [n for n in TABLES if n not in ELSEWHERE])
+def test_every_table_is_tidy_and_holds_no_text(stub, name):
+    table = stub.table(name)
+    assert len(table) and not table.columns.duplicated().any()
+    assert not {"text", "response", "answer"} & set(table)
+    texts = set(stub.prompts["text"]) | set(stub.validation["text"])
+    assert not any(texts & set(table[c].astype(str)) for c in table.select_dtypes(exclude="number"))
+    for low, high in (("low", "high"), ("dsr_low", "dsr_high"), ("change_low", "change_high")):
+        if low in table:
+            known = table[[low, high]].dropna()
+            assert (known[low] <= known[high] + 1e-12).all()
+
+
+ALONE = ["rates", "table1_sets", "plane", "frontier", "auroc_by_source", "score_agreement", "gap"]
+ALONE += ["categories", "rates_by_form", "refusal_rates", "refusal_probability", "paired"]
+ALONE += ["frontier_differences", "kernel", "refinement_drift", "robustness", "ability", "claims"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_no_number_changes_with_the_company_it_is_read_in(stub, name):
+    fewer = StubExperiment(methods=("STL", "DCR"), root=stub.root).table(name)
+    kept = [c for c in fewer if c not in FAMILY]
+    every = stub.table(name)[kept]
+    if "method" in every:
+        every = every[every["method"].isin(fewer["method"])]
+    if "against" in every:
+        every = every[every["against"].isin(fewer["against"])]
+    keys = [
+        c for c in kept if every[c].dtype == object or c in ("step", "strength", "target", "layer")
+    ]
+    a, b = (t[kept].sort_values(keys, kind="stable").reset_index(drop=True) for t in (every, fewer))
+    pd.testing.assert_frame_equal(a, b, check_dtype=False)
+
+
+def test_only_what_is_at_one_safety_is_best(stub):
+    table = stub.table("table1")
+    assert set(table.loc[table["best"], "forms"]) == {"matched"} and table["best"].sum() >= 1
+    assert not stub.table("table1_sets")["best"].any()
+    assert set(table["metric"]) == {"compliance", "dsr", "general"}
+
+
+def test_sets_that_are_trained_on_enter_no_mean(stub):
+    rates = stub.table("rates").query(
+        "version == 'published' and form == 'all' and method == 'STL'"
+    )
+    rates = rates[rates["metric"] == "compliance"].set_index(["label", "benchmark"])["value"]
+    mine = rates["seemingly_toxic"]
+    assert mine["mean"] == pytest.approx((mine["oktest"] + mine["or-80k"]) / 2)
+    assert mine["xstest-safe"] != pytest.approx(mine["mean"])
+    marked = stub.table("table1_sets").query("method == 'DCR' and trained")
+    assert set(marked["benchmark"]) == {"xstest-safe", "advbench"} and (marked["mark"] == "†").all()
+    means = stub.table("auroc_by_source").query("source == 'xstest-safe'")
+    assert means.empty
+
+
+def test_a_set_of_two_classes_and_a_general_set_of_any_name_are_read_by_label():
+    stub = StubExperiment(methods=("base", "STL"))
+    prompts = stub.prompts
+    toxic = (prompts["benchmark"] == "oktest") & (prompts["category"] == "kind 0")
+    general = prompts["benchmark"] == "general-test"
+    prompts.loc[toxic, "label"] = "toxic"
+    prompts.loc[general, ["benchmark", "source"]] = "mine"
+    shares = stub.table("question_shares").query("set == 'oktest'")
+    assert dict(zip(shares["label"], shares["n"], strict=True)) == {
+        "toxic": 4,
+        "seemingly_toxic": 8,
+    }
+    rates = stub.table("rates")
+    assert set(rates.query("benchmark == 'oktest' and metric == 'dsr'")["label"]) == {"toxic"}
+    assert set(rates.query("benchmark == 'mine'")["label"]) == {"general"}
+    mean = rates.query(
+        "benchmark == 'mean' and label == 'seemingly_toxic' and metric == 'compliance'"
+    )
+    assert mean["sets"].max() == 2  # oktest and or-80k: no general set among them
+    assert len(stub.table("table1").query("metric == 'general' and method == 'STL'")) == 1
+
+
+def test_the_source_shortcut_shows_in_its_own_row_alone(stub):
+    """States carry the source three times as far as harm.
+
+    A probe of one source knows it and little else.
+    """
+    table = stub.table("source_shortcut").query("toxic_form == 'balanced'")
+    read = table.set_index(["pairing", "source"])["auroc"]
+    assert read["oktest against refusals", "oktest"] > 0.9
+    assert read["oktest against refusals", "or-80k"] < 0.75
+    assert read["or-80k against refusals", "or-80k"] > 0.9
+    assert set(table["source"]) == {"oktest", "or-80k", "mean"}  # none met in training
+
+
+def test_the_gap_is_read_by_probes_of_sources_that_hold_both_classes(stub, monkeypatch):
+    from dcr.tables import frontier
+
+    seen = []
+    monkeypatch.setattr(
+        frontier,
+        "fit_probe",
+        lambda states, toxic: seen.append(len(toxic)) or _fit(states, toxic),
+    )
+    _fit = importlib.import_module("dcr.analysis.probes").fit_probe
+    run = stub.runs[0]
+    held = frontier.unseen(run, 4)
+    frontier._probe(run, "STL", -1, held)
+    named = frontier.pairings(run)
+    both = {k: v for k, v in named.items() if k != "sources (paper)"}
+    assert seen == [len(pd.concat(both.values()).drop_duplicates("id"))]
+    assert all(
+        v.groupby("source")["label"].nunique().max() == 2 for k, v in both.items() if "pairs" in k
+    )
+
+
+def test_same_rows_names_what_an_audit_does(stub):
+    table = stub.table("same_rows").set_index(["method", "other"])
+    assert (table["same_source"]).all() and not (table["relation"] == "partly").any()
+    assert table.loc[("STL-audited", "STL"), "relation"] == "subset"
+    assert table.loc[("STL", "STL-audited"), "relation"] == "superset"
+    assert table.loc[("STL", "DCR"), ["relation", "share"]].tolist() == ["same", 1.0]
+
+
+def test_followed_prompts_are_validation_prompts_with_both_forms(stub):
+    from dcr.tables.gather import followed_prompts
+
+    rows = followed_prompts(stub, 4)
+    assert set(rows["role"]) == {"validation"}
+    assert (rows.groupby(["label", "form"]).size() == 2).all()
+    assert rows["label"].drop_duplicates().tolist() == ["toxic", "seemingly_toxic", "general"]
+
+
+def test_auroc_difference_is_that_of_the_two_aurocs(stub):
+    from sklearn.metrics import roc_auc_score
+
+    from dcr.tables.gather import auroc_difference, scores
+
+    rows = stub.prompts[(stub.prompts["role"] == "test") & (stub.prompts["label"] != "general")]
+    found = scores(stub, ["DCR", "STL"])
+    each = []
+    for method in ("DCR", "STL"):
+        mine = found[found["method"] == method].pivot(
+            index="prompt_id", columns="seed", values="score"
+        )
+        values = mine.loc[rows["id"]]
+        each.append(np.mean([roc_auc_score(rows["label"] == "toxic", values[s]) for s in values]))
+    read = auroc_difference(stub.prompts[stub.prompts["role"] == "test"], found, "DCR", "STL")
+    assert read["value"] == pytest.approx(each[0] - each[1]) and read["low"] < read["value"]
+
+
+def test_a_table_that_needs_a_method_says_so():
+    with pytest.raises(DCRError, match="'claims' needs DCR; this run has base, STL"):
+        StubExperiment(methods=("base", "STL")).table("claims")
+
+
+def test_a_package_outside_adds_a_table_and_its_figure(tmp_path, monkeypatch, stub):
+    (tmp_path / "their_tables.py").write_text(
+        textwrap.dedent(
+            '''
+            """A table and a figure from outside."""
+            import matplotlib.pyplot as plt
+            from dcr.run.registry import figure, table
+
+            @table("lengths", notebook="theirs")
+            def lengths(experiment):
+                words = experiment.prompts["text"].str.split().str.len()
+                words = words.groupby(experiment.prompts["label"]).mean()
+                return words.rename("words").reset_index()
+
+            @figure("lengths", caption="Mean number of words a prompt.")
+            def draw(frame):
+                return frame.plot.barh("label", "words").figure
+            '''
+        )
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("theirs", "their_tables", registry.GROUP)
+    known = registry.entry_points(group=registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*known, point])
+    registry.load_all.cache_clear()
+    try:
+        assert stub.table("lengths")["words"].gt(0).all()
+        picture = registry.figure_entry("lengths").draw(stub.table("lengths"))
+        assert picture.axes and registry.figure_entry("lengths").caption
+        assert registry.TABLES["lengths"].notebook == "theirs"
+    finally:
+        registry.TABLES.pop("lengths", None), registry.FIGURES.pop("lengths", None)
+        sys.modules.pop("their_tables", None), registry.load_all.cache_clear()
