@@ -120,10 +120,8 @@ def aligned(
     for method, mine in table.groupby("method", sort=False):
         columns, seeds = [], []
         for seed, rows in mine.groupby("seed", sort=True):
-            known, where = (
-                rows.set_index("prompt_id")[column],
-                f"{column}s of {method}, seed {seed}",
-            )
+            known = rows.set_index("prompt_id")[column]
+            where = f"{column}s of {method}, seed {seed}"
             if known.index.has_duplicates:
                 name = known.index[known.index.duplicated()][0]
                 raise DCRError(f"{where}: prompt {name!r} occurs twice.")

@@ -75,11 +75,14 @@ def rates(
     verdict of every method and seed.
     """
     said = aligned(prompts, verdicts, "verdict")
-    ended = aligned(prompts, verdicts, "finish") if "finish" in verdicts else {}
+    ended: Values = {}
+    if "finish" in verdicts:  # a rule has none: nothing of it is cut
+        ended = aligned(prompts, verdicts.dropna(subset=["finish"]), "finish")
     known = [m for m in METRICS if ended or m != "truncated_share"]
     hits = {}  # (method, seed): [prompts, seeds, metrics]
     for method, (seeds, table) in said.items():
-        each = [ended[method][1] if m == "truncated_share" else table for m in known]
+        cut = ended.get(method, (seeds, np.full_like(table, "eos")))[1]
+        each = [cut if m == "truncated_share" else table for m in known]
         whole = np.stack([v == METRICS[m] for m, v in zip(known, each, strict=True)], axis=2)
         hits[method, ALL_SEEDS] = whole.astype(float)
         if each_seed:
