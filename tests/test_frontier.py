@@ -16,6 +16,7 @@ from dcr.evaluate.frontier import (
     agreement_with_verdicts,
     auroc,
     auroc_by_source,
+    auroc_differences,
     compliance_at,
     differences,
 )
@@ -206,6 +207,11 @@ def test_differences_are_paired_with_holm_over_the_table():
     ranked = auroc_by_source(prompts, table).query("source == 'mean' and toxic_form == 'balanced'")
     each = ranked.set_index("method")["auroc"]
     assert row["difference"] == pytest.approx(each["DCR"] - each["STL"]) and row["seeds"] == 3
+    for by in ("all", "form"):
+        rows = prompts[prompts["role"] == "test"]
+        one = auroc_differences(rows, table, ["STL"], by).set_index("method").loc["DCR"]
+        both = auroc(rows, table, by).groupby("method")["auroc"].last()
+        assert one["difference"] == pytest.approx(both["DCR"] - both["STL"])
     assert row["p_holm"] < 0.01 and (found["p_holm"] >= found["p"]).all()
     same = pd.concat([table, table[table["method"] == "STL"].assign(method="twin")])
     twin = differences(prompts, same, ["STL"]).query("method == 'twin'")

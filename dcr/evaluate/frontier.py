@@ -227,9 +227,7 @@ def auroc(
     `met` (a column of prompts, else False): some method met the source in training; it enters the
     mean only where all are met, and the mean's own `met` says so.
     """
-    rows = prompts if by == "all" else prompts[prompts["form"].isin(BALANCED_FORMS)]
-    merged = {"all": ["form", "source"], "form": ["source"], "source": []}[by]
-    drawn, names = _aurocs(rows.assign(**dict.fromkeys(merged, "all")), scores, n_boot)
+    drawn, names = _aurocs(_told_apart(prompts, by), scores, n_boot)
     tables = []
     for method, (seeds, table) in drawn.items():
         found = interval(table, names["effective"].to_numpy())
@@ -239,9 +237,15 @@ def auroc(
     return pd.concat(tables, ignore_index=True)[order]
 
 
+def _told_apart(prompts: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The prompts that count, with one form, one source or both where `by` does not tell them."""
+    rows = prompts if by == "all" else prompts[prompts["form"].isin(BALANCED_FORMS)]
+    merged = {"all": ["form", "source"], "form": ["source"], "source": []}[by]
+    return rows.assign(**dict.fromkeys(merged, "all"))
+
+
 def _tested(prompts: pd.DataFrame) -> pd.DataFrame:
-    counted = ~is_apart(prompts) & prompts["form"].isin(BALANCED_FORMS)
-    return prompts[counted & (prompts.get("role", "test") == "test")]
+    return prompts[~is_apart(prompts) & (prompts.get("role", "test") == "test")]
 
 
 def auroc_by_source(
@@ -249,6 +253,40 @@ def auroc_by_source(
 ) -> pd.DataFrame:
     """`auroc` by harmless source on the test prompts that no method trains on."""
     return auroc(_tested(prompts), scores, n_boot=n_boot)
+
+
+def _less(drawn: Values, against: Sequence[str], effective: float) -> pd.DataFrame:
+    """method, against, difference, low, high, p, seeds of draws [1 + n_boot, seeds, rows]."""
+    tables = []
+    for method, other in pairs_of(drawn, against):
+        x, y = same_seeds(drawn, method, other)
+        found = interval(x - y, effective, SIGNED)
+        found["difference"] = found.pop("value")
+        named = {"method": method, "against": other}
+        tables.append(pd.DataFrame({**named, **found, "seeds": x.shape[1]}))
+    columns = ["method", "against", "difference", "low", "high", "p", "seeds"]
+    return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
+
+
+def auroc_differences(
+    prompts: pd.DataFrame,
+    scores: pd.DataFrame,
+    against: Sequence[str] = ("STL",),
+    by: str = "source",
+    *,
+    n_boot: int = N_BOOT,
+) -> pd.DataFrame:
+    """method, against, difference, low, high, p, seeds, n: differences of one AUROC a method.
+
+    It is the last row of `auroc`: the mean over sources and forms, over forms, or the only one.
+    Empty where some pair of forms is missing. All prompts given count.
+    """
+    drawn, names = _aurocs(_told_apart(prompts, by), scores, n_boot)
+    last = names.iloc[-1]
+    if last["toxic_form"] not in ("balanced", "all"):
+        return pd.DataFrame()
+    whole = {m: (seeds, d[..., -1:]) for m, (seeds, d) in drawn.items()}
+    return _less(whole, against, last["effective"]).assign(n=last["n"])
 
 
 def differences(
@@ -265,22 +303,11 @@ def differences(
     seeds, p_holm. auroc (target NaN) is the mean over harmless sources, forms balanced.
     """
     drawn, n, (harmless, _) = _readings(prompts, scores, targets, n_boot)
-    ranked, names = _aurocs(_tested(prompts), scores, n_boot)
-    whole = names[(names["source"] == "mean") & (names["toxic_form"] == "balanced")]
-    tables = []
-    for method, other in pairs_of(drawn, against):
-        x, y = same_seeds(drawn, method, other)
-        parts = [("compliance", list(targets), (x - y)[..., 0], np.full(len(targets), harmless), n)]
-        if len(whole):
-            x, y = same_seeds(ranked, method, other)
-            behind, count = whole["effective"].to_numpy(), whole["n"].iloc[0]
-            parts.append(("auroc", [np.nan], (x - y)[..., whole.index], behind, count))
-        for measure, target, change, behind, count in parts:
-            found = interval(change, behind, SIGNED)
-            named = {"method": method, "against": other, "measure": measure, "target": target}
-            read = {**named, **found, "n": count, "seeds": change.shape[1]}
-            tables.append(pd.DataFrame(read).rename(columns={"value": "difference"}))
-    table = pd.concat(tables, ignore_index=True)
+    found = _less({m: (s, d[..., 0]) for m, (s, d) in drawn.items()}, against, harmless)
+    target = np.tile(targets, len(found) // len(targets))
+    first = found.assign(measure="compliance", target=target, n=n)
+    ranked = auroc_differences(_tested(prompts), scores, against, n_boot=n_boot)
+    table = pd.concat([first, ranked.assign(measure="auroc")], ignore_index=True)
     return table.assign(p_holm=holm(table["p"]))
 
 

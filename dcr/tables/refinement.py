@@ -81,7 +81,7 @@ def refinement_drift(experiment: Experiment) -> pd.DataFrame:
             )
             parts.append(long.assign(method=method, seed=run.seed, refined_at=run.layer(method)))
     keys = ["method", "layer", "label", "refined_at"]
-    return mean_over_seeds(pd.concat(parts, ignore_index=True), keys, ["drift"])
+    return mean_over_seeds(pd.concat(parts, ignore_index=True), keys, "drift")
 
 
 @table("similarity", notebook=NOTEBOOK)
