@@ -225,7 +225,7 @@ def test_the_edit_writes_along_one_direction_what_was_written_along_the_other(
     inputs = torch.randn(7, module.weight.shape[0 if family == "gpt2" else 1])
     with torch.no_grad():
         before = module(inputs)
-        with replaced(model, tied(model, states, asked, 1 - toxic, [2], strength)):
+        with replaced(model, tied(model, states, (asked, 1 - toxic), [2], strength)):
             after = module(inputs)
         assert torch.equal(module(inputs), before)
     moved = torch.nn.functional.normalize(after - before, dim=-1)

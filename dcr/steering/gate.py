@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,7 @@ from dcr.lm.blocks import truncated
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 from dcr.lm.states import HiddenStates
-from dcr.steering.hooks import Steering, residuals, template_ends
+from dcr.steering.hooks import Fit, Material, Place, Steering, residuals, template_ends
 
 REFUSAL = "I'm sorry, but I can't help with that."
 FORMS = ("question", "imperative")
@@ -75,45 +74,34 @@ class Gate(Deciding):
     script = SCRIPT
 
     @classmethod
-    def fit(
-        cls,
-        model,
-        tokenizer,
-        anchors: dict[str, pd.DataFrame],
-        validation: pd.DataFrame,
-        options: SteeringConfig,
-        *,
-        layers_path: str = "",
-        **_others,
-    ) -> Self:
+    def fitted(cls, on: Material) -> Fit:
         """The probe from anchors of role pairs (text, label, form, source, request).
 
         Raises DCRError for a source that holds one class or one form only.
         """
-        prompts = anchors["pairs"].reset_index(drop=True)
+        prompts = on.anchors["pairs"].reset_index(drop=True)
         check_sources(prompts)
-        y, (head, tail) = is_toxic(prompts), template_ends(tokenizer)
-        places = {
+        head, tail = template_ends(on.tokenizer)
+        places: dict[str, Place] = {
             "template": (-1, None),
             "instruction": (-tail - 1, -tail),
             "mean": (head, -tail),
         }
-        rows = encode_prompts(tokenizer, prompts["text"].tolist())
-        states = residuals(model, rows, list(places.values()), layers_path=layers_path)
+        states = on.residuals(on.rows("pairs"), list(places.values()))
         found = []
         for i, place in enumerate(places):
             values = np.pad(states[:, :, i].numpy(), ((1, 0), (0, 0), (0, 0)))  # no embeddings
             layer, table = best_layer(HiddenStates(values, place), prompts)
             auroc, loss = table.loc[table["layer"] == layer, ["auroc", "log_loss"]].to_numpy()[0]
-            found.append((-auroc, loss, place, layer, values[layer]))
+            found.append((-float(auroc), float(loss), place, layer, values[layer]))
         _, _, place, layer, chosen = min(found, key=lambda f: f[:2])
-        probe = fit_probe(chosen, y)
+        probe = fit_probe(chosen, is_toxic(prompts))
         facts = {
             "layer": layer,
             "place": place,
             "tokens": list(places[place]),
             "refusal": REFUSAL,
-            "cross_validated": {f[2]: {"layer": f[3], "auroc": -float(f[0])} for f in found},
+            "cross_validated": {f[2]: {"layer": f[3], "auroc": -f[0]} for f in found},
             "sources": sorted(prompts["source"].unique()),
             "prompts": len(prompts),
         }
@@ -121,10 +109,9 @@ class Gate(Deciding):
             "weight": torch.tensor(probe.weight, dtype=torch.float32),
             "bias": torch.tensor(probe.bias, dtype=torch.float32),
         }
-        gate = cls(facts, tensors, layers_path=layers_path)
-        scores = gate.score(model, tokenizer, validation["text"].tolist())
-        facts |= nominal(validation, scores, options)
-        return gate
+        gate = cls(facts, tensors, layers_path=on.layers_path)
+        scores = gate.score(on.model, on.tokenizer, on.validation["text"].tolist())
+        return facts | nominal(on.validation, scores, on.options), tensors
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] log odds of toxic; only the blocks up to ℓ run."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from dcr.analysis.refusal import refusal_score
+from dcr.config import SteeringConfig
 from dcr.data.files import content_key
 from dcr.errors import DCRError
 from dcr.lm.batches import (
@@ -31,8 +33,9 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 
 Edit = Callable[[Tensor], Tensor]
-Place = tuple[int, int | None]
-ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn")
+Place = tuple[int, int | None]  # start and stop of a slice of a row's tokens
+Fit = tuple[dict, dict[str, Tensor]]  # facts, tensors
+ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn", "fc2")
 BATCH = 32
 SCRIPT = '''"""An answer under steering: python use.py "a prompt" (needs dcr-kit)."""
 
@@ -46,29 +49,62 @@ from dcr import generate, load_model
 from dcr.steering import KINDS
 
 here = pathlib.Path(__file__).parent
-facts = json.loads((here / "steering.json").read_text())
-tensors = load_file(here / "steering.safetensors")
-model, tokenizer = load_model(str(here))
-steering = KINDS[facts.pop("kind")].load(facts, tensors)
-print(generate(model, tokenizer, [sys.argv[1]], steering=steering)["response"][0])
+facts, tensors = json.loads((here / "steering.json").read_text()), here / "steering.safetensors"
+steering = KINDS[facts.pop("kind")].load(facts, load_file(tensors))
+print(generate(*load_model(str(here)), [sys.argv[1]], steering=steering)["response"][0])
 '''
 
 
 @dataclass(frozen=True)
+class Material:
+    """What a fit reads: a model, anchor prompts by role, validation prompts, options."""
+
+    model: nn.Module
+    tokenizer: object
+    anchors: dict[str, pd.DataFrame]
+    validation: pd.DataFrame
+    options: SteeringConfig
+    seed: int = 0
+    layers_path: str = ""
+
+    def rows(self, role: str) -> list[list[int]]:
+        """Token ids of a role's anchors."""
+        return encode_prompts(self.tokenizer, self.anchors[role]["text"].tolist())
+
+    def residuals(self, rows: Sequence[Sequence[int]], places: Sequence[Place], **options):
+        """`residuals` of the model."""
+        return residuals(self.model, rows, places, layers_path=self.layers_path, **options)
+
+
+@dataclass(frozen=True)
 class Steering:
-    """A fitted method. Subclasses add `fit`, and `start`, which decoding and scoring run.
+    """A fitted method. Subclasses give `fitted`, and `start`, which decoding and scoring run.
 
     facts: plain values, what was chosen and from what; tensors: the rest of the fit.
     """
 
-    ANCHORS: ClassVar[tuple[str, ...]] = ()  # roles of `dcr.data.sets.anchors` that `fit` reads
-    SEEDED: ClassVar[bool] = False  # whether `fit` depends on the seed
+    ANCHORS: ClassVar[tuple[str, ...]] = ()  # roles of `dcr.data.sets.anchors` that it reads
+    SEEDED: ClassVar[bool] = False  # whether the fit depends on the seed
     script: ClassVar[str] = SCRIPT  # use.py of an exported folder
 
     facts: dict
     tensors: dict[str, Tensor]
     strength: float = 1.0
     layers_path: str = ""
+
+    @classmethod
+    def fit(cls, *material: Any, base: object = None, **options: Any) -> Self:
+        """A fit from what `Material` holds, in its order (none of these methods reads `base`).
+
+        Raises DCRError for prompts that do not do.
+        """
+        on = Material(*material, **options)
+        return cls.load(*cls.fitted(on), layers_path=on.layers_path)
+
+    @classmethod
+    def fitted(cls, on: Material) -> Fit:
+        """(facts, tensors) of a fit."""
+        raise NotImplementedError
 
     @classmethod
     def load(cls, facts: dict, tensors: dict[str, Tensor], *, layers_path: str = "") -> Self:
@@ -78,8 +114,8 @@ class Steering:
     @property
     def settings(self) -> dict:
         """What an answer depends on beside the weights."""
-        values = {n: t.double().sum().item() for n, t in sorted(self.tensors.items())}
-        fit = content_key({"facts": self.facts, "sums": values})
+        sums = {n: t.double().sum().item() for n, t in self.tensors.items()}
+        fit = content_key({"facts": self.facts, "sums": sums})
         return {"method": type(self).__name__, "strength": self.strength, "fit": fit}
 
     def at(self, strength: float) -> Self:
@@ -88,7 +124,7 @@ class Steering:
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """Steering of these prompts (see `dcr.lm.decode`)."""
-        raise NotImplementedError
+        return Unsteered()
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] how inclined the steered model is to refuse: log odds of its refusal openings."""
@@ -100,32 +136,25 @@ def edited(
     outputs: Sequence[tuple[nn.Module, Edit]] = (), inputs: Sequence[tuple[nn.Module, Edit]] = ()
 ) -> Iterator[None]:
     """Replace the (first) output or input of modules by `edit(tensor)`, [batch, seq, hidden]."""
-    handles: list = []
-    try:
+
+    def at_output(edit: Edit):
+        return lambda _m, _a, out: edit(out) if torch.is_tensor(out) else (edit(out[0]), *out[1:])
+
+    def at_input(edit: Edit):
+        def change(_module, args, kwargs):
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return change
+
+    with contextlib.ExitStack() as handles:
         for module, edit in outputs:
-            handles.append(
-                module.register_forward_hook(lambda _m, _a, out, edit=edit: _first(out, edit))
-            )
+            handles.callback(module.register_forward_hook(at_output(edit)).remove)
         for module, edit in inputs:
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _m, a, k, edit=edit: _first_input(a, k, edit), with_kwargs=True
-                )
-            )
+            hook = module.register_forward_pre_hook(at_input(edit), with_kwargs=True)
+            handles.callback(hook.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first(out, edit: Edit):
-    return edit(out) if torch.is_tensor(out) else (edit(out[0]), *out[1:])
-
-
-def _first_input(args: tuple, kwargs: dict, edit: Edit) -> tuple[tuple, dict]:
-    if args:
-        return (edit(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
 
 
 def writers(block: nn.Module) -> list[nn.Module]:
@@ -135,19 +164,18 @@ def writers(block: nn.Module) -> list[nn.Module]:
     """
     if hasattr(block, "post_feedforward_layernorm"):  # Gemma normalises what they write
         return [block.get_submodule(f"post_{n}_layernorm") for n in ("attention", "feedforward")]
-    found: list = [
-        next((getattr(block, n) for n in names if hasattr(block, n)), None)
-        for names in (ATTENTION, FEED_FORWARD)
-    ]
-    if not found[1] and hasattr(block, "fc2"):  # OPT has no module around its MLP
-        found[1] = block.fc2
-    if None in found:
+    return [part_of(block, ATTENTION), part_of(block, FEED_FORWARD)]
+
+
+def part_of(block: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The first submodule of one of these names. Raises DCRError where there is none."""
+    found = [getattr(block, n) for n in names if hasattr(block, n)]
+    if not found:
         raise DCRError(
             f"{type(block).__name__}: no attention or MLP found among "
-            f"{[n for n, _ in block.named_children()]}; "
-            f"known names: {', '.join(ATTENTION + FEED_FORWARD)}."
+            f"{[n for n, _ in block.named_children()]}; known names: {', '.join(names)}."
         )
-    return found
+    return found[0]
 
 
 @contextlib.contextmanager
@@ -180,11 +208,9 @@ def shifted(
 
     def edit_for(shift: Tensor) -> Edit:
         def edit(x: Tensor) -> Tensor:
-            x = x.clone()
-            x[:, -tail:] += shift.to(x)[:, None]
-            return x
+            return torch.cat([x[:, :-tail], x[:, -tail:] + shift.to(x)[:, None]], 1)
 
-        return edit
+        return edit if tail else lambda x: x + shift.to(x)[:, None]
 
     with edited([(layers[i], edit_for(shift)) for i, shift in shifts.items()]):
         yield
@@ -206,7 +232,7 @@ def template_ends(tokenizer) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def residuals(
+def residuals(  # noqa: PLR0913
     model: nn.Module,
     rows: Sequence[Sequence[int]],
     places: Sequence[Place],
@@ -217,9 +243,9 @@ def residuals(
 ) -> Tensor:
     """[layers, n, places, hidden] fp32: the residual stream at blocks' outputs (or `at="input"`).
 
-    places: slices (start, stop) of a row's tokens, each averaged; (-1, None) is the last token.
-    layers: numbers of blocks from 0 (default: all). The last block's output is before the final
-    norm; the LM head does not run.
+    places: slices of a row's tokens, each averaged; (-1, None) is the last token. layers: numbers
+    of blocks from 0 (default: all). The last block's output is before the final norm; the LM head
+    does not run.
     """
     blocks, kept, order = decoder_layers(model, layers_path), [], []
     numbers, seen = list(layers) or range(len(blocks)), dict[int, Tensor]()
@@ -238,6 +264,21 @@ def residuals(
         kept.append(torch.stack([seen[i] for i in numbers]).cpu())
         order += batch
     return torch.cat(kept, 1)[:, np.argsort(order)]
+
+
+@torch.no_grad()
+def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[n, vocabulary] fp32 logits of the first answer token."""
+    parts, order = [], []
+    for batch, inputs in _batches(model, rows, common_prefix(rows)):
+        parts.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
+        order += batch
+    return torch.cat(parts)[np.argsort(order)]
+
+
+def last_tokens(n: int) -> list[Place]:
+    """The last n tokens, each a place of its own."""
+    return [(-i, 1 - i or None) for i in range(n, 0, -1)]
 
 
 def _batches(
@@ -261,18 +302,3 @@ def _averaged(x: Tensor, lengths: Tensor, places: Sequence[Place]) -> Tensor:
         own = ((token >= first) & (token < end)).unsqueeze(-1)  # [batch, seq, 1]
         means.append((x * own).sum(1) / own.sum(1).clamp(min=1))
     return torch.stack(means, 1)
-
-
-def last_tokens(n: int) -> list[Place]:
-    """The last n tokens, each a place of its own."""
-    return [(-i, 1 - i or None) for i in range(n, 0, -1)]
-
-
-@torch.no_grad()
-def last_logits(model: nn.Module, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[n, vocabulary] fp32 logits of the first answer token."""
-    parts, order = [], []
-    for batch, inputs in _batches(model, rows, common_prefix(rows)):
-        parts.append(model(**inputs, logits_to_keep=1).logits[:, -1].float())
-        order += batch
-    return torch.cat(parts)[np.argsort(order)]

@@ -11,19 +11,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
 
-from dcr.config import SteeringConfig
 from dcr.errors import DCRError
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
-from dcr.steering.hooks import Steering, residuals, shifted, template_ends
+from dcr.steering.hooks import Fit, Material, Steering, residuals, shifted, template_ends
 
 # Published for 32 blocks: steer at 10..19, judge by 10..31; other depths in proportion.
 STEERED = (10 / 32, 20 / 32)
@@ -38,40 +36,23 @@ class Scans(Steering):
     known: dict[str, float] = field(default_factory=dict, compare=False)  # a prompt is judged once
 
     @classmethod
-    def fit(
-        cls,
-        model,
-        tokenizer,
-        anchors: dict[str, pd.DataFrame],
-        validation: pd.DataFrame,
-        options: SteeringConfig,
-        **others,
-    ) -> Self:
-        """Directions from anchors (roles harmful, harmless); the one threshold from validation.
-
-        Raises DCRError when a side is empty, or validation prompts are of one class.
-        """
-        sides = [anchors[role]["text"].tolist() for role in cls.ANCHORS]
+    def fitted(cls, on: Material) -> Fit:
+        """Directions from anchors; the one threshold from validation prompts of both classes."""
+        sides = [on.anchors[role]["text"].tolist() for role in cls.ANCHORS]
         if not all(sides):
             raise DCRError(f"SCANS: {len(sides[0])} harmful and {len(sides[1])} harmless anchors.")
-        path, tail = others.get("layers_path", ""), template_ends(tokenizer)[1]
-        means = [
-            residuals(model, encode_prompts(tokenizer, side), [(-1, None)], layers_path=path)[
-                :, :, 0
-            ]
-            for side in sides
-        ]
-        vectors = torch.nn.functional.normalize(means[0].mean(1) - means[1].mean(1), dim=-1)
-        moved = transitions(model, tokenizer, sides[0], tail, path).mean(1)
-        tensors = {"vectors": vectors, "transitions": moved}
-        facts = {"alpha": options.scans_alpha, "tail": tail}
-        if options.scans_threshold:
-            chosen: dict = {"threshold": options.scans_threshold, "threshold_from": "configuration"}
-        else:
-            judged = cls(facts, tensors, layers_path=path)
-            scores = judged.harmfulness(model, tokenizer, validation["text"].tolist())
-            chosen = choose_threshold(scores, (validation["label"] == "toxic").to_numpy())
-        return cls(facts | chosen, tensors, layers_path=path)
+        means = [on.residuals(on.rows(r), [(-1, None)])[:, :, 0].mean(1) for r in cls.ANCHORS]
+        facts = {"alpha": on.options.scans_alpha, "tail": template_ends(on.tokenizer)[1]}
+        judge = cls(facts, {}, layers_path=on.layers_path)
+        moved = judge.transitions(on.model, on.tokenizer, sides[0]).mean(1)
+        tensors = {"vectors": normalize(means[0] - means[1], dim=-1), "transitions": moved}
+        if on.options.scans_threshold:
+            chosen = {"threshold": on.options.scans_threshold, "threshold_from": "configuration"}
+            return facts | chosen, tensors
+        judge.tensors.update(tensors)
+        scores = judge.harmfulness(on.model, on.tokenizer, on.validation["text"].tolist())
+        toxic = (on.validation["label"] == "toxic").to_numpy()
+        return facts | choose_threshold(scores, toxic), tensors
 
     @property
     def steered(self) -> range:
@@ -79,15 +60,23 @@ class Scans(Steering):
         first, end = (round(f * len(self.tensors["vectors"])) for f in STEERED)
         return range(first, max(end, first + 1))
 
+    def transitions(self, model, tokenizer, prompts: Sequence[str]) -> Tensor:
+        """t_ℓ = h_ℓ(end-of-instruction token) − h_ℓ(last of " Sure"), [layers, n, hidden]."""
+        sure = tokenizer(AGREEMENT, add_special_tokens=False)["input_ids"]
+        rows = [row + sure for row in encode_prompts(tokenizer, prompts)]
+        end = self.facts["tail"] + len(sure)
+        places = [(-end, 1 - end or None), (-1, None)]
+        hidden = residuals(model, rows, places, layers_path=self.layers_path)
+        return hidden[:, :, 0] - hidden[:, :, 1]
+
     def harmfulness(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] score in [−1, 1] of each prompt."""
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
         if new:
-            moved = transitions(model, tokenizer, new, self.facts["tail"], self.layers_path)
-            like = self.tensors["transitions"].to(moved)[:, None]
-            cosine = torch.nn.functional.cosine_similarity(moved, like, dim=-1)  # [layers, n]
-            scores = cosine[self.steered.start :].mean(0).tolist()
-            self.known.update(zip(new, scores, strict=True))
+            moved = self.transitions(model, tokenizer, new)
+            cosine = cosine_similarity(moved, self.tensors["transitions"][:, None], dim=-1)
+            scores = cosine[self.steered.start :].mean(0)  # [layers, n] -> [n]
+            self.known.update(zip(new, scores.tolist(), strict=True))
         return np.array([self.known[p] for p in prompts])
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
@@ -110,19 +99,6 @@ class _Shifting(Unsteered):
         amounts, s = self.amounts[list(rows), None], self.steering
         shifts = {i: amounts * s.tensors["vectors"][i] for i in s.steered}  # [batch, hidden]
         return shifted(self.model, shifts, self.tail if first else 0, s.layers_path)
-
-
-def transitions(
-    model, tokenizer, prompts: Sequence[str], tail: int, layers_path: str = ""
-) -> Tensor:
-    """t_ℓ = h_ℓ(end-of-instruction token) − h_ℓ(last token of " Sure"), [layers, n, hidden]."""
-    sure = tokenizer(AGREEMENT, add_special_tokens=False)["input_ids"]
-    rows = [row + sure for row in encode_prompts(tokenizer, prompts)]
-    ends = tail + len(sure)
-    hidden = residuals(
-        model, rows, [(-ends, 1 - ends or None), (-1, None)], layers_path=layers_path
-    )
-    return hidden[:, :, 0] - hidden[:, :, 1]
 
 
 def choose_threshold(scores: np.ndarray, harmful: np.ndarray) -> dict:

@@ -14,22 +14,17 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from dcr.analysis.probes import fit_probe, is_toxic
 from dcr.analysis.refusal import refusal_score
-from dcr.config import SteeringConfig
-from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, is_linear
-from dcr.lm.chat import encode_prompts
-from dcr.lm.decode import Unsteered
 from dcr.steering.gate import balanced_auroc, check_sources
-from dcr.steering.hooks import FEED_FORWARD, Steering, residuals
+from dcr.steering.hooks import FEED_FORWARD, Fit, Material, Steering, part_of
 
 log = logging.getLogger("dcr")
 STRENGTHS = (0.5, 1.0)
@@ -44,74 +39,63 @@ class Tied(Steering):
     ANCHORS = ("pairs",)
 
     @classmethod
-    def fit(
-        cls,
-        model,
-        tokenizer,
-        anchors: dict[str, pd.DataFrame],
-        validation: pd.DataFrame,
-        options: SteeringConfig,
-        *,
-        layers_path: str = "",
-        **_others,
-    ) -> Self:
+    def fitted(cls, on: Material) -> Fit:
         """The edit from anchors of role pairs; the model itself is as before afterwards.
 
         Raises DCRError for a source that holds one class or one form only.
         """
-        prompts = anchors["pairs"].reset_index(drop=True)
+        prompts = on.anchors["pairs"].reset_index(drop=True)
         check_sources(prompts)
-        texts, harmless = prompts["text"].tolist(), 1 - is_toxic(prompts)
-        held = validation[validation["label"] != "general"].reset_index(drop=True)
+        texts, rows, harmless = prompts["text"].tolist(), on.rows("pairs"), 1 - is_toxic(prompts)
+        held = on.validation[on.validation["label"] != "general"].reset_index(drop=True)
 
         def reached() -> float:
-            return balanced_auroc(held, refusal_score(model, tokenizer, held["text"].tolist()))
+            score = refusal_score(on.model, on.tokenizer, held["text"].tolist())
+            return balanced_auroc(held, score)
 
-        depth, rows = len(decoder_layers(model, layers_path)), encode_prompts(tokenizer, texts)
+        depth = len(decoder_layers(on.model, on.layers_path))
         kept: dict[str, Tensor] = {}
-        history = [{"validation_auroc": reached()}]
-        for _ in range(options.tied_iterations):
-            with replaced(model, kept):
-                refusing = refusal_score(model, tokenizer, texts)
-                states = residuals(model, rows, [(-1, None)], layers_path=layers_path)[:, :, 0]
+        history: list[dict] = [{"validation_auroc": reached()}]
+        for _ in range(on.options.tied_iterations):
+            with replaced(on.model, kept):
+                refusing = refusal_score(on.model, on.tokenizer, texts)
+                states = on.residuals(rows, [(-1, None)])[:, :, 0]
                 answered = (refusing < np.median(refusing)).astype(int)
                 tried = []
                 for start, strength in itertools.product(STARTS, STRENGTHS):
-                    blocks = range(int(start * depth), depth)
-                    edit = tied(model, states, answered, harmless, blocks, strength, layers_path)
-                    with replaced(model, edit):
-                        tried.append((reached(), -blocks.start, strength, edit))
-            auroc, first, strength, edit = max(tried, key=lambda t: t[:3])
-            log.info("tied: blocks from %d, strength %.1f: AUROC %.3f", -first, strength, auroc)
+                    first, classes = int(start * depth), (answered, harmless)
+                    blocks, path = range(first, depth), on.layers_path
+                    edit = tied(on.model, states, classes, blocks, strength, path)
+                    with replaced(on.model, edit):
+                        tried.append((reached(), first, strength, edit))
+            auroc, first, strength, edit = max(tried, key=lambda t: (t[0], -t[1], t[2]))
+            log.info("tied: blocks from %d, strength %.1f: AUROC %.3f", first, strength, auroc)
             if auroc < history[-1]["validation_auroc"] + LEAST_GAIN:
                 break
             kept |= edit
-            history.append({"validation_auroc": auroc, "first_block": -first, "strength": strength})
-        facts = {"iterations": history, "sources": sorted(prompts["source"].unique())}
-        return cls(facts | {"prompts": len(prompts)}, kept, layers_path=layers_path)
-
-    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
-        """Nothing to do while decoding: the edit is in the weights (see `replaced`)."""
-        return Unsteered()
+            chosen = {"first_block": first, "strength": strength}
+            history.append({"validation_auroc": auroc, **chosen})
+        sources = sorted(prompts["source"].unique())
+        return {"iterations": history, "sources": sources, "prompts": len(prompts)}, kept
 
 
-def tied(  # noqa: PLR0913
+def tied(
     model: nn.Module,
     states: Tensor,
-    answered: np.ndarray,
-    harmless: np.ndarray,
+    classes: tuple[np.ndarray, np.ndarray],
     blocks: Sequence[int],
     strength: float = 1.0,
     layers_path: str = "",
 ) -> dict[str, Tensor]:
-    """{parameter name: new value} of the down-projections of `blocks`.
+    """{parameter: its new value} of the down-projections of `blocks`.
 
-    states [layers, n, hidden] fp32 at the blocks' outputs; answered, harmless [n] in {0, 1}.
+    states [layers, n, hidden] fp32 at the blocks' outputs; classes: answered and harmless, [n] in
+    {0, 1}.
     """
     names = {id(p): n for n, p in model.named_parameters()}
     layers, out = decoder_layers(model, layers_path), {}
     for i in blocks:
-        directions = [fit_probe(states[i].numpy(), y).weight for y in (answered, harmless)]
+        directions = [fit_probe(states[i].numpy(), y).weight for y in classes]
         a, b = (torch.tensor(v / np.linalg.norm(v), dtype=torch.float32) for v in directions)
         ratio = float((states[i] @ a).std() / (states[i] @ b).std())
         module: Any = down_projection(layers[i])
@@ -129,14 +113,7 @@ def tied(  # noqa: PLR0913
 
 def down_projection(block: nn.Module) -> nn.Module:
     """The last linear layer of a block's MLP. Raises DCRError for a block whose MLP is unknown."""
-    mlp = next((getattr(block, n) for n in FEED_FORWARD if hasattr(block, n)), None)
-    mlp = getattr(block, "fc2", None) if mlp is None else mlp
-    found = [m for m in mlp.modules() if is_linear(m)] if mlp is not None else []
-    if not found:
-        raise DCRError(
-            f"{type(block).__name__}: no MLP found among {[n for n, _ in block.named_children()]}."
-        )
-    return found[-1]
+    return [m for m in part_of(block, FEED_FORWARD).modules() if is_linear(m)][-1]
 
 
 @contextlib.contextmanager

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import pandas as pd
 
-from dcr.config import SteeringConfig
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 from dcr.steering.gate import Deciding, Gate, balanced_auroc, nominal
-from dcr.steering.hooks import last_logits
+from dcr.steering.hooks import Fit, Material, last_logits
 from dcr.train.examples import decision_tokens
 
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tried on validation
@@ -36,20 +34,11 @@ class DecisionToken(Deciding):
     """facts: threshold, the words, and what was measured."""
 
     @classmethod
-    def fit(
-        cls,
-        model,
-        tokenizer,
-        anchors: dict[str, pd.DataFrame],
-        validation: pd.DataFrame,
-        options: SteeringConfig,
-        **others,
-    ) -> Self:
+    def fitted(cls, on: Material) -> Fit:
         """The one threshold from validation prompts."""
-        scores = decision_score(model, tokenizer, validation["text"].tolist())
-        facts = {"words": list(decision_tokens(tokenizer).words)}
-        path = others.get("layers_path", "")
-        return cls(facts | nominal(validation, scores, options), {}, layers_path=path)
+        scores = decision_score(on.model, on.tokenizer, on.validation["text"].tolist())
+        facts = {"words": list(decision_tokens(on.tokenizer).words)}
+        return facts | nominal(on.validation, scores, on.options), {}
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] log odds of the decision token."""
@@ -94,23 +83,14 @@ class TokenGate(DecisionToken):
     ANCHORS = Gate.ANCHORS
 
     @classmethod
-    def fit(
-        cls,
-        model,
-        tokenizer,
-        anchors: dict[str, pd.DataFrame],
-        validation: pd.DataFrame,
-        options: SteeringConfig,
-        **others,
-    ) -> Self:
-        """Fit the gate, then weight and threshold of the sum on validation prompts."""
-        gate = Gate.fit(model, tokenizer, anchors, validation, options, **others)
-        path = others.get("layers_path", "")
-        method = cls({"gate": gate.facts}, gate.tensors, layers_path=path)
-        scores = method.parts(model, tokenizer, validation["text"].tolist())
-        facts = method.facts | fit_combination(validation, scores)
-        facts |= nominal(validation, combined(scores, facts).to_numpy(), options)
-        return cls(facts, gate.tensors, layers_path=path)
+    def fitted(cls, on: Material) -> Fit:
+        """The gate, then weight and threshold of the sum on validation prompts."""
+        gate, tensors = Gate.fitted(on)
+        both = cls({"gate": gate}, tensors, layers_path=on.layers_path)
+        scores = both.parts(on.model, on.tokenizer, on.validation["text"].tolist())
+        facts = both.facts | fit_combination(on.validation, scores)
+        total = combined(scores, facts).to_numpy()
+        return facts | nominal(on.validation, total, on.options), tensors
 
     def parts(self, model, tokenizer, prompts: Sequence[str]) -> pd.DataFrame:
         """[n, (token, gate)] both scores."""
