@@ -249,7 +249,8 @@ def test_pairs_come_whole_into_alignment_and_once(caplog):
         and harmless["pair_id"].isin(pairs.loc[pairs["label"] == "toxic", "pair_id"]).all()
     )
     gate = sets.anchors(config, "pairs")
-    assert len(gate) == 580 and set(gate["role"]) == {"refine", "align", "anchor"}
+    assert gate.groupby(["label", "form"]).size().tolist() == [290] * 4 and gate["id"].is_unique
+    assert set(gate["role"]) == {"refine", "align", "anchor"}
 
 
 def test_stage_one_keeps_both_members_of_a_pair():

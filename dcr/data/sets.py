@@ -210,12 +210,13 @@ def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) ->
     """`n` (default `steering.anchors`; or all there are) anchors: harmful, pseudo or harmless.
 
     From AdvBench and OR-Bench where the configuration trains on published data, else bundled.
-    "pairs": all bundled pairs for training, both classes, for what is fitted to read harm.
+    "pairs": all bundled pairs for training in both forms, for what is fitted to read harm.
     """
     if role == "pairs":
         every = ledger(config, of)
         pairs = every[(every["pair_id"] != "") & every["role"].isin(TRAINING)]
-        return pairs[pairs["table"] == "bundled"].reset_index(drop=True)
+        pairs = pairs[pairs["table"] == "bundled"]
+        return pd.concat([pairs, swap_table(pairs)], ignore_index=True)
     setting = ANCHORS.get(role, "") if trains_on_published(config) else "bundled"
     setting = config.data.general if role == "harmless" else setting
     rows = _rows(ledger(config, of), setting, "anchor", CLASS[role])
