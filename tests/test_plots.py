@@ -73,6 +73,20 @@ def test_figure_is_labelled_legible_and_leaves_its_table_alone(name):
                     assert not cut, f"tick label {label.get_text()!r} is cut"
 
 
+@pytest.mark.slow
+def test_every_figure_draws_what_its_table_function_makes(tmp_path):
+    """The columns that tables make are those that figures read: on a made-up experiment."""
+    from stub_experiment import StubExperiment
+
+    from dcr.run.registry import read_table
+
+    stub = StubExperiment(root=tmp_path)
+    elsewhere = {"ablations", "search", "judge_calibration"}  # grids, and people's labels
+    for name in sorted(set(FIGURES) - elsewhere):
+        stub.table(name).to_csv(tmp_path / f"{name}.csv", index=False)
+        assert FIGURES[name].draw(read_table(tmp_path / f"{name}.csv")).axes, name
+
+
 def test_same_table_same_bytes_and_notebooks_show_the_saved_picture(tmp_path):
     for name in ("plane", "same_rows"):
         frame = fake_run.tables()[name]
