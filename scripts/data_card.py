@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pandas as pd
+from rapidfuzz.distance import Levenshtein
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score
@@ -14,11 +15,22 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dcr.data.files import write_atomic
-from dcr.data.pairs import as_pairs
+from dcr.data.pairs import normalised
 from dcr.data.sources import BUNDLED, audit, load_bundled
 
 CARD = BUNDLED / "README.md"
 BEGIN, END = "<!-- figures: python scripts/data_card.py -->", "<!-- end of figures -->"
+
+
+def as_pairs(rows: pd.DataFrame) -> pd.DataFrame:
+    """pair_id, form, category, seemingly_toxic, toxic (texts), distance (edited words) a pair."""
+    wide = rows[rows["pair_id"] != ""].pivot(
+        index=["pair_id", "form", "category"], columns="label", values="text"
+    )
+    assert set(wide.columns) == {"toxic", "seemingly_toxic"} and not wide.isna().any().any()
+    wide = wide.reset_index().rename_axis(columns=None)
+    sides = [wide[c].map(normalised).str.split() for c in ("seemingly_toxic", "toxic")]
+    return wide.assign(distance=[Levenshtein.distance(a, b) for a, b in zip(*sides, strict=True)])
 
 
 def punctuation_features(texts: pd.Series) -> np.ndarray:

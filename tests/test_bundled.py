@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from dcr.data import sources
-from dcr.data.pairs import as_pairs, leakage_report, normalised
+from dcr.data.pairs import leakage_report, normalised
 from dcr.evaluate.judges.phrases import score_text
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -34,7 +34,7 @@ def general():
 
 
 def test_sizes_and_kinds(pairs, general):
-    wide = as_pairs(pairs)
+    wide = card.as_pairs(pairs)
     request = wide["pair_id"].str.rsplit("-", n=1).str[0]
     assert len(wide) >= 400 and request.duplicated().sum() >= 100 and len(general) >= 500
     assert pairs["category"].nunique() >= 15 and wide.groupby("category").size().min() >= 10
@@ -123,7 +123,7 @@ def test_surface_tells_nothing(pairs):
 
 
 def test_members_differ_in_few_words(pairs):
-    distance = as_pairs(pairs)["distance"]
+    distance = card.as_pairs(pairs)["distance"]
     assert distance.max() <= 12 and distance.median() <= 4
     assert pairs["text"].str.split().str.len().between(5, 40).all()
 

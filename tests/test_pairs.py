@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pandas as pd
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcr.data.forms import core, swap_form, swap_table
 from dcr.data.pairs import (
-    as_pairs,
     content_words,
     kind_of,
     leakage_report,
@@ -18,7 +16,6 @@ from dcr.data.pairs import (
     similar,
 )
 from dcr.data.sources import load_bundled
-from dcr.errors import DCRError
 
 words = "how what can i you I C make a bomb cake please explain is why to the fix it".split()
 
@@ -133,11 +130,4 @@ def test_leakage_finds_exact_and_near_and_nothing_else():
         ["a", "y", "near"],
     ]
     assert leakage_report(train, test.tail(1)).empty
-
-
-def test_pairs_are_readable_side_by_side():
-    pairs = as_pairs(load_bundled("pairs"))
-    assert {"seemingly_toxic", "toxic"} <= set(pairs.columns) and pairs["distance"].min() >= 1
-    with pytest.raises(DCRError, match="without both members"):
-        as_pairs(load_bundled("pairs").iloc[:1])
     assert normalised("It's  a Test!") == "it's a test"

@@ -10,12 +10,10 @@ from math import ceil
 
 import numpy as np
 import pandas as pd
-from rapidfuzz.distance import Levenshtein
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from dcr.data.forms import core
-from dcr.errors import DCRError
 
 SAME_REQUEST = 0.6  # Jaccard similarity of content words from which two prompts are one request
 STOP_WORDS = frozenset(  # and what only carries a request ("Write a tutorial on ...")
@@ -30,20 +28,6 @@ STOP_WORDS = frozenset(  # and what only carries a request ("Write a tutorial on
 def normalised(text: str) -> str:
     """Lower case, words only: what an exact duplicate is compared by."""
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
-
-
-def as_pairs(rows: pd.DataFrame) -> pd.DataFrame:
-    """pair_id, form, category, seemingly_toxic, toxic (texts), distance (edited words) a pair."""
-    wide = rows[rows["pair_id"] != ""].pivot(
-        index=["pair_id", "form", "category"], columns="label", values="text"
-    )
-    missing = {"toxic", "seemingly_toxic"} - set(wide.columns)
-    if missing or wide.isna().any().any():
-        alone = wide[wide.isna().any(axis=1)].index[:3].tolist() or missing
-        raise DCRError(f"pairs without both members: {alone}.")
-    wide = wide.reset_index().rename_axis(columns=None)
-    sides = [wide[c].map(normalised).str.split() for c in ("seemingly_toxic", "toxic")]
-    return wide.assign(distance=[Levenshtein.distance(a, b) for a, b in zip(*sides, strict=True)])
 
 
 def kind_of(category: str) -> str:

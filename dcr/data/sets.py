@@ -14,7 +14,6 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.config import Config
-from dcr.data import legacy
 from dcr.data.forms import swap_table
 from dcr.data.ledger import (
     ANCHORS,
@@ -25,23 +24,10 @@ from dcr.data.ledger import (
     stands_apart,
     trains_on_published,
 )
-from dcr.data.legacy import (  # noqa: F401  until its callers have switched
-    BUNDLED_BENCHMARKS,
-    alignment_mix,
-    benchmark,
-    benchmarks_of,
-    contrastive_sets,
-    general_prompts,
-    leakage,
-    load_sets,
-    sources_of,
-    table,
-)
 from dcr.data.sources import SOURCES, audit
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-_bundled, _bundled_half, _general = legacy._bundled, legacy._bundled_half, legacy._general
 PLAIN_REFUSAL = "I'm sorry, but I can't help with that."  # for toxic prompts without an answer
 TRAINING = ("refine", "align", "anchor")
 GENERAL = 128  # general prompts of stage 1 (harmless class, retention)

@@ -382,7 +382,7 @@ def own_reading(path: str | Path = "", *, bootstrap: int = 500, seed: int = 0) -
     verdict as given then). Rows "reader2" hold the readers' agreement, the ceiling. A version's rules were mended after its
     round, so only the last round's numbers are of answers that the rules had not seen.
     """
-    from dcr.data.loaders import BUNDLED
+    from dcr.data.sources import BUNDLED
 
     rows = []
     for (number, version), part in pd.read_csv(path or BUNDLED / "reading.csv").groupby(
