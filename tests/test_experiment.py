@@ -358,7 +358,14 @@ def test_states_kernel_and_probability_of_any_prompts(run):
     assert (run.refusal_probability("STL", few, 0) == run.refusal_probability("base", few)).all()
     items = run.ability("base")
     assert set(items["metric"]) == {"perplexity"} and items["loss"].gt(0).all()
-    losses = run.answer_losses("STL", run.prompts)
-    assert set(losses["item"]) <= set(run.prompts["id"]) and (losses["tokens"] > 0).all()
     longer = run.judged("STL", few, tokens=5)
     assert longer["n_tokens"].max() > 3 and set(longer["prompt_id"]) == set(few["id"])
+
+
+def test_answer_losses_are_those_of_the_base_model(run, monkeypatch):
+    few = run.validation.head(2)
+    said = pd.DataFrame({"prompt_id": few["id"], "response": ["sure , the cat .", ""]})
+    monkeypatch.setattr(run, "answers", lambda method, prompts: said)
+    losses = run.answer_losses("STL", few)
+    assert losses["item"].tolist() == [few["id"].iloc[0]] and (losses["tokens"] > 3).all()
+    assert next((run.store.root / "losses").iterdir()).name.startswith("base-")

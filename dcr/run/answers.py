@@ -258,8 +258,8 @@ class Run(Training):
 
         def measure(model, tokenizer, texts, folder):
             path = self.config.model.layers_path
-            options = {"k": tokens, "truncate": True, "layers_path": path}
-            found = entk(model, tokenizer, texts[:-1], texts[-1:], **options)
+            few = texts[:-1], texts[-1:]
+            found = entk(model, tokenizer, *few, k=tokens, truncate=True, layers_path=path)
             return np.block([[found.within_a, found.cross], [found.cross.T, found.within_b]])
 
         folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=tokens)
@@ -278,8 +278,8 @@ class Run(Training):
             rows = measure_items(model, tokenizer, held_out, options, folder=folder)
             write_atomic(folder / "items.jsonl", rows.to_json(orient="records", lines=True))
 
-        settings = {"tasks": task_facts(options), "limit": options.capability_limit}
-        folder = self._measured("ability", method, held_out, measure, **settings)
+        tasks = {"tasks": task_facts(options), "limit": options.capability_limit}
+        folder = self._measured("ability", method, held_out, measure, asked=tasks)
         return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
 
     def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:

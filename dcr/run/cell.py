@@ -83,9 +83,10 @@ def outcome(run: CellRun) -> dict[str, float]:
         whole = mine[(mine["benchmark"] == "mean") & (mine["version"] == "both")]
         for form in ("balanced", "question", "imperative"):
             value = whole.loc[whole["form"] == form, "value"]
-            found[name if form == "balanced" else f"{name} {form}"] = value.squeeze()
+            if len(value):
+                found[name if form == "balanced" else f"{name} {form}"] = float(value.iloc[0])
     scores = pd.DataFrame({"prompt_id": asked["id"], "score": run.refusal(method, asked)})
     read = auroc(asked, scores.assign(method="", seed=0))
     read = read.query("source == 'mean' and toxic_form == 'balanced'")
-    found["refusal_auroc"] = read["auroc"].iloc[0]
-    return {k: float(v) for k, v in found.items() if not isinstance(v, pd.Series)}
+    found["refusal_auroc"] = float(read["auroc"].iloc[0])
+    return found

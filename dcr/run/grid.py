@@ -224,7 +224,7 @@ def _through_ray(task: Callable[[T], object], items: Sequence[T]):
         if mine:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded)
+        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_guarded)
         running = {remote.remote(task, item): item for item in items}
         while running:
             (done, *_), _ = ray.wait(list(running))
