@@ -10,7 +10,6 @@ import sys
 import textwrap
 from importlib.metadata import EntryPoint
 
-import numpy as np
 import pandas as pd
 import pytest
 from stub_experiment import StubExperiment
@@ -155,24 +154,6 @@ def test_followed_prompts_are_validation_prompts_with_both_forms(stub):
     assert set(rows["role"]) == {"validation"}
     assert (rows.groupby(["label", "form"]).size() == 2).all()
     assert rows["label"].drop_duplicates().tolist() == ["toxic", "seemingly_toxic", "general"]
-
-
-def test_auroc_difference_is_that_of_the_two_aurocs(stub):
-    from sklearn.metrics import roc_auc_score
-
-    from dcr.tables.gather import auroc_difference, scores
-
-    rows = stub.prompts[(stub.prompts["role"] == "test") & (stub.prompts["label"] != "general")]
-    found = scores(stub, ["DCR", "STL"])
-    each = []
-    for method in ("DCR", "STL"):
-        mine = found[found["method"] == method].pivot(
-            index="prompt_id", columns="seed", values="score"
-        )
-        values = mine.loc[rows["id"]]
-        each.append(np.mean([roc_auc_score(rows["label"] == "toxic", values[s]) for s in values]))
-    read = auroc_difference(stub.prompts[stub.prompts["role"] == "test"], found, "DCR", "STL")
-    assert read["value"] == pytest.approx(each[0] - each[1]) and read["low"] < read["value"]
 
 
 def test_a_table_that_needs_a_method_says_so():

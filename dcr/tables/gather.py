@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pandas as pd
 
 from dcr.data.sets import first_requests
 from dcr.errors import DCRError
-from dcr.evaluate.cells import aligned, same_seeds
-from dcr.evaluate.frontier import Mass, auroc
-from dcr.evaluate.intervals import effective_n, interval, request_weights
+from dcr.evaluate.frontier import auroc
 from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
 
@@ -78,19 +75,6 @@ def auroc_rows(prompts: pd.DataFrame, scores: pd.DataFrame, name: str) -> pd.Dat
     long = long.melt("prompt_id", var_name="method", value_name="score").assign(seed=0)
     found = auroc(prompts, long, by="all").rename(columns={"method": name})
     return found[[name, "auroc", "low", "high", "n"]]
-
-
-def auroc_difference(prompts: pd.DataFrame, scores: pd.DataFrame, a: str, b: str) -> dict:
-    """value, low, high, n: AUROC of `a`'s scores less that of `b`'s, sources pooled."""
-    rows = prompts[prompts["label"] != "general"].reset_index(drop=True)
-    toxic, drawn = (rows["label"] == "toxic").to_numpy(), request_weights(rows["request"])
-    up, down = (w / w.sum(1, keepdims=True) for w in (drawn[:, toxic], drawn[:, ~toxic]))
-    read = []
-    for values in same_seeds(aligned(rows, scores, "score"), a, b):  # [n, seeds]
-        each = [(down * Mass(s[toxic], up).above(s[~toxic])).sum(1) for s in values.T.astype(float)]
-        read.append(np.stack(each, axis=1))  # [1 + draws, seeds]
-    found = interval(read[0] - read[1], effective_n(drawn[0], rows["request"]), (-1.0, 1.0))
-    return {k: float(found[k]) for k in ("value", "low", "high")} | {"n": len(rows)}
 
 
 def needed(experiment: Experiment, method: str, name: str) -> str:
