@@ -21,7 +21,7 @@ from dcr.data.files import sha256_of, write_atomic
 from dcr.data.sources import path_of
 from dcr.errors import DCRError
 from dcr.evaluate.cells import aligned, same_seeds
-from dcr.evaluate.intervals import N_BOOT, interval, request_weights
+from dcr.evaluate.intervals import N_BOOT, SHARE, SIGNED, interval, request_weights
 from dcr.lm.batches import padded, position_ids, token_batches
 from dcr.lm.chat import encode_examples
 
@@ -195,20 +195,20 @@ def ability_rows(
         weights = request_weights(names.astype(str), n_boot)
         tokens = part.drop_duplicates("item")["tokens"].to_numpy() if text else np.ones(len(names))
         total = (weights @ tokens)[:, None]
+        if against not in values:
+            raise DCRError(f"general ability: {task} was not measured for {against!r}; measure it.")
         for method, (seeds, mine) in values.items():
-            other = same_seeds(values, method, against) if against in values else (mine, mine)
-            change = (other[0] - other[1]).astype(float)
-            found = [
-                interval(weights @ v / total, len(names), None if text else bounds)
-                for v, bounds in ((mine.astype(float), (0.0, 1.0)), (change, (-1.0, 1.0)))
-            ]
-            numbers = {
-                f"{name}{end}" if name != "value" or not end else end[1:]: float(
-                    np.exp(f[k]) if text else f[k]
-                )
-                for name, f in zip(("value", "change"), found, strict=True)
-                for end, k in (("", "value"), ("_low", "low"), ("_high", "high"))
+            a, b = same_seeds(values, method, against)
+            read = {
+                "value": (mine, SHARE),
+                "change": (a - b, SIGNED if method != against else None),
             }
-            named = {"method": method, "task": task, "metric": metric}
-            rows.append({**named, **numbers, "n": len(names), "seeds": len(seeds)})
+            row = {"method": method, "task": task, "metric": metric}
+            for name, (each, bounds) in read.items():
+                draws = weights @ each.astype(float) / total
+                found = interval(draws, len(names), None if text else bounds)
+                for end in ("value", "low", "high"):
+                    key = end if name == "value" else f"change_{end}".removesuffix("_value")
+                    row[key] = float(np.exp(found[end]) if text else found[end])
+            rows.append({**row, "n": len(names), "seeds": len(seeds)})
     return pd.DataFrame(rows)
