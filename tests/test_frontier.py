@@ -252,52 +252,51 @@ def test_bad_input_names_what_is_wrong():
         auroc(prompts[prompts["label"] == "toxic"], table)
 
 
-def simulated(
-    rng: np.random.Generator, prompts: pd.DataFrame, spread: float, noise: float
-) -> pd.DataFrame:
-    """Five seeds: what is the request's, the seed's (how far apart classes are) and both's."""
+def simulated(prompts: pd.DataFrame, spread: float, worlds: int) -> pd.DataFrame:
+    """Scores of many worlds (as methods) of 5 seeds on the same prompts.
+
+    A score is the request's and the request's in that seed (variances 2 : 1); how far the classes
+    lie apart is the seed's, 1.2 give or take `spread`.
+    """
+    rng = np.random.default_rng(7)
     codes, names = pd.factorize(prompts["request"])
-    toxic, request = (prompts["label"] == "toxic").to_numpy(), rng.normal(size=len(names))
-    parts = []
-    for seed in range(5):
-        own = noise * rng.normal(size=len(names))
-        gap = 1.2 + spread * rng.normal()
-        score = ((request + own) / np.sqrt(1 + noise**2))[codes] + gap * toxic
-        parts.append(scores(prompts, score, "m", seed))
+    toxic, parts = (prompts["label"] == "toxic").to_numpy(), []
+    for number in range(worlds):
+        request = rng.normal(size=len(names))
+        for seed in range(5):
+            own = np.sqrt(2 / 3) * request + np.sqrt(1 / 3) * rng.normal(size=len(names))
+            gap = 1.2 + spread * rng.normal()
+            parts.append(scores(prompts, own[codes] + gap * toxic, f"w{number}", seed))
     return pd.concat(parts, ignore_index=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread, noise", [(0.0, 0.7), (0.1, 0.7), (0.2, 0.7)])
-def test_intervals_cover_and_are_no_wider_than_needed(spread, noise):
-    """400 worlds, 5 seeds, shared prompts: coverage in [.93, .97], width at most 1.1 of the ideal.
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
+def test_intervals_cover_and_are_no_wider_than_needed(spread):
+    """500 worlds, 5 seeds, shared prompts: coverage in [.93, .97], width at most 1.1 of the ideal.
 
     Ideal: 3.92 standard deviations of the estimate over worlds.
     """
-    runs, rng, found = 400, np.random.default_rng(7), []
-    prompts = prompts_of(40)
-    gaps = 1.2 + spread * rng.normal(size=20000)
+    prompts = prompts_of(60)
+    drawn = simulated(prompts, spread, 500)
+    gaps = 1.2 + spread * np.random.default_rng(0).normal(size=100_000)
     truth = {
         "compliance": norm.cdf(norm.ppf(0.2) + gaps).mean(),
         "auroc": norm.cdf(gaps / np.sqrt(2)).mean(),
         "dsr": norm.cdf(gaps).mean(),  # of a threshold at 0
     }
-    for run in range(runs):
-        named = prompts.assign(request=f"{run}/" + prompts["request"])
-        drawn = simulated(rng, named, spread, noise)
-        row = compliance_at(named, drawn, (0.8,), n_boot=400).iloc[0]
-        found.append(("compliance", row["compliance"], row["low"], row["high"]))
-        row = auroc_by_source(named, drawn, n_boot=400).iloc[-1]
-        found.append(("auroc", row["auroc"], row["low"], row["high"]))
-        tested = named[named["role"] == "test"]
-        said = drawn[drawn["prompt_id"].isin(tested["id"])]
-        said = said.assign(verdict=np.where(said["score"] > 0, "refuse", "comply"))
-        table = rates(tested, said, n_boot=400)
-        chosen = (table["benchmark"] == "mean") & (table["metric"] == "dsr")
-        row = table[chosen & (table["form"] == "balanced")].iloc[0]
-        found.append(("dsr", row["value"], row["low"], row["high"]))
-    table = pd.DataFrame(found, columns=["measure", "value", "low", "high"])
-    for measure, part in table.groupby("measure"):
+    tested = prompts[prompts["role"] == "test"]
+    said = drawn[drawn["prompt_id"].isin(tested["id"])]
+    said = said.assign(verdict=np.where(said["score"] > 0, "refuse", "comply"))
+    table = rates(tested, said).query("benchmark == 'mean' and metric == 'dsr'")
+    ranked = auroc_by_source(prompts, drawn).query("source == 'mean'")
+    found = {
+        "compliance": compliance_at(prompts, drawn, (0.8,)).rename(columns={"compliance": "value"}),
+        "auroc": ranked[ranked["toxic_form"] == "balanced"].rename(columns={"auroc": "value"}),
+        "dsr": table[(table["version"] == "both") & (table["form"] == "balanced")],
+    }
+    for measure, part in found.items():
+        assert len(part) == 500
         covered = ((part["low"] <= truth[measure]) & (truth[measure] <= part["high"])).mean()
         width = (part["high"] - part["low"]).mean() / (3.92 * part["value"].std())
         print(f"{measure}: spread {spread}, coverage {covered:.3f}, width {width:.2f} of the ideal")

@@ -181,10 +181,13 @@ def test_measures_without_a_judge():
     prompts = pd.DataFrame({"id": ["a", "b"], "text": ["Name two fruits.", "Say a word."]})
     prompts = prompts.assign(label="general", request=prompts["id"])
     answers = answered(prompts, ["apple pear", "no " * 12], finish=["eos", "length"])
+    silent = answered(prompts, ["apple", None], "silent")
+    answers = pd.concat([answers, silent], ignore_index=True)
     losses = pd.DataFrame({"item": ["a", "b"], "loss": [2.0, 4.0], "tokens": [1, 2]})
     losses = losses.assign(method="m", seed=0)
     table = quality(prompts, answers, losses, EvaluationConfig())
-    measures = table.set_index("measure")
+    assert table[table["method"] == "silent"].set_index("measure").loc["words", "value"] == 0.5
+    measures = table[table["method"] == "m"].set_index("measure")
     assert measures.loc["words", "value"] == 7 and set(table["n"]) == {2}
     for name in ("degenerate_share", "cut_share"):
         row = measures.loc[name]

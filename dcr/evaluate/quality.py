@@ -157,6 +157,7 @@ def quality(
     answers under the base model, with method and seed. out: folder where replies are kept.
     """
     rows: list[dict] = []
+    answers = answers.fillna({"response": "", "finish": ""})  # a server may leave one out
     for label in ("general", "seemingly_toxic"):
         chosen = prompts[prompts["label"] == label]
         if chosen.empty:
