@@ -189,6 +189,16 @@ def tokens_that_fit(model, *, training: bool = False, checkpointing: bool = Fals
     Korthikanti et al. 2022, section 4), with `checkpointing` its input and one block's at a time;
     without gradients one block's and the keys and values.
     """
+    config = model.config.get_text_config()
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
+    size, weights = sizes(model)
+    return max(256, int((size - weights) / 3 / (4 * values)))
+
+
+def sizes(model) -> tuple[int, int]:
+    """(memory of the model's device, of its weights), bytes."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         size = torch.cuda.get_device_properties(device).total_memory
@@ -196,12 +206,7 @@ def tokens_that_fit(model, *, training: bool = False, checkpointing: bool = Fals
         size = torch.mps.recommended_max_memory()
     else:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    config = model.config.get_text_config()
-    hidden, blocks = config.hidden_size, config.num_hidden_layers
-    block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(256, int((size - weights) / 3 / (4 * values)))
+    return size, sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def in_memory(

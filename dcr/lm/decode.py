@@ -7,6 +7,7 @@ leave it. Both change speed only: in fp32 the tokens are those of the library, r
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcr.lm.batches import (
     behind,
@@ -25,6 +26,7 @@ from dcr.lm.batches import (
     padded,
     position_ids,
     run_prefix,
+    sizes,
     token_batches,
     tokens_that_fit,
 )
@@ -113,7 +115,8 @@ class Decoder:
         lengths = [len(self.rows[i]) + self.options.max_new_tokens for i in which]
         bound = max_tokens or tokens_that_fit(self.model)
         batches = [[which[i] for i in b] for b in token_batches(lengths, batch_size, bound)]
-        return in_memory(batches, self.run)
+        with packed(self.model):
+            yield from in_memory(batches, self.run)
 
     @torch.no_grad()
     def run(self, batch: Sequence[int]) -> list[list[int]]:
@@ -170,6 +173,35 @@ class Decoder:
         probability = (logits.float() / self.options.temperature).softmax(-1)
         noise = [torch.empty(logits.shape[-1]).exponential_(generator=g) for g in state.chance]
         return (probability / torch.stack(noise).to(probability)).argmax(-1)  # an exact sample
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Linear layers of a model on an x86 CPU through oneDNN, their weights in its own layout.
+
+    A fifth to a half faster at the few rows of a decoding step; not for gradients. Takes the memory
+    of the weights once more, so a model of over a quarter of the machine's is left as it is.
+    """
+    size, weights = sizes(model)
+    if next(model.parameters()).device.type != "cpu" or weights > size // 4:
+        yield
+        return
+    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m))
+    changed: list[nn.Linear] = []
+    try:
+        with contextlib.suppress(AttributeError, RuntimeError):  # a torch without it, another CPU
+            for layer in plain:
+                weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+                vars(layer)["forward"] = functools.partial(_packed_linear, weight, layer.bias)
+                changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            vars(layer).pop("forward", None)
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def decode(
