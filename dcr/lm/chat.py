@@ -58,14 +58,10 @@ def encode_examples(
     return [h + t for h, t in zip(heads, tails, strict=True)], [len(h) for h in heads]
 
 
-def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
-    """Chat text of each prompt up to the assistant's turn, special tokens written out (to show)."""
+def render(tokenizer, prompts: Sequence[str]) -> list[str]:
+    """Chat text of each prompt up to the assistant's turn, special tokens written out."""
     typed = _typed(tokenizer)
-    heads = _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
-    if responses is None:
-        return heads
-    end = turn_end(tokenizer)  # LEGACY, like `encode` below: goes when encode_examples is used
-    return [h + str(r).strip() + end for h, r in zip(heads, responses, strict=True)]
+    return _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
 
 
 def turn_end(tokenizer) -> str:
@@ -200,37 +196,3 @@ def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     flat = [part for row in parts for part in row]
     ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
     return [[i for _ in row for i in next(ids)] for row in parts]
-
-
-# ---- LEGACY: goes when its callers use encode_prompts and encode_examples ----
-
-
-def encode(
-    tokenizer,
-    texts: Sequence[str],
-    *,
-    padding_side: str = "left",
-    max_length: int | None = None,
-    truncate: bool = False,
-    device: str = "cpu",
-) -> dict:
-    """Token ids of rendered texts as {input_ids, attention_mask}, each [batch, seq].
-
-    Raises DCRError naming the first text longer than `max_length` tokens unless `truncate` is set.
-    """
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    if max_length is not None:
-        for i, row in enumerate(rows):
-            if len(row) > max_length and not truncate:
-                raise DCRError(
-                    f"prompt {i} has {len(row)} tokens, the limit is {max_length}: {texts[i][:80]!r}... "
-                    "Shorten it, raise the limit, or ask for truncation (truncate=True)."
-                )
-        rows = [row[-max_length:] if padding_side == "left" else row[:max_length] for row in rows]
-    batch = tokenizer.pad(
-        {"input_ids": rows}, padding=True, padding_side=padding_side, return_tensors="pt"
-    )
-    return {
-        "input_ids": batch["input_ids"].to(device),
-        "attention_mask": batch["attention_mask"].to(device),
-    }

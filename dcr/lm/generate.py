@@ -151,10 +151,3 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     if rows:  # a torn last line must not stay in the middle of what follows
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return rows
-
-
-def inference_dtype(wanted: str, device: str) -> torch.dtype:
-    """LEGACY: callers pass `precision` or use `in_precision`."""
-    from dcr.lm.load import DTYPES, resolve_precision
-
-    return DTYPES[resolve_precision(wanted, device)]
