@@ -169,8 +169,8 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
         )
     if not Path(name).is_dir() and "safetensors" in low:
         return (
-            f"{name}: no safetensors weights found. Convert the model to safetensors first; nothing "
-            "else is loaded."
+            f"{name}: no safetensors weights found. Convert the model to safetensors first; "
+            "nothing else is loaded."
         )
     if found(
         errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError
