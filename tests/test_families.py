@@ -1,4 +1,4 @@
-"""Ten families of tiny random models through the kit: refine, align, generate, states, scores, kernel."""
+"""Ten families of tiny random models through the whole kit: refine, align, generate, hidden states, kernel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 
 from dcr.analysis.kernel import entk
-from dcr.analysis.refusal import (
-    REFUSAL_OPENINGS,
-    TOLERANCE,
-    opening_tokens,
-    refusal_probability,
-    typographies,
-)
+from dcr.analysis.refusal import opening_tokens, refusal_probability
 from dcr.config import AlignConfig, RefineConfig
-from dcr.lm.batches import padded
 from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
@@ -84,16 +77,17 @@ def test_a_family_goes_through_the_whole_kit(family):
         expected = torch.stack([s[0, -1] for s in expected]).numpy()
         np.testing.assert_allclose(states[:, i], expected, rtol=1e-4, atol=1e-5)
 
-    phrases = opening_tokens(tokenizer, typographies(REFUSAL_OPENINGS))
-    ids, mask = padded([[*rows[0], *phrase] for phrase in phrases], "right")
-    with torch.no_grad():
-        log_p = aligned(ids, attention_mask=mask).logits.log_softmax(-1)
-    total = sum(
-        float(sum(log_p[i, len(rows[0]) - 1 + s, t] for s, t in enumerate(phrase)).exp())
-        for i, phrase in enumerate(phrases)
-    )
-    ours = refusal_probability(aligned, tokenizer, prompts[:1])
-    assert ours[0] == pytest.approx(total, abs=2 * TOLERANCE * min(total, 1 - total) + 1e-5)
+    openings = ["sorry", "i cannot", "i can't help"]
+    phrases = opening_tokens(tokenizer, openings)
+    ours = refusal_probability(aligned, tokenizer, prompts, openings=openings)
+    for i, row in enumerate(rows):
+        total = 0.0
+        for phrase in phrases:
+            with torch.no_grad():
+                logits = aligned(torch.tensor([[*row, *phrase]])).logits[0].log_softmax(-1)
+            at = range(len(row) - 1, len(row) - 1 + len(phrase))
+            total += float(sum(logits[s, t] for s, t in zip(at, phrase, strict=True)).exp())
+        assert ours[i] == pytest.approx(total, rel=1e-4)
 
     kernel = entk(aligned, tokenizer, prompts[:1], prompts[1:], k=3, parameters="blocks")
     expected = norms(aligned, rows, kernel.tokens)

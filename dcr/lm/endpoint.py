@@ -1,8 +1,7 @@
-"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`).
+"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): the rows of `dcr.lm.generate.generate`.
 
-The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all
-retries is left out and counted: judges call it `unscored`, the run goes on, and a later call asks
-only for those.
+The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all retries is left out
+and counted: judges call it `unscored`, the run goes on, and a later call asks only for those.
 """
 
 from __future__ import annotations
@@ -44,18 +43,16 @@ class Endpoint:
         retries: int = 4,
         backoff: float = 1.0,
     ) -> None:
-        """url: base address, as http://host:8000/v1. model: name there ("" asks for the first)."""
+        """url: base address such as http://host:8000/v1. model: name at the server ("" asks it for its first one)."""
         from openai import OpenAI
 
         if not url.startswith(("http://", "https://")):
             raise DCRError(
-                f"generation.endpoint={url!r} is no address; give one such as "
-                "http://localhost:8000/v1."
+                f"generation.endpoint={url!r} is no address; give one such as http://localhost:8000/v1."
             )
         self.url, self.retries, self.backoff = url.rstrip("/"), retries, backoff
-        self.key = os.environ.get("OPENAI_API_KEY", "")
-        key = self.key or "none"
-        self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=0)
+        self.key = os.environ.get("OPENAI_API_KEY") or "none"
+        self.client = OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=0)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -63,15 +60,14 @@ class Endpoint:
             return self._asked(lambda: self.client.models.list().data[0].id)
         except Failed as error:
             raise DCRError(
-                f"{self.url}: the server did not name a model ({error}). Start it, check the "
-                "address (it usually ends in /v1), or name the model."
+                f"{self.url}: the server did not name a model ({error}). Start it, check the address (it usually ends "
+                "in /v1), or name the model."
             ) from error
 
     def chat(self, prompt: str, **options) -> tuple[str, str, int]:
-        """(text, finish {eos, length}, tokens or -1) of one user message.
+        """(text, finish {eos, length}, tokens or -1) of one user message. options: max_tokens, temperature, seed.
 
-        options: max_tokens, temperature, seed. Raises `Failed` with the server's own last word when
-        every attempt failed.
+        Raises `Failed` with the server's own last word when every attempt failed.
         """
 
         def call() -> tuple[str, str, int]:
@@ -99,8 +95,7 @@ class Endpoint:
                 return call()
             except openai.APIStatusError as error:
                 body = error.body.get("message") if isinstance(error.body, dict) else error.body
-                said = str(body or "").strip()[:300]
-                said = said.replace(self.key, "***") if self.key else said
+                said = str(body or "").replace(self.key, "***").strip()[:300]
                 problem = f"status {error.status_code}" + (f": {said}" if said else "")
                 if error.status_code not in RETRY_STATUS:
                     raise Failed(problem) from error
@@ -112,10 +107,10 @@ class Endpoint:
 
 
 def _said(message) -> str:
-    """Text of a message: its content, whole or in parts, or the refusal in its place."""
+    """Text of a message: its content, whole or in parts, or the refusal that stands in its place."""
     from dcr.lm.chat import strip_thinking
 
-    parts = message.content or getattr(message, "refusal", None) or message.content
+    parts = message.content or getattr(message, "refusal", None)
     if isinstance(parts, list):
         known = [p if isinstance(p, dict) else vars(p) for p in parts]
         parts = "".join(p.get("text") or p.get("refusal") or "" for p in known)
@@ -124,7 +119,7 @@ def _said(message) -> str:
     return strip_thinking(parts)
 
 
-def generate_remote(  # noqa: PLR0913
+def generate_remote(
     prompts,
     options: GenerationConfig,
     *,
@@ -135,11 +130,12 @@ def generate_remote(  # noqa: PLR0913
     server: Endpoint | None = None,
     concurrency: int = 8,
 ) -> pd.DataFrame:
-    """Answers to prompts (texts, or a prompt table) from a served model, as `generate` gives them.
+    """Answers to prompts (texts, or a prompt table) from a served model: the rows and columns of `generate`.
 
-    options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens
-    is the server's count, -1 where it gives none. `out` as in `generate`. Prompts that failed have
-    no row. Raises DCRError for bad prompts or parameters, and for a server that answers nothing.
+    options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens is the server's count,
+    -1 where it gives none. With `out` rows are written as they come; a second call asks only for what is missing, and one
+    with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad prompts or parameters, and
+    for a server that answers nothing at all.
     """
     from dcr.lm.generate import Answers, check_request
 
@@ -158,7 +154,7 @@ def generate_remote(  # noqa: PLR0913
         return server.chat(text, max_tokens=options.max_new_tokens, **sampling)
 
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
-        waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.todo["text"])}
+        waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.missing()["text"])}
         for future in as_completed(waiting):
             i = waiting[future]
             try:
@@ -175,8 +171,7 @@ def generate_remote(  # noqa: PLR0913
         )
     if not answers.rows:
         raise DCRError(
-            f"{server.url}: none of {len(prompts)} prompts was answered "
-            f"({next(iter(failed.values()))}). Check the server; what it answers later is added by "
-            "calling again."
+            f"{server.url}: none of {len(prompts)} prompts was answered ({next(iter(failed.values()))}). Check the "
+            "server; what it answers later is added by calling again."
         )
     return answers.frame()

@@ -1,13 +1,15 @@
-"""Text that is no answer at all: empty, a loop, or an echo of the prompt. Every judge asks this first."""
+"""Text that is no answer: empty, a loop, an echo of the prompt. Every judge asks this first."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 
+from dcr.data.forms import core
+
 
 def is_degenerate(response: str, prompt: str = "") -> bool:
-    """True for empty text, a repeated word, phrase or character, or the prompt said back."""
+    """True for empty text, a repeated word or character, or the prompt said back in any form."""
     text = response.strip()
     words = re.findall(r"\w+", text.lower())
     if not re.search(r"\w", text):
@@ -21,5 +23,5 @@ def is_degenerate(response: str, prompt: str = "") -> bool:
         top = grams.most_common(1)[0][1] if grams else 0
         if len(words) >= 10 and top >= 4 and top * size >= 0.6 * len(words):
             return True
-    said = re.findall(r"\w+", prompt.lower())
-    return len(said) >= 4 and words[: len(said)] == said and len(words) <= len(said) + 2
+    said, asked = core(response).split(), core(prompt).split()
+    return len(asked) >= 4 and said[: len(asked)] == asked and len(said) <= len(asked) + 2
