@@ -1,9 +1,10 @@
 """Judges against people, on published completions that people labelled.
 
-The rules were written with all six models at hand in view (XSTest's three and the even prompts of
-OR-FUZZ's three), so their honest test is a completion file that is not here; `half` "odd" are the
-prompts that nobody read while the rules of this version were written. κ is for refuse against
-comply with people's partial refusals apart; `kappa_all` counts these as refusals.
+The rules were written with XSTest's three models and the even prompts of OR-FUZZ's three in view;
+`half` "odd" of the latter was not read. Their honest test is a completion file that is not here. A
+classifier fitted on cues and opening words (models and prompts left out) was no better: none is
+kept. κ is for refuse against comply with people's partial refusals apart; `kappa_all` counts these
+as refusals.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ PREFIXES = (
 def completions() -> pd.DataFrame:
     """Labelled completions at hand; never downloads.
 
-    Columns model, prompt, response, label, first, second, share. label: comply, partial or
-    refuse. first, second: XSTest's two annotators. share: of OR-FUZZ's readers, who say that the reply answers; half of them or more make it comply.
+    Columns model, prompt, response, label {comply, partial, refuse}; first, second: XSTest's two
+    annotators; share: of OR-FUZZ's readers, who say that the reply answers (half: comply).
     """
     tables = []
     for name in COMPLETIONS:
