@@ -373,7 +373,7 @@ def test_a_language_without_a_row_is_unscored():
     assert score_text("Piñata, café, naïve: these are words of other languages.")[0] == "comply"
 
 
-# ---- guard models -----------------------------------------------------------------------------------------------
+# ---- guard models --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

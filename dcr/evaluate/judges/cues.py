@@ -57,7 +57,8 @@ DECLINES = {
     "lacks": r"\b(?:do not|don't) have the (?:ability|capability|means) to\b",
     "the_request": r"\b(?:assist|help|comply)(?: you)? with (?:that"
     r"|this)\b",  # the whole of it, not what it lacks
-    "my_rules": r"\bnot something (?:i|we)\b|\b(?:(?:against|within|violates?|not|beyond|outside)\b[^.]{0,25}\b(?:my"
+    "my_rules": r"\bnot something (?:i|we)\b"
+    r"|\b(?:(?:against|within|violates?|not|beyond|outside)\b[^.]{0,25}\b(?:my"
     r"|our) (?:\w+ )?(?:programming|guidelines|"
     r"principles|values|policy|policies|purpose|design|capabilities|role)"
     r"|my (?:\w+ )?(?:purpose|role|programming"
