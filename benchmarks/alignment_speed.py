@@ -1,12 +1,15 @@
-"""Stage 2 against TRL's SFTTrainer: same model, data, batches, LoRA, optimiser and dtype; tokens a second and losses.
+"""Stage 2 against TRL's SFTTrainer: same model, data, batches, LoRA, optimiser and dtype; tokens a
+second and losses.
 
 TRL is needed here only. Put it beside the environment, not into it:
 
     pip install --no-deps --target /tmp/trl trl
     PYTHONPATH=/tmp/trl python benchmarks/alignment_speed.py --steps 24
 
-Three runs alternate, `--rounds` times, and the best rate of each counts: ours; TRL on our batches (gradient checkpointing,
-which TRL turns on, off for both); TRL with its own shuffled batches, as it ships. Writes results/alignment_speed.json.
+Three runs alternate, `--rounds` times, and the best rate of each counts: ours; TRL on our batches
+(gradient checkpointing,
+which TRL turns on, off for both); TRL with its own shuffled batches, as it ships. Writes
+results/alignment_speed.json.
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ def ours(mix, config: AlignConfig, seed: int) -> dict:
 
 
 def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None) -> dict:
-    """The same of TRL's; `batches` fixes the rows of each step, None leaves them to TRL's own shuffling."""
+    """The same of TRL's; `batches` fixes the rows of each step, None leaves them to TRL's own
+    shuffling."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 

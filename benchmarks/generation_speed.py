@@ -1,8 +1,11 @@
-"""Speed of `dcr.generate` beside transformers.pipeline("text-generation") on the embedded model, same prompts, same limit.
+"""Speed of `dcr.generate` beside transformers.pipeline("text-generation") on the embedded model,
+same prompts, same limit.
 
 Two comparisons, the two sides run alternately in one process after one warm-up each:
-  equal     fp32 against fp32, same batch size, greedy: tokens must be the same, else the script fails
-  defaults  our defaults (dtype auto, batches of 64) against the pipeline's (its dtype as given by from_pretrained, batch size 1)
+  equal     fp32 against fp32, same batch size, greedy: tokens must be the same, else the script
+  fails
+  defaults  our defaults (dtype auto, batches of 64) against the pipeline's (its dtype as given by
+  from_pretrained, batch size 1)
 
 Usage: python benchmarks/generation_speed.py [--prompts 128] [--repeats 3] [--batch-size 32]
 Writes benchmarks/results/generation_speed.json.
@@ -35,7 +38,8 @@ def timed(run) -> tuple[float, list]:
 
 
 def side_by_side(ours, theirs, repeats: int, n: int) -> dict:
-    """Prompts per second of both, and the median of the ratios of runs that stood next to each other."""
+    """Prompts per second of both, and the median of the ratios of runs that stood next to each
+    other."""
     ours(), theirs()
     pairs = [(timed(ours)[0], timed(theirs)[0]) for _ in range(repeats)]
     return {
@@ -87,7 +91,8 @@ def main() -> None:
     differing = [i for i, (a, b) in enumerate(zip(mine(), library(), strict=True)) if a != b]
     if differing:
         raise SystemExit(
-            f"{len(differing)} of {len(texts)} fp32 answers differ from the pipeline's, first at prompt {differing[0]}"
+            f"{len(differing)} of {len(texts)} fp32 answers differ from the pipeline's, first at "
+            f"prompt {differing[0]}"
         )
     result["equal"] = {
         "dtype": "float32",

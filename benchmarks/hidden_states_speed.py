@@ -1,8 +1,12 @@
-"""Hidden states of all layers: `dcr.lm.states` against the naive loop, time and peak memory in one run.
+"""Hidden states of all layers: `dcr.lm.states` against the naive loop, time and peak memory in one
+run.
 
-The naive loop is what one writes first: `output_hidden_states=True`, batches in the given order, fp32, the last token
-picked by the mask, results kept in a list. Same model, prompts, batch size, dtype, threads; each side in processes of
-its own (for peak memory), in turns, `--repeats` times. Writes benchmarks/results/hidden_states_speed.json.
+The naive loop is what one writes first: `output_hidden_states=True`, batches in the given order,
+fp32, the last token
+picked by the mask, results kept in a list. Same model, prompts, batch size, dtype, threads; each
+side in processes of
+its own (for peak memory), in turns, `--repeats` times. Writes
+benchmarks/results/hidden_states_speed.json.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ def peak_memory_mib() -> float:
 
 
 def texts(n: int) -> list[str]:
-    """Bundled prompts of all classes in a fixed shuffled order, as many as asked for (or as there are)."""
+    """Bundled prompts of all classes in a fixed shuffled order, as many as asked for (or as there
+    are)."""
     from dcr.data.sources import load_bundled
 
     tables = [load_bundled(name) for name in ("pairs", "general")]

@@ -1,7 +1,10 @@
-"""Empirical NTK: `dcr.analysis.kernel.entk` against materialised per-token gradients, time and peak memory in one run.
+"""Empirical NTK: `dcr.analysis.kernel.entk` against materialised per-token gradients, time and peak
+memory in one run.
 
-The materialised way takes one backward pass a prompt and token, keeps every gradient vector, and multiplies them. It is run
-at the largest number of prompts whose gradients fit `--budget` GiB; the kit on the same prompts, tokens, parameters and
+The materialised way takes one backward pass a prompt and token, keeps every gradient vector, and
+multiplies them. It is run
+at the largest number of prompts whose gradients fit `--budget` GiB; the kit on the same prompts,
+tokens, parameters and
 dtype, each in a process of its own. `--many A` also times A + A prompts with the kit alone. Writes
 benchmarks/results/kernel_speed.json (parts not run this time are kept).
 """
@@ -65,7 +68,8 @@ def materialised(
 
 
 def worker(side: str, n: int, which: str, answer: str) -> None:
-    """Run one side; print seconds and peak memory as JSON. The token set is chosen before the clock starts."""
+    """Run one side; print seconds and peak memory as JSON. The token set is chosen before the clock
+    starts."""
     import torch
 
     from dcr.analysis.kernel import entk

@@ -44,7 +44,8 @@ LOSS = ContrastiveLoss()
 
 
 def compare(sides: dict[str, Callable[[list], Tensor]], batches: list, stage: nn.Module) -> dict:
-    """Seconds of CPU and clock a step of each side, ratios to "ours", and how far gradients differ."""
+    """Seconds of CPU and clock a step of each side, ratios to "ours", and how far gradients
+    differ."""
     cpu, wall = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0)
     apart = 0.0
     for number, batch in enumerate(batches):  # the first warms up

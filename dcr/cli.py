@@ -199,7 +199,8 @@ def verify_command(run: Annotated[Path, typer.Argument(help="A run directory.")]
 
 @app.command("info")
 def info_command(profile: Profile = "", overrides: Overrides = "") -> None:
-    """What a bug report needs: versions, platform, devices, caches; with --profile its configuration."""
+    """What a bug report needs: versions, platform, devices, caches; with --profile its
+    configuration."""
     import yaml
 
     from dcr.config import load_config

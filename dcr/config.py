@@ -1,6 +1,7 @@
 """Configuration: frozen, strict pydantic models, profiles in YAML, dotted overrides.
 
-Nothing is coerced and nothing is guessed: an unknown name, a wrong type, a value outside its choices
+Nothing is coerced and nothing is guessed: an unknown name, a wrong type, a value outside its
+choices
 or bounds raises one DCRError that lists what is known.
 """
 

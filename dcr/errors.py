@@ -4,4 +4,5 @@ from __future__ import annotations
 
 
 class DCRError(Exception):
-    """Bad input or an impossible request. The message names the file, row or parameter and the mend."""
+    """Bad input or an impossible request. The message names the file, row or parameter and the
+    mend."""

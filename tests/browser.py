@@ -24,7 +24,8 @@ FLAGS = (
 
 @contextlib.contextmanager
 def chromium(profile, width: int = 1280, height: int = 900) -> Iterator:
-    """A selenium driver with an empty profile folder; skips the test, with the reason, where no browser is installed."""
+    """A selenium driver with an empty profile folder; skips the test, with the reason, where no
+    browser is installed."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not binary or not driver:

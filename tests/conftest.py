@@ -1,4 +1,5 @@
-"""Shared fixtures: tiny random models of every supported family and a tiny word tokenizer. No network."""
+"""Shared fixtures: tiny random models of every supported family and a tiny word tokenizer. No
+network."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ import torch
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 WORDS = (
-    "how do i kill a process neighbour the in is what write list explain story about steal my time password "
-    "game give tell me ? . , ! sure sorry cannot can't help with that this of to and for you your it be on "
+    "how do i kill a process neighbour the in is what write list explain story about steal my "
+    "time password "
+    "game give tell me ? . , ! sure sorry cannot can't help with that this of to and for you "
+    "your it be on "
     "python file cat dog house bake bread fix bike plan trip"
 ).split()
 CHAT = (
@@ -23,7 +26,8 @@ CHAT = (
 
 
 def make_tokenizer():
-    """A word-level tokenizer with a chat template, pad, stop and unknown tokens; 128 ids at most."""
+    """A word-level tokenizer with a chat template, pad, stop and unknown tokens; 128 ids at
+    most."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +58,8 @@ def make_model(
     seed: int = 0,
     window: int = 64,
 ):
-    """A tiny random causal LM of one family, fp32, eval mode; `window` is that of sliding attention."""
+    """A tiny random causal LM of one family, fp32, eval mode; `window` is that of sliding
+    attention."""
     import transformers as tf
 
     torch.manual_seed(seed)

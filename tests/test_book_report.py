@@ -1,4 +1,5 @@
-"""Figures of a run folder by one command, and the report: the run's numbers, escaped, complete, honest."""
+"""Figures of a run folder by one command, and the report: the run's numbers, escaped, complete,
+honest."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def run(tmp_path_factory):
 
 
 def test_one_command_gives_the_same_bytes_again(run, tmp_path):
-    """Deleting the pictures and drawing once more: figures, data, tables and index, byte for byte."""
+    """Deleting the pictures and drawing once more: figures, data, tables and index, byte for
+    byte."""
     names = ("plane", "same_rows", "gap", "claims")
     for name in names:
         (tmp_path / "reference").mkdir(exist_ok=True)

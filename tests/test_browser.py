@@ -57,7 +57,8 @@ def test_report_reads_well_at_two_widths_light_and_dark(browser, report, width, 
     )
     assert [n for n in outside if not n.startswith(("file:", "data:"))] == []
     links = browser.execute_script(
-        "return [...document.querySelectorAll('#notebooks + ul a')].map(a => a.attributes.href.value)"
+        "return [...document.querySelectorAll('#notebooks + ul a')].map(a => "
+        "a.attributes.href.value)"
     )
     assert links and all((report.parent / link).exists() for link in links)
     assert browser.execute_script(

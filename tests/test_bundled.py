@@ -16,9 +16,12 @@ from dcr.evaluate.judges.phrases import score_text
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 card = SourceFileLoader("data_card", str(SCRIPTS / "data_card.py")).load_module()
 FUNCTION_WORDS = set(
-    "a an the of in on at by for from with without into onto over under about as and or but if so that this these those my your his "
-    "her its our their i you we he she they it me him them us is are was were be been do does did can could would should will may "
-    "might must have has had not no how what why when where which who whose there than then out up off down after before while "
+    "a an the of in on at by for from with without into onto over under about as and or but if "
+    "so that this these those my your his "
+    "her its our their i you we he she they it me him them us is are was were be been do does "
+    "did can could would should will may "
+    "might must have has had not no how what why when where which who whose there than then out "
+    "up off down after before while "
     "during until between some any all every each more most less to".split()
 )
 
@@ -44,7 +47,8 @@ def test_sizes_and_kinds(pairs, general):
 
 
 def skeleton(text: str) -> str:
-    """The sentence with function words kept and content words blanked: what counts as its template."""
+    """The sentence with function words kept and content words blanked: what counts as its
+    template."""
     return " ".join(w if w in FUNCTION_WORDS else "_" for w in normalised(text).split())
 
 
@@ -67,7 +71,8 @@ def test_no_near_duplicate_crosses_a_split(pairs, general):
 
 
 def test_spelling_and_language(pairs, general):
-    """Every lower-case word is in the checker's list or in tests/words/known.txt; every text has English function words."""
+    """Every lower-case word is in the checker's list or in tests/words/known.txt; every text has
+    English function words."""
     from spellchecker import SpellChecker
 
     known = set((Path(__file__).parent / "words" / "known.txt").read_text().splitlines())

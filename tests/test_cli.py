@@ -1,4 +1,5 @@
-"""The `dcr` command: one clear line for what is wrong, a stop that says how to go on, what a bug report needs."""
+"""The `dcr` command: one clear line for what is wrong, a stop that says how to go on, what a bug
+report needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Gate, decision token, their sum and the tied edit: planted harm comes back; exports stand alone."""
+"""Gate, decision token, their sum and the tied edit: planted harm comes back; exports stand
+alone."""
 
 from __future__ import annotations
 

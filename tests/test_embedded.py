@@ -1,4 +1,5 @@
-"""The embedded model for real (slow): loads, stops, answers as the library does, and stage 1 and 2 run on it."""
+"""The embedded model for real (slow): loads, stops, answers as the library does, and stage 1 and 2
+run on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A run on a tiny local model: every stage, each once; keys that hold everything; tables and figures by name."""
+"""A run on a tiny local model: every stage, each once; keys that hold everything; tables and
+figures by name."""
 
 from __future__ import annotations
 
@@ -162,7 +163,8 @@ def test_seeds_share_what_no_seed_reaches(run, folder, root):
 
 
 class Shift:
-    """A steering method of the tests: its fit is the mean of a weight, its score the prompt's length."""
+    """A steering method of the tests: its fit is the mean of a weight, its score the prompt's
+    length."""
 
     ANCHORS = ("harmful", "harmless")
     made: list = []

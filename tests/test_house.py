@@ -1,4 +1,5 @@
-"""The house holds: one direction of imports, no circle, no private name across modules, small rooms."""
+"""The house holds: one direction of imports, no circle, no private name across modules, small
+rooms."""
 
 from __future__ import annotations
 

@@ -61,7 +61,8 @@ def scaled(name: str):
 )
 @pytest.mark.parametrize("parameters", ["all", "blocks"])
 def test_equals_jacrev(family, tied, parameters, tiny_tokenizer):
-    """Logit scales and caps, embedding multipliers, positions, projections and norms below the blocks included."""
+    """Logit scales and caps, embedding multipliers, positions, projections and norms below the
+    blocks included."""
     model = make_model(family, 2, 16, tied=tied) if family in FAMILIES else scaled(family)
     result = entk(model, tiny_tokenizer, A, B, k=4, parameters=parameters)
     blocks = next(n for n, m in model.named_modules() if m is decoder_layers(model)) + "."
@@ -166,7 +167,8 @@ def test_empty_class_is_refused(tiny_tokenizer):
 
 
 def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
-    """The template's tokens are handled in a basis of their own: more of them than dimensions, and none at all."""
+    """The template's tokens are handled in a basis of their own: more of them than dimensions, and
+    none at all."""
     model = make_model(layers=2, hidden=16)
     for head in (
         "tell me what the time is in my house and list the dog and the cat of my house ",

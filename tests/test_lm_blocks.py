@@ -1,4 +1,5 @@
-"""Decoder blocks, the truncated forward pass, pooling; rows as batches and behind the prefix that they share."""
+"""Decoder blocks, the truncated forward pass, pooling; rows as batches and behind the prefix that
+they share."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def block_output(model, layer, row):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("window", [9, 64])
 def test_a_row_in_a_batch_is_the_row_alone(family, side, window):
-    """Every token of every row, with the shared prefix run once and without; windows shorter than the prefix too."""
+    """Every token of every row, with the shared prefix run once and without; windows shorter than
+    the prefix too."""
     if window == 9 and family not in ("gemma3", "mistral", "phi3"):
         pytest.skip("no sliding window")
     model = make_model(family, window=window)

@@ -1,4 +1,5 @@
-"""Chat text and its tokens: control tokens are text, one stop, templates of every kind, thinking."""
+"""Chat text and its tokens: control tokens are text, one stop, templates of every kind,
+thinking."""
 
 from __future__ import annotations
 
@@ -178,7 +179,8 @@ def test_todays_date_is_never_in_a_prompt(written):
 
 def test_thinking_is_switched_off_where_the_template_can():
     tokenizer = with_template(
-        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+        "{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking "
+        "%}<think></think>{% endif %}"
     )
     assert render(tokenizer, ["how"]) == ["how<think></think>"]
 

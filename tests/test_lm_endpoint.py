@@ -1,4 +1,5 @@
-"""Answers from an OpenAI-compatible server: a local stdlib server that fails in every way, and `transformers serve`."""
+"""Answers from an OpenAI-compatible server: a local stdlib server that fails in every way, and
+`transformers serve`."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ TABLE = pd.DataFrame(
 
 
 class Server(ThreadingHTTPServer):
-    """Answers `reply(prompt, attempt)`: text, an int status, bytes as they are, or seconds to sleep (float)."""
+    """Answers `reply(prompt, attempt)`: text, an int status, bytes as they are, or seconds to sleep
+    (float)."""
 
     daemon_threads = True
 

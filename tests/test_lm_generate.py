@@ -1,4 +1,5 @@
-"""Generation: tokens equal the library's, stops, resume, sampling, memory, steering's protocol, bad input."""
+"""Generation: tokens equal the library's, stops, resume, sampling, memory, steering's protocol, bad
+input."""
 
 from __future__ import annotations
 
@@ -151,7 +152,8 @@ generate.generate(make_model("llama"), make_tokenizer(), prompts, max_new_tokens
 
 
 def test_sigkill_loses_at_most_one_batch(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
-    """A real process killed without warning: every finished batch is in the file, and the next call does only the rest."""
+    """A real process killed without warning: every finished batch is in the file, and the next call
+    does only the rest."""
     out = tmp_path / "g.jsonl"
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(out), str(Path(__file__).parent)])
     try:
@@ -211,7 +213,8 @@ def test_samples_follow_the_models_distribution(tiny_llama):
 
 
 class Steered(Unsteered):
-    """A steering that notes its passes, answers prompt 1 itself and puts a word behind every prompt."""
+    """A steering that notes its passes, answers prompt 1 itself and puts a word behind every
+    prompt."""
 
     settings = {"method": "noted"}
     tail = 3

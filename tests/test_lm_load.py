@@ -1,4 +1,5 @@
-"""Loading: folders told apart, clear errors, precision and device resolved once, what a published tokenizer lacks."""
+"""Loading: folders told apart, clear errors, precision and device resolved once, what a published
+tokenizer lacks."""
 
 from __future__ import annotations
 

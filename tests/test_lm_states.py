@@ -146,7 +146,8 @@ def test_any_changed_weight_makes_stored_states_stale(
 def test_memory_holds_one_batch_at_a_time(
     tmp_path, tiny_llama, tiny_tokenizer, prompts, monkeypatch
 ):
-    """With `out` nothing of the size of all prompts is held: results go to a file mapped into memory."""
+    """With `out` nothing of the size of all prompts is held: results go to a file mapped into
+    memory."""
     sizes, pool = [], module.pool
     monkeypatch.setattr(module, "pool", lambda h, *a: sizes.append(h.shape[0]) or pool(h, *a))
     result = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)

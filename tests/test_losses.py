@@ -14,7 +14,8 @@ LOSSES = ("circle", "supcon", "infonce", "triplet")
 
 
 def naive_circle(hidden, labels, m, gamma):
-    """Circle loss per anchor from an explicit double loop over pairs (Sun et al., eq. 6), mean over anchors."""
+    """Circle loss per anchor from an explicit double loop over pairs (Sun et al., eq. 6), mean over
+    anchors."""
     unit = torch.nn.functional.normalize(hidden, dim=-1)
     total = 0.0
     for i in range(len(labels)):

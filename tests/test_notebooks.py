@@ -31,7 +31,8 @@ def test_notebooks_keep_no_widget_state_and_no_run_of_papermill(path):
 
 
 def test_nbval_notices_a_changed_number(tmp_path):
-    """A checked cell cut out of a notebook: passes with its output, fails with one digit changed."""
+    """A checked cell cut out of a notebook: passes with its output, fails with one digit
+    changed."""
     cell = nbformat.v4.new_code_cell("# NBVAL_CHECK_OUTPUT\nprint('rate', 0.25)", execution_count=1)
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="rate 0.25\n")]
     book = nbformat.v4.new_notebook(cells=[cell])

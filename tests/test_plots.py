@@ -1,4 +1,5 @@
-"""Figures from made-up tables: every registered one is drawn, legible, repeatable, with the table's numbers."""
+"""Figures from made-up tables: every registered one is drawn, legible, repeatable, with the table's
+numbers."""
 
 from __future__ import annotations
 

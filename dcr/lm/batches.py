@@ -1,7 +1,9 @@
 """Rows of token ids as batches: bounded, padded, behind the first tokens that they share.
 
-Chat prompts all begin with the template's head. It runs once, as one row; every batch goes on from its keys and values.
-A cached row stands right before its own tokens (padding is outermost on both sides), so that what a model reads is the
+Chat prompts all begin with the template's head. It runs once, as one row; every batch goes on from
+its keys and values.
+A cached row stands right before its own tokens (padding is outermost on both sides), so that what a
+model reads is the
 row without a gap: positions, causal masks and sliding windows are those of the row alone.
 """
 
@@ -31,9 +33,11 @@ PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
 def token_batches(
     lengths: Sequence[int], batch_size: int = 0, max_tokens: int = 0
 ) -> list[list[int]]:
-    """Row numbers in batches of similar length, longest first (a batch too large for memory fails at once).
+    """Row numbers in batches of similar length, longest first (a batch too large for memory fails
+    at once).
 
-    A batch holds at most `batch_size` rows and, padded, at most `max_tokens` tokens (0: no bound), but at least one row.
+    A batch holds at most `batch_size` rows and, padded, at most `max_tokens` tokens (0: no bound),
+    but at least one row.
     """
     if batch_size < 0 or max_tokens < 0 or not (batch_size or max_tokens):
         raise DCRError(f"batch_size={batch_size}, max_tokens={max_tokens}: give one of at least 1.")
@@ -49,7 +53,8 @@ def token_batches(
 def padded(
     rows: Sequence[Sequence[int]], side: str = "left", device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), each [batch, seq]. Padding is token 0: masked, so any id that has an embedding does."""
+    """(input_ids, attention_mask), each [batch, seq]. Padding is token 0: masked, so any id that
+    has an embedding does."""
     width = max(map(len, rows))
     gaps = [[0] * (width - len(r)) for r in rows]
     pairs = list(zip(rows, gaps, strict=True))
@@ -61,14 +66,16 @@ def padded(
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """[batch, seq] positions that count real tokens only, so that left padding does not shift them."""
+    """[batch, seq] positions that count real tokens only, so that left padding does not shift
+    them."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def common_prefix(
     rows: Sequence[Sequence[int]], *, keep: int = 1, at_least: int = MIN_SHARED
 ) -> int:
-    """Number of first tokens that all rows share, leaving each its last `keep`; 0 where running them once does not pay."""
+    """Number of first tokens that all rows share, leaving each its last `keep`; 0 where running
+    them once does not pay."""
     if len(rows) < 2:
         return 0
     first, last = min(rows), max(rows)
@@ -79,16 +86,19 @@ def common_prefix(
 
 
 def can_share(stack: nn.Module) -> bool:
-    """Whether `stack` can go on from another row's cache: plain attention in every block, no gradient checkpointing."""
+    """Whether `stack` can go on from another row's cache: plain attention in every block, no
+    gradient checkpointing."""
     kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()
     checkpointed = stack.training and getattr(stack, "is_gradient_checkpointing", False)
     return set(kinds) <= PLAIN_ATTENTION and not checkpointed
 
 
 def run_prefix(stack: nn.Module, ids: Tensor):
-    """(keys and values, output) of the first tokens `ids` [1, shared]; with gradients where they are on.
+    """(keys and values, output) of the first tokens `ids` [1, shared]; with gradients where they
+    are on.
 
-    stack: the decoder without head (`blocks.decoder_stack`) or the whole model. No layer's cache drops what has left its
+    stack: the decoder without head (`blocks.decoder_stack`) or the whole model. No layer's cache
+    drops what has left its
     window: a row that is longer than the batch's shortest still needs it.
     """
     from transformers import DynamicCache
@@ -107,10 +117,13 @@ def cache_argument() -> str:
 
 
 def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
-    """Arguments of a forward pass over what follows the cached first tokens of padded rows [batch, seq].
+    """Arguments of a forward pass over what follows the cached first tokens of padded rows [batch,
+    seq].
 
-    Every row begins, at its first real token, with the cached ones. The last seq − shared columns run; a short
-    left-padded row runs its last shared tokens again in place of padding. `cache` itself (None: nothing is shared) stays
+    Every row begins, at its first real token, with the cached ones. The last seq − shared columns
+    run; a short
+    left-padded row runs its last shared tokens again in place of padding. `cache` itself (None:
+    nothing is shared) stays
     as it is, and gradients flow through it.
     """
     from transformers import DynamicCache
@@ -135,9 +148,11 @@ def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
 
 
 def repeated(first: Tensor, attention_mask: Tensor) -> Tensor:
-    """[1, shared, ...] of the common first tokens → [batch, shared, ...]: the first columns of the padded rows.
+    """[1, shared, ...] of the common first tokens → [batch, shared, ...]: the first columns of the
+    padded rows.
 
-    Each row's start stands where `attention_mask` [batch, seq] has its first real token; columns before it hold anything.
+    Each row's start stands where `attention_mask` [batch, seq] has its first real token; columns
+    before it hold anything.
     """
     start, shared = attention_mask.long().argmax(1), first.shape[1]
     if not start.any():
@@ -147,9 +162,11 @@ def repeated(first: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def shared_inputs(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, shared: int) -> dict:
-    """`behind` the first `shared` tokens of the rows, which run once now: gradients reach them from every row.
+    """`behind` the first `shared` tokens of the rows, which run once now: gradients reach them from
+    every row.
 
-    For training: one call a batch. Without sharing (`shared` 0, a stack that cannot) the rows run whole; the width of
+    For training: one call a batch. Without sharing (`shared` 0, a stack that cannot) the rows run
+    whole; the width of
     `input_ids` in the result says which of the last columns have an output.
     """
     cache = None
@@ -160,7 +177,8 @@ def shared_inputs(stack: nn.Module, input_ids: Tensor, attention_mask: Tensor, s
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a device had no room, also where it says so as an internal error of cuDNN or cuBLAS."""
+    """Whether a device had no room, also where it says so as an internal error of cuDNN or
+    cuBLAS."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     hints = ("mha_graph.execute", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -199,7 +217,8 @@ def tokens_that_fit(
 def in_memory(
     batches: Sequence[list[int]], run: Callable[[list[int]], Result]
 ) -> Iterator[tuple[list[int], Result]]:
-    """(batch, run(batch)) of each. Where memory runs out, that batch and all after it are halved once, with a warning.
+    """(batch, run(batch)) of each. Where memory runs out, that batch and all after it are halved
+    once, with a warning.
 
     Raises DCRError when half a batch, or a batch of one row, does not fit either.
     """
@@ -217,7 +236,8 @@ def in_memory(
             continue
         if halved or len(batch) == 1:
             raise DCRError(
-                f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). Lower the batch size or "
+                f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). "
+                "Lower the batch size or "
                 "max_tokens_per_batch, or free the device of other programs."
             ) from full
         halved = True
@@ -238,9 +258,11 @@ def fitted(
     truncate: bool = False,
     room: int = 0,
 ) -> list[list[int]]:
-    """Token rows of prompts (columns id, text), each within the context (or `max_length`) less `room` new tokens.
+    """Token rows of prompts (columns id, text), each within the context (or `max_length`) less
+    `room` new tokens.
 
-    truncate: keep the last tokens of a row that is too long. Raises DCRError naming the first prompt that is too long,
+    truncate: keep the last tokens of a row that is too long. Raises DCRError naming the first
+    prompt that is too long,
     or holds a token for which the model has no embedding.
     """
     limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -250,11 +272,13 @@ def fitted(
         beside = f" beside {room} new ones" if room else ""
         if len(row) > limit and not truncate:
             raise DCRError(
-                f"{named(prompts, i)} has {len(row)} tokens, but {max(0, limit)} fit{beside}. Shorten it{'' if room else ' or ask for truncation (truncate=True)'}."
+                f"{named(prompts, i)} has {len(row)} tokens, but {max(0, limit)} fit{beside}. "
+                f"Shorten it{'' if room else ' or ask for truncation (truncate=True)'}."
             )
         if max(row) >= known:
             raise DCRError(
-                f"{named(prompts, i)} holds token {max(row)}, but the model has {known} embeddings: the tokenizer is not "
+                f"{named(prompts, i)} holds token {max(row)}, but the model has {known} "
+                "embeddings: the tokenizer is not "
                 "this model's."
             )
     return [row[-limit:] for row in rows]

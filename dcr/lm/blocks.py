@@ -1,4 +1,5 @@
-"""Decoder blocks of any causal LM: where they stand, the forward pass cut off at layer ℓ, pooling over tokens."""
+"""Decoder blocks of any causal LM: where they stand, the forward pass cut off at layer ℓ, pooling
+over tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def decoder_layers(model: nn.Module, override: str = "") -> nn.ModuleList:
-    """The decoder blocks, first to last. `override` is a dotted path from the model, e.g. "model.layers"."""
+    """The decoder blocks, first to last. `override` is a dotted path from the model, e.g.
+    "model.layers"."""
     holder, name = layers_holder(model, override)
     return getattr(holder, name)
 
@@ -44,7 +46,8 @@ def decoder_stack(model: nn.Module, override: str = "") -> nn.Module:
 
 
 def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]:
-    """(decoder stack, attribute under which it holds the blocks). Raises DCRError naming the lists that were found."""
+    """(decoder stack, attribute under which it holds the blocks). Raises DCRError naming the lists
+    that were found."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path in (override,) if override else LAYER_PATHS:
         *parents, name = path.split(".")
@@ -55,8 +58,10 @@ def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]
             return holder, name
     lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList)]
     raise DCRError(
-        f"{type(base).__name__}: no decoder blocks at {override or ', '.join(LAYER_PATHS)}. Pass the dotted "
-        f"path of the block list as the layer override (model.layers_path); lists found: {lists or 'none'}."
+        f"{type(base).__name__}: no decoder blocks at {override or ', '.join(LAYER_PATHS)}. Pass "
+        "the dotted "
+        "path of the block list as the layer override (model.layers_path); lists found: "
+        f"{lists or 'none'}."
     )
 
 
@@ -72,7 +77,8 @@ def resolve_layer(layer: int | float, n_layers: int) -> int:
     index = round(layer * n_layers) if isinstance(layer, float) and 0 < layer < 1 else int(layer)
     if isinstance(layer, float) and layer >= 1 and layer != index or not 1 <= index <= n_layers:
         raise DCRError(
-            f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give 1..{n_layers} "
+            f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give "
+            f"1..{n_layers} "
             "or a fraction between 0 and 1."
         )
     return index
@@ -98,9 +104,11 @@ def truncated_forward(
     override: str = "",
     shared: int = 0,
 ) -> Tensor:
-    """Output of block ℓ, [batch, seq, hidden], before any final norm. Blocks from ℓ up and the LM head do not run.
+    """Output of block ℓ, [batch, seq, hidden], before any final norm. Blocks from ℓ up and the LM
+    head do not run.
 
-    shared: first tokens that all rows have in common; they run once, as one row, and gradients reach them from every row.
+    shared: first tokens that all rows have in common; they run once, as one row, and gradients
+    reach them from every row.
     """
     kept: list[Tensor] = []
     with truncated(model, layer, override) as stack:
@@ -118,7 +126,8 @@ def truncated_forward(
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tensor:
-    """[batch, seq, hidden] → [batch, hidden]: the last real token ("last", by the mask) or their mean ("mean")."""
+    """[batch, seq, hidden] → [batch, hidden]: the last real token ("last", by the mask) or their
+    mean ("mean")."""
     if pooling == "last":
         seq = attention_mask.shape[1]
         index = (attention_mask * torch.arange(seq, device=attention_mask.device)).argmax(dim=1)
@@ -130,9 +139,11 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tenso
 
 
 def head_logits(model: nn.Module, hidden: Tensor, override: str = "") -> Tensor:
-    """[n, hidden] outputs of the decoder stack → [n, vocabulary] logits, by the model's own forward pass.
+    """[n, hidden] outputs of the decoder stack → [n, vocabulary] logits, by the model's own forward
+    pass.
 
-    The stack is left out for this call, so whatever a family does to its logits (scaling, soft caps, a bias) is done.
+    The stack is left out for this call, so whatever a family does to its logits (scaling, soft
+    caps, a bias) is done.
     """
     stack = decoder_stack(model, override)
     own = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -155,7 +166,8 @@ class _StackOutput:
 
 
 def fingerprint(model: nn.Module, tokenizer) -> str:
-    """64 hex digits of what a model is: 4,096 values of every tensor, the tokenizer, its chat template."""
+    """64 hex digits of what a model is: 4,096 values of every tensor, the tokenizer, its chat
+    template."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()

@@ -1,7 +1,9 @@
 """Prompts and answers as the model reads them: the chat template around them, and their tokens.
 
-What a user or an answer says is text, whatever it holds: a control token written in it ("<|im_end|>") is tokenised as
-the characters it is made of and opens or closes no turn. All else keeps the tokens of the rendered text as a whole.
+What a user or an answer says is text, whatever it holds: a control token written in it
+("<|im_end|>") is tokenised as
+the characters it is made of and opens or closes no turn. All else keeps the tokens of the rendered
+text as a whole.
 """
 
 from __future__ import annotations
@@ -13,22 +15,26 @@ from collections.abc import Sequence
 
 from dcr.errors import DCRError
 
-# Fixed, because some templates (Llama 3.x) print today's date: the same prompt must render the same for ever.
+# Fixed, because some templates (Llama 3.x) print today's date: the same prompt must render the same
+# for ever.
 FIXED_DAY = datetime.date(2024, 7, 26)
 MARK = "DCR-TEXT"
 SPLIT = "\ufdd0"  # a code point that no text may hold; tokenising starts anew behind it
 ALPACA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n"
     "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif "
+    "%}{% endfor %}"
 )
 
 
 def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, rendered up to where the assistant's answer begins.
 
-    Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for a prompt that is no text.
+    Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for a
+    prompt that is no text.
     """
     return _ids(tokenizer, render(tokenizer, _as_text(tokenizer, prompts)))
 
@@ -36,9 +42,11 @@ def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
 def encode_examples(
     tokenizer, prompts: Sequence[str], responses: Sequence[str]
 ) -> tuple[list[list[int]], list[int]]:
-    """(token ids of each prompt with its answer and the one token that ends it, where in them the answer begins).
+    """(token ids of each prompt with its answer and the one token that ends it, where in them the
+    answer begins).
 
-    Prompt and answer are tokenised apart, so the border is the one that generation sees. Raises DCRError as
+    Prompt and answer are tokenised apart, so the border is the one that generation sees. Raises
+    DCRError as
     `encode_prompts` does, and for a tokenizer or template under which nothing ends an answer.
     """
     if len(responses) != len(prompts):
@@ -57,7 +65,8 @@ def encode_examples(
 
 
 def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
-    """Chat text of each prompt up to the assistant's turn, every special token written out (to be shown, or hashed)."""
+    """Chat text of each prompt up to the assistant's turn, every special token written out (to be
+    shown, or hashed)."""
     typed = _typed(tokenizer)
     heads = _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
     if responses is None:
@@ -67,27 +76,31 @@ def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = 
 
 
 def turn_end(tokenizer) -> str:
-    """What the template puts right after an answer, up to and with the first control token: it stops generation."""
+    """What the template puts right after an answer, up to and with the first control token: it
+    stops generation."""
     typed = _typed(tokenizer)
     turns = [_message("user", "x", typed), _message("assistant", MARK, typed)]
     _, found, tail = _apply(tokenizer, [turns], False)[0].rpartition(MARK)
     if not found:
         raise DCRError(
-            f"{tokenizer.name_or_path}: the chat template renders no assistant turn, so there is nothing to train on. "
+            f"{tokenizer.name_or_path}: the chat template renders no assistant turn, so there is "
+            "nothing to train on. "
             "Use chat_template='alpaca' or a template with an assistant turn."
         )
     control = _controls(tokenizer).search(tail)
     end = tail[: control.end()] if control else tail.rstrip("\n") + (tokenizer.eos_token or "")
     if not control and not tokenizer.eos_token:
         raise DCRError(
-            f"{tokenizer.name_or_path}: neither the tokenizer (no eos_token) nor the chat template has a token that ends "
+            f"{tokenizer.name_or_path}: neither the tokenizer (no eos_token) nor the chat "
+            "template has a token that ends "
             "an answer. Set the tokenizer's eos_token."
         )
     return end
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
-    """Ids at which decoding stops: the model's and the tokenizer's end of text, and what ends the template's turn."""
+    """Ids at which decoding stops: the model's and the tokenizer's end of text, and what ends the
+    template's turn."""
     eos = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     try:
@@ -104,7 +117,8 @@ def rendered_example(tokenizer) -> dict:
 
 
 def strip_thinking(text: str) -> str:
-    """An answer without the reasoning it closed ("<think> ... </think>"); one never closed stays, see `unfinished`."""
+    """An answer without the reasoning it closed ("<think> ... </think>"); one never closed stays,
+    see `unfinished`."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
     return text.rpartition("</think>")[2].strip()
 
@@ -120,13 +134,15 @@ def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> l
     if isinstance(template, dict):
         if "default" not in template:
             raise DCRError(
-                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but none named default. "
+                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but "
+                "none named default. "
                 "Set tokenizer.chat_template to one of them, or use chat_template='alpaca'."
             )
         template = template["default"]
     if not template:
         raise DCRError(
-            f"{name}: the tokenizer has no chat template. Load it with dcr.load_model(..., chat_template='alpaca') to use "
+            f"{name}: the tokenizer has no chat template. Load it with dcr.load_model(..., "
+            "chat_template='alpaca') to use "
             "the Alpaca prompt."
         )
     today = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
@@ -142,7 +158,8 @@ def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> l
         )
     except Exception as error:  # whatever a template raises
         raise DCRError(
-            f"{name}: the chat template cannot render a conversation of one user turn ({error}). Use "
+            f"{name}: the chat template cannot render a conversation of one user turn ({error}). "
+            "Use "
             "chat_template='alpaca', or mend the template."
         ) from error
 
@@ -152,7 +169,8 @@ def _message(role: str, text: str, typed: bool) -> dict:
 
 
 def _typed(tokenizer) -> bool:
-    """Whether the template wants content as a list of typed parts. Raises DCRError when it shows neither kind."""
+    """Whether the template wants content as a list of typed parts. Raises DCRError when it shows
+    neither kind."""
     first: DCRError | None = None
     for typed in (False, True):
         try:
@@ -161,13 +179,15 @@ def _typed(tokenizer) -> bool:
         except DCRError as error:
             first = first or error
     raise first or DCRError(
-        f"{tokenizer.name_or_path}: the chat template leaves the user's text out: every prompt renders to the same turn. "
+        f"{tokenizer.name_or_path}: the chat template leaves the user's text out: every prompt "
+        "renders to the same turn. "
         "Use chat_template='alpaca' or another template."
     )
 
 
 def _controls(tokenizer) -> re.Pattern:
-    """Matches every control token: special ones, and added ones that the template writes (white space apart)."""
+    """Matches every control token: special ones, and added ones that the template writes (white
+    space apart)."""
     template = str(tokenizer.chat_template)
     known = [
         t.content
@@ -189,7 +209,8 @@ def _as_text(tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, none added; every stretch between two `SPLIT` is tokenised by itself."""
+    """Token ids of rendered texts, none added; every stretch between two `SPLIT` is tokenised by
+    itself."""
     parts = [t.split(SPLIT) for t in texts]
     rows = iter(
         tokenizer([p for part in parts for p in part], add_special_tokens=False)["input_ids"]
@@ -218,7 +239,8 @@ def encode(
         for i, row in enumerate(rows):
             if len(row) > max_length and not truncate:
                 raise DCRError(
-                    f"prompt {i} has {len(row)} tokens, the limit is {max_length}: {texts[i][:80]!r}... "
+                    f"prompt {i} has {len(row)} tokens, the limit is {max_length}: "
+                    f"{texts[i][:80]!r}... "
                     "Shorten it, raise the limit, or ask for truncation (truncate=True)."
                 )
         rows = [row[-max_length:] if padding_side == "left" else row[:max_length] for row in rows]

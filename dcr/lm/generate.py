@@ -1,4 +1,5 @@
-"""Answers of the local model to prompts: batch by batch, written as they come, gone on with after a kill."""
+"""Answers of the local model to prompts: batch by batch, written as they come, gone on with after a
+kill."""
 
 from __future__ import annotations
 
@@ -39,13 +40,19 @@ def generate(  # noqa: PLR0913
     max_length: int | None = None,
     steering: Steering | None = None,
 ) -> pd.DataFrame:
-    """Answers to prompts (texts, or a prompt table): rows prompt_id, method, seed, response, n_tokens, finish {eos, length}.
+    """Answers to prompts (texts, or a prompt table): rows prompt_id, method, seed, response,
+    n_tokens, finish {eos, length}.
 
-    Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone). precision: "bf16" or "fp32"
-    for this call; "" takes the weights as they are. A batch holds at most `batch_size` prompts and `max_tokens_per_batch`
-    tokens, new ones counted (0: what the device holds). With `out` (a JSONL file) rows are written batch by batch, and a
-    second call answers only what is missing; one with other parameters is refused. Reasoning that a model closed is cut
-    from its answer (n_tokens counts it). Raises DCRError for bad prompts or parameters, and when memory does not suffice.
+    Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone).
+    precision: "bf16" or "fp32"
+    for this call; "" takes the weights as they are. A batch holds at most `batch_size` prompts and
+    `max_tokens_per_batch`
+    tokens, new ones counted (0: what the device holds). With `out` (a JSONL file) rows are written
+    batch by batch, and a
+    second call answers only what is missing; one with other parameters is refused. Reasoning that a
+    model closed is cut
+    from its answer (n_tokens counts it). Raises DCRError for bad prompts or parameters, and when
+    memory does not suffice.
     """
     prompts = prompts_of(prompts)
     check_request(max_new_tokens, temperature)
@@ -127,7 +134,9 @@ class Answers:
         """All answers in the prompts' order, columns `COLUMNS`."""
         self.bar.close()
         cut = sum(r["finish"] == "length" for r in self.rows)
-        log.info("%s: %d of %d prompts answered, %d cut at the limit of tokens", self.marks["method"] or "answers",
+        log.info(
+            "%s: %d of %d prompts answered, %d cut at the limit of tokens",
+            self.marks["method"] or "answers",
                  len(self.rows), len(self.prompts), cut)  # fmt: skip
         order = {key: i for i, key in enumerate(self.prompts["id"])}
         return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
@@ -137,12 +146,14 @@ def check_request(max_new_tokens: int, temperature: float) -> None:
     """Raise DCRError for numbers out of range."""
     if max_new_tokens < 1 or temperature < 0:
         raise DCRError(
-            f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least 1 and 0."
+            f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least "
+            "1 and 0."
         )
 
 
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
-    """Rows already in `out`; refuses a file that was begun with other settings (kept beside it as .settings.json)."""
+    """Rows already in `out`; refuses a file that was begun with other settings (kept beside it as
+    .settings.json)."""
     if out is None:
         return []
     path, beside = Path(out), Path(f"{out}.settings.json")
@@ -153,7 +164,8 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
         ]
         if changed:
             raise DCRError(
-                f"{path}: begun with other parameters ({'; '.join(changed)}). Use another file or delete it."
+                f"{path}: begun with other parameters ({'; '.join(changed)}). Use another file "
+                "or delete it."
             )
     write_atomic(beside, json.dumps(settings))
     rows = read_jsonl(path)

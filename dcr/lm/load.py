@@ -1,4 +1,5 @@
-"""Models by hub id, folder or "embedded": where they are, what identifies them, on which device and in which precision."""
+"""Models by hub id, folder or "embedded": where they are, what identifies them, on which device and
+in which precision."""
 
 from __future__ import annotations
 
@@ -30,13 +31,19 @@ def load(
     device: str = "auto",
     chat_template: str = "auto",
 ):
-    """(model, tokenizer) in eval mode; the model's generation config names every token that ends an answer.
+    """(model, tokenizer) in eval mode; the model's generation config names every token that ends an
+    answer.
 
-    name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "" is the main branch as it is now).
-    precision: see `resolve_precision`. Weights are held in fp32 (bf16 is autocast, or `in_precision`), but on a GPU in bf16
-    when they were published so. device: "auto" (cuda, then mps, then cpu), or one of these, as "cuda:1".
-    chat_template: "auto" (the tokenizer's own; the Alpaca prompt for a model without one) or "alpaca".
-    Raises DCRError for a wrong option, no network, a gated model, an unknown architecture, or an unfit folder.
+    name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "" is the main
+    branch as it is now).
+    precision: see `resolve_precision`. Weights are held in fp32 (bf16 is autocast, or
+    `in_precision`), but on a GPU in bf16
+    when they were published so. device: "auto" (cuda, then mps, then cpu), or one of these, as
+    "cuda:1".
+    chat_template: "auto" (the tokenizer's own; the Alpaca prompt for a model without one) or
+    "alpaca".
+    Raises DCRError for a wrong option, no network, a gated model, an unknown architecture, or an
+    unfit folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +71,8 @@ def load(
 
 
 def _complete(model, tokenizer, name: str, chat_template: str) -> None:
-    """What a published tokenizer may lack: a template, a pad id that has an embedding, the turn's end among the stops."""
+    """What a published tokenizer may lack: a template, a pad id that has an embedding, the turn's
+    end among the stops."""
     if chat_template == "alpaca" or not tokenizer.chat_template:
         if chat_template == "auto":
             log.warning("%s has no chat template: using the Alpaca prompt", name)
@@ -81,9 +89,11 @@ def _complete(model, tokenizer, name: str, chat_template: str) -> None:
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str]:
-    """(folder or hub id, commit): what `from_pretrained` takes. A branch is resolved to its commit, so that a key can hold it.
+    """(folder or hub id, commit): what `from_pretrained` takes. A branch is resolved to its commit,
+    so that a key can hold it.
 
-    Raises DCRError for a folder that is not there or holds no whole model, and for a hub that does not answer.
+    Raises DCRError for a folder that is not there or holds no whole model, and for a hub that does
+    not answer.
     """
     if name == "embedded":
         return str(embedded.ensure()), ""
@@ -104,7 +114,8 @@ def locate(name: str, revision: str = "") -> tuple[str, str]:
 
 
 def identity(name: str, revision: str = "") -> dict[str, str]:
-    """What a key holds of a model: its commit on the hub, or a checksum of every file in its folder that answers depend on."""
+    """What a key holds of a model: its commit on the hub, or a checksum of every file in its folder
+    that answers depend on."""
     source, commit = locate(name, revision)
     if commit:
         return {"name": name, "commit": commit}
@@ -120,7 +131,8 @@ def _check_folder(path: Path) -> None:
     if "config.json" not in names and "adapter_config.json" in names:
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         raise DCRError(
-            f"{path}: holds an adapter alone, of base model {settings.get('base_model_name_or_path')!r}. Merge it into "
+            f"{path}: holds an adapter alone, of base model "
+            f"{settings.get('base_model_name_or_path')!r}. Merge it into "
             "that model (peft: merge_and_unload, save_pretrained) and give the merged folder."
         )
     if "config.json" not in names:
@@ -129,7 +141,8 @@ def _check_folder(path: Path) -> None:
         pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
         what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
         raise DCRError(
-            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing else is loaded."
+            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing "
+            "else is loaded."
         )
     if not names & TOKENIZER_FILES:
         raise DCRError(
@@ -152,21 +165,32 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
     status = {getattr(getattr(e, "response", None), "status_code", 0) for e in chain}
     low = str(error).lower()
     if found(errors.RevisionNotFoundError):
-        return f"{name}: the hub has no revision {revision!r} of it. Give a commit, tag or branch that it has."
+        return (
+            f"{name}: the hub has no revision {revision!r} of it. "
+            "Give a commit, tag or branch that it has."
+        )
     if found(errors.GatedRepoError) or status & {401, 403} or "gated repo" in low:
         return (
-            f"{name}: the model is gated, private, or not on the hub under this name. Accept its licence on its hub page "
+            f"{name}: the model is gated, private, or not on the hub under this name. Accept its "
+            "licence on its hub page "
             "and set HF_TOKEN, or give a local folder."
         )
     if "model type" in low or "unrecognized" in low:
-        return f"{name}: this transformers version does not know the architecture; use a supported causal LM. ({error})"
+        return (
+            f"{name}: this transformers version does not know the architecture; "
+            f"use a supported causal LM. ({error})"
+        )
     if not Path(name).is_dir() and "safetensors" in low:
-        return f"{name}: no safetensors weights found. Convert the model to safetensors first; nothing else is loaded."
+        return (
+            f"{name}: no safetensors weights found. Convert the model to safetensors first; "
+            "nothing else is loaded."
+        )
     if found(
         errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError
     ):
         return (
-            f"{name}: not a local folder, and the Hugging Face hub cannot be reached. Check the network, "
+            f"{name}: not a local folder, and the Hugging Face hub cannot be reached. Check the "
+            "network, "
             "give a local folder, or use model.name=embedded."
         )
     return (
@@ -177,7 +201,8 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
 def pick_device(device: str) -> str:
     """The torch device that a wish comes to: "auto" is the process's GPU, then mps, then cpu.
 
-    A device that this machine lacks becomes the CPU, with a warning. Raises DCRError for an unknown name.
+    A device that this machine lacks becomes the CPU, with a warning. Raises DCRError for an unknown
+    name.
     """
     gpus = torch.cuda.device_count()
     if device == "auto":
@@ -195,9 +220,11 @@ def pick_device(device: str) -> str:
 
 
 def resolve_precision(wanted: str, device: str | torch.device) -> str:
-    """ "bf16" or "fp32". "auto": bf16 where the hardware multiplies it natively, else fp32, which is faster there.
+    """ "bf16" or "fp32". "auto": bf16 where the hardware multiplies it natively, else fp32, which
+    is faster there.
 
-    On a CPU without native bf16, bf16 takes 2 to 24 times as long as fp32. Raises DCRError for another wish.
+    On a CPU without native bf16, bf16 takes 2 to 24 times as long as fp32. Raises DCRError for
+    another wish.
     """
     if wanted not in ("auto", *DTYPES):
         raise DCRError(f"model.precision={wanted!r} is unknown; use auto, {' or '.join(DTYPES)}.")
@@ -222,13 +249,15 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
-    """The context in which fp32 weights train: bf16 products where `precision` (resolved) is "bf16", else nothing."""
+    """The context in which fp32 weights train: bf16 products where `precision` (resolved) is
+    "bf16", else nothing."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
-    """The model with its weights in `precision` (resolved), for inference; on exit they are bit for bit what they were.
+    """The model with its weights in `precision` (resolved), for inference; on exit they are bit for
+    bit what they were.
 
     Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
     """

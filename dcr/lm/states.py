@@ -1,6 +1,7 @@
 """Pooled hidden states of all layers in one pass per batch (PAPER "Motivation", item 4).
 
-Pooling happens inside the hooks, so memory holds one batch's full states at a time, whatever the number of prompts.
+Pooling happens inside the hooks, so memory holds one batch's full states at a time, whatever the
+number of prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from dcr.lm.chat import encode_prompts
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """values [layers + 1, n, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ, the last after the final norm."""
+    """values [layers + 1, n, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ, the last
+    after the final norm."""
 
     values: np.ndarray
     pooling: str
@@ -66,11 +68,15 @@ def hidden_states(  # noqa: PLR0913
     truncate: bool = False,
     layers_path: str = "",
 ) -> HiddenStates:
-    """Hidden states of every layer for prompts (texts, or a prompt table), pooled over tokens: "last" real token or "mean".
+    """Hidden states of every layer for prompts (texts, or a prompt table), pooled over tokens:
+    "last" real token or "mean".
 
-    As the library's `output_hidden_states`, one prompt at a time: the last layer has the final norm applied.
-    With `out` (a folder) states are written as they come and an interrupted call goes on from there.
-    Raises DCRError for bad prompts, one over the context length (unless `truncate`: its last tokens are kept), or states
+    As the library's `output_hidden_states`, one prompt at a time: the last layer has the final norm
+    applied.
+    With `out` (a folder) states are written as they come and an interrupted call goes on from
+    there.
+    Raises DCRError for bad prompts, one over the context length (unless `truncate`: its last tokens
+    are kept), or states
     that are not finite (naming the prompt; finished batches are kept in `out`).
     """
     prompts = prompts_of(prompts)
@@ -94,7 +100,8 @@ def hidden_states(  # noqa: PLR0913
             head = seen.end(output.last_hidden_state)  # [layers + 1, 1, hidden]
 
         def states_of(batch: Sequence[int]) -> np.ndarray:
-            """[layers + 1, batch, hidden]. Right padding: the shared tokens are the first columns of every row."""
+            """[layers + 1, batch, hidden]. Right padding: the shared tokens are the first columns
+            of every row."""
             ids, mask = padded([rows[i] for i in batch], "right", device)
             seen.begin(mask[:, shared:], pooling)
             block = seen.end(stack(**behind(cache, ids, mask)).last_hidden_state)
@@ -119,7 +126,8 @@ def hidden_states(  # noqa: PLR0913
                     else "nothing is kept without `out`"
                 )
                 raise DCRError(
-                    f"hidden states of {named(prompts, batch[int(bad.argmax())])} are not finite; load the model in fp32 "
+                    f"hidden states of {named(prompts, batch[int(bad.argmax())])} are not "
+                    "finite; load the model in fp32 "
                     f"or look at that prompt ({kept})."
                 )
             values[:, batch] = block
@@ -130,7 +138,8 @@ def hidden_states(  # noqa: PLR0913
 
 
 class _Seen:
-    """Pooled states of one forward pass, a tensor [batch, hidden] a layer as the blocks hand them on."""
+    """Pooled states of one forward pass, a tensor [batch, hidden] a layer as the blocks hand them
+    on."""
 
     def begin(self, mask: Tensor, pooling: str) -> None:
         self.mask, self.pooling, self.kept = mask, pooling, []
@@ -146,7 +155,8 @@ class _Seen:
 
 @contextlib.contextmanager
 def _watched(blocks: nn.ModuleList) -> Iterator[_Seen]:
-    """Keep what goes into the first block and comes out of all but the last, whose output the final norm replaces."""
+    """Keep what goes into the first block and comes out of all but the last, whose output the final
+    norm replaces."""
     seen = _Seen()
     hooks = [
         blocks[0].register_forward_pre_hook(
@@ -163,7 +173,8 @@ def _watched(blocks: nn.ModuleList) -> Iterator[_Seen]:
 
 
 def _fingerprint(rows: Sequence[Sequence[int]], pooling: str, model: nn.Module) -> str:
-    """What stored states depend on: tokens, pooling and every weight (two sums of each tensor, in float64 on a CPU)."""
+    """What stored states depend on: tokens, pooling and every weight (two sums of each tensor, in
+    float64 on a CPU)."""
     weights = []
     for name, parameter in model.named_parameters():
         value = parameter.detach()
@@ -175,7 +186,8 @@ def _fingerprint(rows: Sequence[Sequence[int]], pooling: str, model: nn.Module) 
 def _buffers(
     out: str | Path | None, shape: tuple[int, int, int], fingerprint: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(values [layers + 1, n, hidden], which prompts are done [n]): in memory, or in files that a later call goes on with."""
+    """(values [layers + 1, n, hidden], which prompts are done [n]): in memory, or in files that a
+    later call goes on with."""
     if out is None:
         return np.empty(shape, dtype=np.float32), np.zeros(shape[1], dtype=bool)
     folder = Path(out)
@@ -203,7 +215,8 @@ def check_lengths(
     for i, n in enumerate(lengths):
         if n > limit and not truncate:
             raise DCRError(
-                f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... Shorten it "
+                f"prompt {i} has {n} tokens, the context holds {limit}: {prompts[i][:60]!r}... "
+                "Shorten it "
                 "or ask for truncation (truncate=True)."
             )
     return limit

@@ -1,4 +1,5 @@
-"""What a run asks of what it trained: answers, verdicts, scores, hidden states, kernels, general ability."""
+"""What a run asks of what it trained: answers, verdicts, scores, hidden states, kernels, general
+ability."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from dcr.run.training import Point, Training
 
 
 class Run(Training):
-    """One configuration with one seed: trained methods (see `Training`) and what is asked of them."""
+    """One configuration with one seed: trained methods (see `Training`) and what is asked of
+    them."""
 
     def complete(self, method: str) -> Iterator[str]:
-        """Train, ask and score all that a method's curve and frontier need; yields what was done."""
+        """Train, ask and score all that a method's curve and frontier need; yields what was
+        done."""
         if self.config.generation.endpoint:  # a served model answers; nothing runs here
             self.verdicts(method)
             yield "judged"
@@ -75,7 +78,8 @@ class Run(Training):
     ) -> pd.DataFrame:
         """Answers to any prompts: prompt_id, method, seed, response, n_tokens, finish.
 
-        tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers nothing.
+        tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers
+        nothing.
         """
         from dcr.data.sets import table_hash
         from dcr.lm.generate import generate
@@ -88,7 +92,8 @@ class Run(Training):
         if options.endpoint and (point not in (None, Point()) or not served):
             raise DCRError(
                 f"generation.endpoint: {method} has no served model for this; name it in "
-                "generation.served={METHOD: NAME}. Steered methods and checkpoints need the local model."
+                "generation.served={METHOD: NAME}. Steered methods and checkpoints need the "
+                "local model."
             )
         steering = None if served else self.steering(method, strength)
         key = {
@@ -128,7 +133,8 @@ class Run(Training):
     def judged(
         self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0
     ) -> pd.DataFrame:
-        """Answers to any prompts with the configured judge's verdict and score; a rule has verdicts alone."""
+        """Answers to any prompts with the configured judge's verdict and score; a rule has verdicts
+        alone."""
         from dcr.evaluate.judges import identity, judge
         from dcr.evaluate.rates import question_mark_rule
 
@@ -156,11 +162,13 @@ class Run(Training):
         return method + at + (f"x{strength:g}" if strength != 1 else "")
 
     def generations(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
-        """Answers to the test prompts; at another point than the nominal one to those of the curve."""
+        """Answers to the test prompts; at another point than the nominal one to those of the
+        curve."""
         return self._asked(self.answers, method, step, strength)
 
     def verdicts(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
-        """Answers and verdicts on the test prompts; at another point than the nominal one on the curve's."""
+        """Answers and verdicts on the test prompts; at another point than the nominal one on the
+        curve's."""
         return self._asked(self.judged, method, step, strength)
 
     def _asked(
@@ -186,7 +194,8 @@ class Run(Training):
         precision: str = "",
         **settings: Any,
     ) -> Path:
-        """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to values.npy."""
+        """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to
+        values.npy."""
         from dcr.data.sets import table_hash
         from dcr.lm.load import in_precision
 
@@ -204,7 +213,8 @@ class Run(Training):
         return self.store.get(kind, self._name(owner, step, 1.0), key, build).path
 
     def scores(self, method: str) -> pd.DataFrame:
-        """prompt_id, method, seed, score over validation and test prompts; higher: more inclined to refuse.
+        """prompt_id, method, seed, score over validation and test prompts; higher: more inclined to
+        refuse.
 
         A rule's verdict, a steering method's own score, else the refusal score.
         """
@@ -240,7 +250,8 @@ class Run(Training):
         return expit(self.refusal(method, prompts, step))
 
     def states(self, method: str, prompts: pd.DataFrame, step: int = -1):
-        """`HiddenStates` of every layer at the last token of each prompt, [layers + 1, n, hidden] fp32."""
+        """`HiddenStates` of every layer at the last token of each prompt, [layers + 1, n, hidden]
+        fp32."""
         from dcr.lm.states import HiddenStates, hidden_states
 
         def measure(model, tokenizer, texts, folder):
@@ -266,7 +277,8 @@ class Run(Training):
         return np.load(folder / "values.npy")
 
     def ability(self, method: str) -> pd.DataFrame:
-        """Per-item general ability: task, item, metric, hit (or loss and tokens of held-out answers)."""
+        """Per-item general ability: task, item, metric, hit (or loss and tokens of held-out
+        answers)."""
         from dcr.evaluate.ability import measure_items, task_facts
 
         options = self.config.evaluation
@@ -283,7 +295,8 @@ class Run(Training):
         return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
 
     def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
-        """item, loss, tokens: how unlikely the base model finds a method's answers (empty ones left out)."""
+        """item, loss, tokens: how unlikely the base model finds a method's answers (empty ones left
+        out)."""
         from dcr.evaluate.ability import answer_losses
 
         said = self.answers(method, prompts)

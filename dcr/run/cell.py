@@ -27,7 +27,8 @@ class CellRun(Run):
         self.method, self._recipe = method, recipe
 
     def recipe(self, method: str) -> Config:
-        """The method's configuration with the cell's overrides on top; other methods as they are."""
+        """The method's configuration with the cell's overrides on top; other methods as they
+        are."""
         recipe = super().recipe(method)
         return recipe.override(self._recipe) if method == self.method else recipe
 

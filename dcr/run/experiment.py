@@ -1,4 +1,5 @@
-"""Experiment: a profile, its seeds and methods in one run directory; its tables and figures by name."""
+"""Experiment: a profile, its seeds and methods in one run directory; its tables and figures by
+name."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ REFERENCE = "reference"  # the profile whose tables are committed and read, neve
 
 
 def run_directory(profile: str, run_dir: str | Path = "") -> Path:
-    """Where a run stands: `run_dir`, else runs/<profile> of the checkout (or of the current folder)."""
+    """Where a run stands: `run_dir`, else runs/<profile> of the checkout (or of the current
+    folder)."""
     if run_dir:
         return Path(run_dir).expanduser().absolute()
     root = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
@@ -41,7 +43,8 @@ def run_directory(profile: str, run_dir: str | Path = "") -> Path:
 class Experiment:
     """One configuration with one or more seeds in one run directory.
 
-    profile: a profile's name, or "reference" (the committed tables of the reference run, read only).
+    profile: a profile's name, or "reference" (the committed tables of the reference run, read
+    only).
     overrides: "refine.layer=0.4,align.epochs=2" or a mapping. methods: default the profile's. A run
     directory that holds tables and no artifacts is read as well (`live` is False, `runs` empty).
     """
@@ -73,7 +76,8 @@ class Experiment:
             return
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise DCRError(
-                "an experiment runs in one process, not under accelerate launch; many cells go through "
+                "an experiment runs in one process, not under accelerate launch; many cells go "
+                "through "
                 "the grid engine: dcr run --seeds 0-4 --engine ray (or --jobs N), or dcr grid."
             )
         self.seeds = parse_seeds(seeds)
@@ -110,7 +114,8 @@ class Experiment:
     # ---- tables and figures --------------------------------------------------------------------
 
     def table(self, name: str) -> pd.DataFrame:
-        """The table, computed from what the run holds or makes and written to tables/<name>.csv; or read.
+        """The table, computed from what the run holds or makes and written to tables/<name>.csv; or
+        read.
 
         Raises DCRError for an unknown name, or one that was not made where tables are read only.
         """
@@ -140,7 +145,8 @@ class Experiment:
     # ---- the whole run -------------------------------------------------------------------------
 
     def complete(self, engine: str = "joblib", jobs: int = 1) -> Iterator[tuple[int, str, str]]:
-        """Make all that the methods' curves and frontiers need; yields (seed, method, why it failed).
+        """Make all that the methods' curves and frontiers need; yields (seed, method, why it
+        failed).
 
         engine, jobs: see `dcr.run.grid.run_all`.
         """
@@ -163,13 +169,15 @@ class Experiment:
         return found
 
     def artifacts(self) -> list[dict[str, Any]]:
-        """Every artifact of the run directory: kind, name, seed, seconds, peak_memory_mib, started."""
+        """Every artifact of the run directory: kind, name, seed, seconds, peak_memory_mib,
+        started."""
         shown = ("kind", "name", "seed", "seconds", "peak_memory_mib", "started")
         found = (a.manifest for a in self.store.artifacts())
         return [{k: content.get(k) for k in shown} for content in found]
 
     def manifest(self) -> dict[str, Any]:
-        """What this run is, written to manifest.json: configuration, environment, data, artifacts."""
+        """What this run is, written to manifest.json: configuration, environment, data,
+        artifacts."""
         from dcr.data.ledger import ledger
         from dcr.data.sets import dropped, table_hash
         from dcr.data.sources import SOURCES, provenance
@@ -203,7 +211,8 @@ def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
 
 
 def verify(root: str | Path) -> pd.DataFrame:
-    """A row an artifact (its checksums) and a table (made again from artifacts alone): what, status."""
+    """A row an artifact (its checksums) and a table (made again from artifacts alone): what,
+    status."""
     root = Path(root).expanduser().absolute()
     rows = [
         {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}

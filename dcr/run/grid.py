@@ -79,7 +79,8 @@ class Grid:
 def load_grid(
     source: str | Path, *, profile: str = "", overrides: str | Mapping[str, object] = ""
 ) -> Grid:
-    """The grid of a YAML file, or one that ships with the kit, by name; `overrides` go on top of `base`.
+    """The grid of a YAML file, or one that ships with the kit, by name; `overrides` go on top of
+    `base`.
 
     Raises DCRError for a missing file, an unknown key or method, an empty grid, a wrong override.
     """
@@ -141,13 +142,14 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
         yield Cell(name, method, seed, {k: v for k, v in recipe.items() if k != "method"})
 
 
-# ---- running ---------------------------------------------------------------------------------------
+# ---- running ------------------------------------------------------------
 
 
 def run_grid(
     grid: Grid, root: str | Path, *, engine: str = "joblib", jobs: int = 1, retry: bool = False
 ) -> pd.DataFrame:
-    """Run what is missing of a grid; its table, a row a cell (see `collect`), goes to tables/<name>.csv.
+    """Run what is missing of a grid; its table, a row a cell (see `collect`), goes to
+    tables/<name>.csv.
 
     A cell that fails keeps its error as its row; `retry` runs such cells again.
     """
@@ -172,8 +174,10 @@ def run_all(
 ) -> Iterator[tuple[T, str]]:
     """`task` of every item, in any order: (item, "" or why it failed), as they end.
 
-    engine joblib: `jobs` processes of this machine (1: this one). engine ray: a cluster (address from
-    RAY_ADDRESS, else one of this machine), one GPU a task where there are any; the run directory must
+    engine joblib: `jobs` processes of this machine (1: this one). engine ray: a cluster (address
+    from
+    RAY_ADDRESS, else one of this machine), one GPU a task where there are any; the run directory
+    must
     be on a disk that all see.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -259,7 +263,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _chosen(grid: Grid, root: Path) -> list[Cell]:
-    """The cells to align: none, all that passed the screen, or (seeds together) the best n by `probe_auroc`."""
+    """The cells to align: none, all that passed the screen, or (seeds together) the best n by
+    `probe_auroc`."""
     read = [(c, _read(grid.row_path(root, c, "screen"))) for c in grid.cells]
     passed = [(c, r) for c, r in read if r and r["status"] == "done"]
     if grid.align in ("none", "all"):
@@ -273,7 +278,8 @@ def _chosen(grid: Grid, root: Path) -> list[Cell]:
 
 
 def collect(grid: Grid, root: str | Path) -> pd.DataFrame:
-    """One row a cell from what is there: profile, cell, method, seed, status {done, failed, missing},
+    """One row a cell from what is there: profile, cell, method, seed, status {done, failed,
+    missing},
     error, its overrides, the screen's measures and, where aligned, the outcome's.
     """
     rows = []

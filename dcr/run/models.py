@@ -31,7 +31,8 @@ class Base:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Checksums of the model's, tokenizer's and template's files (on the hub: the commit), precision, device."""
+        """Checksums of the model's, tokenizer's and template's files (on the hub: the commit),
+        precision, device."""
         from dcr import __version__
         from dcr.lm.load import identity
 
@@ -45,11 +46,13 @@ class Base:
         }
 
     def loaded(self) -> tuple[nn.Module, Any]:
-        """(model, tokenizer), the same objects at every call in this process. Never write into them."""
+        """(model, tokenizer), the same objects at every call in this process. Never write into
+        them."""
         return _loaded(content_key(self.key), self.config, self.key.get("commit", ""))
 
     def facts(self) -> dict[str, Any]:
-        """What every manifest says about the model: identity, precision, device, a rendered prompt."""
+        """What every manifest says about the model: identity, precision, device, a rendered
+        prompt."""
         from dcr.lm.chat import rendered_example
 
         return {"model": self.key, "rendering": rendered_example(self.loaded()[1])}
@@ -69,7 +72,8 @@ def _loaded(key: str, config: ModelConfig, commit: str):
 
 
 def shared_copy(model: nn.Module, own: Collection[str] | None = ()) -> nn.Module:
-    """A model of its own on the tensors of `model`: parameters named in `own` (None: all) are copied.
+    """A model of its own on the tensors of `model`: parameters named in `own` (None: all) are
+    copied.
 
     The others share their memory with `model` and must not be written in place.
     """
@@ -81,7 +85,8 @@ def shared_copy(model: nn.Module, own: Collection[str] | None = ()) -> nn.Module
 
 
 def put_on(model: nn.Module, path: Path, step: int = -1) -> nn.Module:
-    """`model` with what a stage's or a fit's artifact at `path` changes, adapters merged, at a recorded step."""
+    """`model` with what a stage's or a fit's artifact at `path` changes, adapters merged, at a
+    recorded step."""
     from dcr.train.adapters import apply_trained, merged, reopen
     from dcr.train.align import load_step
 
@@ -112,7 +117,8 @@ def changed_by(path: Path) -> list[str]:
 
 
 def machine() -> dict:
-    """What a bug report needs: environment, device, precision, folders. No variable's value, no secret."""
+    """What a bug report needs: environment, device, precision, folders. No variable's value, no
+    secret."""
     from dcr import __version__
     from dcr.data.sources import data_dir
 

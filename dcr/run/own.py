@@ -1,4 +1,5 @@
-"""Your own model and data: refine and align in one call, and any method as a plain transformers folder."""
+"""Your own model and data: refine and align in one call, and any method as a plain transformers
+folder."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class OwnData(Training):
         return {"stages": self.own_stages}
 
     def sets(self, method: str):
-        """The user's tables; the mix of stage 2 is the general and the toxic one, with their answers."""
+        """The user's tables; the mix of stage 2 is the general and the toxic one, with their
+        answers."""
         from dcr.data.sets import TrainingSets
 
         parts = {"general": "general", "toxic": "safe"}
@@ -52,7 +54,7 @@ class OwnData(Training):
         return TrainingSets(toxic, seemingly, general, pd.concat(mix, ignore_index=True))
 
 
-def align_own(
+def align_own(  # noqa: PLR0913 (the public call)
     out: str | Path,
     *,
     toxic: Any,
@@ -63,10 +65,12 @@ def align_own(
     seed: int = 0,
     overrides: str | Mapping[str, object] = "",
 ) -> Path:  # noqa: PLR0913
-    """Stage 1 (unless `refine_first` is off) and stage 2 on the user's tables; a plain model folder in `out`.
+    """Stage 1 (unless `refine_first` is off) and stage 2 on the user's tables; a plain model folder
+    in `out`.
 
     Tables: paths, frames, lists or hub ids (see `dcr.data.read.prompts_of`); toxic and general need
-    answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that an interrupted
+    answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that an
+    interrupted
     call goes on. Under `accelerate launch` each process takes its share. Raises DCRError for bad
     tables or a folder that cannot be written or holds something already.
     """
@@ -75,7 +79,7 @@ def align_own(
     return _own(out, given, stages, model, seed, overrides)
 
 
-def refine_own(
+def refine_own(  # noqa: PLR0913 (the public call)
     out: str | Path,
     *,
     toxic: Any,
@@ -131,7 +135,8 @@ def export(experiment, method: str, out: str | Path) -> Path:
     """A method (first seed) as a plain folder: safetensors, tokenizer, chat template, model card.
 
     A steered or gated method comes as the model that it acts on, with `steering.safetensors`, its
-    settings and a script that uses them. Raises DCRError for a rule, or a folder that holds something.
+    settings and a script that uses them. Raises DCRError for a rule, or a folder that holds
+    something.
     """
     run, out = experiment.runs[0], Path(out).expanduser().absolute()
     if "rule" in run.stages(method):
@@ -188,7 +193,8 @@ def check_out(out: Path) -> None:
 def save_plain(
     model, tokenizer, out: Path, facts: Mapping[str, Any], extra: Mapping[str, str | bytes] = {}
 ) -> Path:
-    """Save an ordinary transformers model with a card; it loads, and stops, with transformers alone."""
+    """Save an ordinary transformers model with a card; it loads, and stops, with transformers
+    alone."""
     from dcr.lm.chat import stop_tokens
 
     partial = out.with_name(out.name + ".partial")
@@ -235,7 +241,8 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
     )
     shown = Path(base).name if local else base
     rows = [
-        f"| {markdown(d['role'])} | {markdown(d['source'])} | {d['rows']} | {markdown(d['licence'])} |"
+        f"| {markdown(d['role'])} | {markdown(d['source'])} | {d['rows']} | "
+        f"{markdown(d['licence'])} |"
         for d in facts["data"]
     ]
     parameters = json.dumps(without_paths(config.to_dict()), indent=1).replace("`", "\\u0060")
@@ -244,10 +251,12 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
         f"# {markdown(name)}",
         f"Base model: {markdown(shown)}. Method: {markdown(facts['method'])}.",
         f"## Intended use\n\n{INTENDED}",
-        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is in the "
+        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is "
+        "in the "
         "tokenizer. A folder with `use.py` acts at inference time: that script shows how.",
         "## Data\n\n| role | source | rows | licence |\n|---|---|---|---|\n" + "\n".join(rows),
-        "## Licences\n\nThe base model's licence holds for these weights; the data's licences are in "
+        "## Licences\n\nThe base model's licence holds for these weights; the data's licences "
+        "are in "
         "the table above. A non-commercial licence there (CC-BY-NC) binds what is made from it.",
         f"## Parameters\n\n```json\n{parameters}\n```",
         f"Environment: {markdown(json.dumps(environment()))}",

@@ -1,7 +1,9 @@
-"""Two registries: a table is `experiment -> DataFrame`, a figure is `DataFrame -> Figure`, under one name.
+"""Two registries: a table is `experiment -> DataFrame`, a figure is `DataFrame -> Figure`, under
+one name.
 
 Notebooks, report, README and tests go through these; nothing else knows the names. Modules that
-register are named as entry points of the group "dcr.registry", so a package outside can add its own.
+register are named as entry points of the group "dcr.registry", so a package outside can add its
+own.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def table(name: str, *, notebook: str = "") -> Callable[[F], F]:
 
 
 def figure(name: str, *, caption: str) -> Callable[[F], F]:
-    """Register `DataFrame -> Figure` under the name of its table. Raises DCRError for a taken name."""
+    """Register `DataFrame -> Figure` under the name of its table. Raises DCRError for a taken
+    name."""
 
     def register(draw: F) -> F:
         _add(FIGURES, name, Drawing(draw, caption), draw)

@@ -1,7 +1,8 @@
 """The run directory: one folder an artifact, keyed by everything that it depends on.
 
 `<run>/<kind>/<name>-<key>/` with a `manifest.json` written last. Work happens in `….partial`, which
-survives a kill so that long stages resume in it; a finished artifact appears by rename, whole or not
+survives a kill so that long stages resume in it; a finished artifact appears by rename, whole or
+not
 at all, and its checksums are read again before it is used. A lock an artifact lets many processes
 share one folder; the system releases it when its holder dies.
 """
@@ -77,7 +78,8 @@ def _git_commit() -> str:
 
 
 def is_main() -> bool:
-    """Whether this is the process that keeps what several of one `accelerate launch` make together."""
+    """Whether this is the process that keeps what several of one `accelerate launch` make
+    together."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -104,7 +106,8 @@ class Artifact:
         return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
 
     def broken(self) -> str:
-        """What is wrong with its files ("" if nothing): missing, or other content than when it was finished."""
+        """What is wrong with its files ("" if nothing): missing, or other content than when it was
+        finished."""
         try:
             manifest = self.manifest
             outputs = manifest["outputs"].items()
@@ -188,7 +191,8 @@ class Store:
         return self._noted(self.computed, kind, path, f"computed in {manifest['seconds']} s")
 
     def _usable(self, path: Path) -> bool:
-        """Whether the artifact is finished, and its files are what they were (read once a session)."""
+        """Whether the artifact is finished, and its files are what they were (read once a
+        session)."""
         if path in self._sound and path.is_dir():
             return True
         if not (path / "manifest.json").is_file():
@@ -248,7 +252,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _unwritable(error: BaseException | None, path: Path) -> str:
-    """Why nothing could be written there, if that is what `error` or one behind it says; else ""."""
+    """Why nothing could be written there, if that is what `error` or one behind it says; else
+    ""."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             about = Path(str(error.filename or path))

@@ -1,4 +1,5 @@
-"""What a run trains: stage 1, stage 2 and steering fits, each an artifact keyed by all it depends on."""
+"""What a run trains: stage 1, stage 2 and steering fits, each an artifact keyed by all it depends
+on."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from dcr.run.store import Artifact, Store, is_main
 
 
 class Point(NamedTuple):
-    """Where on its curve a method stands: alignment step (-1: the last), multiple of its steering."""
+    """Where on its curve a method stands: alignment step (-1: the last), multiple of its
+    steering."""
 
     step: int = -1
     strength: float = 1.0
@@ -99,7 +101,8 @@ class Training:
         return self.base_model.loaded()
 
     def model(self, method: str, step: int = -1) -> tuple[nn.Module, Any]:
-        """(model, tokenizer) of a method after alignment step `step` (-1: the last), adapters merged.
+        """(model, tokenizer) of a method after alignment step `step` (-1: the last), adapters
+        merged.
 
         It shares unchanged tensors with the base. Steering acts at generation, not here.
         """
@@ -111,7 +114,8 @@ class Training:
         return model.eval(), tokenizer
 
     def weights(self, method: str, step: int = -1) -> list[tuple[Path, int]]:
-        """What is put on the base, in order: an artifact's folder and its recorded step (-1: the last)."""
+        """What is put on the base, in order: an artifact's folder and its recorded step (-1: the
+        last)."""
         stages = self.stages(method)
         if on := self.entry(method).get("steers"):
             edit = [(self.fitted(method).path, -1)] if "edit" in stages else []
@@ -123,7 +127,8 @@ class Training:
         return kept
 
     def weights_key(self, method: str, step: int = -1) -> dict[str, Any]:
-        """What identifies a method's weights. The seed is in it only where an artifact's key holds it."""
+        """What identifies a method's weights. The seed is in it only where an artifact's key holds
+        it."""
         on = [f"{path.name}@{at}" for path, at in self.weights(method, step)]
         return {"base": self.base_model.key, "weights": on}
 
@@ -133,7 +138,8 @@ class Training:
         return {"config": recipe.to_dict(), "seed": self.seed, **self.base_model.facts()}
 
     def refined(self, method: str = "DCR") -> Artifact:
-        """Stage 1: `model/` (adapter), `history.jsonl`, `evaluations.jsonl`; manifest: layer, why it stopped."""
+        """Stage 1: `model/` (adapter), `history.jsonl`, `evaluations.jsonl`; manifest: layer, why
+        it stopped."""
         from dcr.data.sets import table_hash
         from dcr.train.refine import refine
 
@@ -219,7 +225,8 @@ class Training:
         return self.store.get("align", method, dependencies, build)
 
     def fitted(self, method: str) -> Artifact:
-        """A steering method's fit: `tensors.safetensors`; manifest `fit`: all that was chosen, and from what."""
+        """A steering method's fit: `tensors.safetensors`; manifest `fit`: all that was chosen, and
+        from what."""
         from safetensors.torch import save_file
 
         from dcr.data.sets import anchors, table_hash, validation_prompts
@@ -259,7 +266,8 @@ class Training:
         return self.store.get("fit", method, dependencies, build)
 
     def steering(self, method: str, strength: float = 1.0):
-        """The method's steering object at a multiple of its strength, or None for a method that has none."""
+        """The method's steering object at a multiple of its strength, or None for a method that has
+        none."""
         name = self.entry(method).get("steering", "")
         if not name or "edit" in self.stages(method):
             return None
@@ -302,13 +310,15 @@ class Training:
             yield "fitted"
 
     def steps(self, method: str) -> list[int]:
-        """Alignment steps at which a method's weights are recorded; [0] for one that does not align."""
+        """Alignment steps at which a method's weights are recorded; [0] for one that does not
+        align."""
         if "align" not in self.stages(method):
             return [0]
         return self.aligned(method).manifest["recorded_steps"]
 
     def points(self, method: str) -> list[Point]:
-        """A method's curve: its recorded steps, or the strengths of its steering (1.0 among them)."""
+        """A method's curve: its recorded steps, or the strengths of its steering (1.0 among
+        them)."""
         if "steer" in self.stages(method):
             strengths = sorted({1.0, *self.config.steering.strengths})
             return [Point(strength=s) for s in strengths]
