@@ -1,0 +1,1 @@
+"""Analysis on arrays: probes, kernel, gradients, refusal scores. Knows no experiment."""

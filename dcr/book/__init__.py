@@ -1,0 +1,1 @@
+"""What a reader meets: notebook parameters, explorers, the report, make reproduce."""

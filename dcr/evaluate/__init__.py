@@ -1,0 +1,1 @@
+"""Evaluation on frames: rates, frontier, intervals, ability, judges. Knows no experiment."""

@@ -1,0 +1,1 @@
+"""Language models: loading, chat, batches, hidden states, answers, served models."""

@@ -78,7 +78,7 @@ def common_prefix(
     them once does not pay."""
     if len(rows) < 2:
         return 0
-    first, last = min(rows), max(rows)
+    first, last = min(rows), max(rows)  # type: ignore[type-var]
     pairs = enumerate(zip(first, last, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
     shared = min(shared, min(map(len, rows)) - keep)
@@ -88,7 +88,7 @@ def common_prefix(
 def can_share(stack: nn.Module) -> bool:
     """Whether `stack` can go on from another row's cache: plain attention in every block, no
     gradient checkpointing."""
-    kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()
+    kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()  # type: ignore[operator, union-attr]
     checkpointed = stack.training and getattr(stack, "is_gradient_checkpointing", False)
     return set(kinds) <= PLAIN_ATTENTION and not checkpointed
 
@@ -206,7 +206,7 @@ def tokens_that_fit(
         size = torch.mps.recommended_max_memory()
     else:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    config = model.config.get_text_config()
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     hidden, blocks = config.hidden_size, config.num_hidden_layers
     block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
     values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
@@ -265,9 +265,9 @@ def fitted(
     prompt that is too long,
     or holds a token for which the model has no embedding.
     """
-    limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_length or getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     limit = (limit or max(map(len, rows)) + room) - room
-    known = model.get_input_embeddings().weight.shape[0]
+    known = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     for i, row in enumerate(rows):
         beside = f" beside {room} new ones" if room else ""
         if len(row) > limit and not truncate:

@@ -48,7 +48,7 @@ def decoder_stack(model: nn.Module, override: str = "") -> nn.Module:
 def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]:
     """(decoder stack, attribute under which it holds the blocks). Raises DCRError naming the lists
     that were found."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     for path in (override,) if override else LAYER_PATHS:
         *parents, name = path.split(".")
         holder = base
@@ -146,7 +146,7 @@ def head_logits(model: nn.Module, hidden: Tensor, override: str = "") -> Tensor:
     caps, a bias) is done.
     """
     stack = decoder_stack(model, override)
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     ready = _StackOutput(hidden[None])  # [1, n, hidden]
     with mock.patch.object(stack, "forward", lambda *_, **__: ready):
         return own(inputs_embeds=hidden[None], use_cache=False).logits[0]

@@ -134,7 +134,7 @@ class Decoder:
             config = self.model.config.get_text_config()
             inputs |= {cache_argument(): DynamicCache(config=config), "use_cache": True}
         state = State(list(batch), mask, inputs[cache_argument()], [self._chance(i) for i in batch])
-        active, out = list(range(len(batch))), [[] for _ in batch]
+        active, out = list(range(len(batch))), [[] for _ in batch]  # type: ignore[var-annotated]
         for step in range(self.options.max_new_tokens):
             with self.steering.during(state.rows, step == 0):
                 logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # [rows, vocabulary]
@@ -153,7 +153,7 @@ class Decoder:
         """Arguments of the pass over the chosen tokens; rows that have stopped leave the batch."""
         if len(alive) < len(tokens):
             keep = torch.tensor(alive, device=self.device)
-            state.cache.batch_select_indices(keep)
+            state.cache.batch_select_indices(keep)  # type: ignore[attr-defined]
             state.mask, tokens = state.mask[keep], tokens[keep]
             state.rows = [state.rows[i] for i in alive]
             state.chance = [state.chance[i] for i in alive]

@@ -148,7 +148,8 @@ def _convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
-    model.hf_quantizer, model.is_quantized = None, False  # else save_pretrained refuses
+    # else save_pretrained refuses
+    model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
     for holder in (model, model.config):
         if hasattr(holder, "quantization_config"):
             delattr(holder, "quantization_config")

@@ -139,7 +139,7 @@ class Answers:
             self.marks["method"] or "answers",
                  len(self.rows), len(self.prompts), cut)  # fmt: skip
         order = {key: i for i, key in enumerate(self.prompts["id"])}
-        return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)
+        return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)  # type: ignore[call-overload, index]
 
 
 def check_request(max_new_tokens: int, temperature: float) -> None:

@@ -67,7 +67,7 @@ def load(
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     _complete(model, tokenizer, name, chat_template)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def _complete(model, tokenizer, name: str, chat_template: str) -> None:
@@ -108,7 +108,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str]:
     from transformers.utils.hub import cached_file
 
     try:
-        return name, Path(cached_file(name, "config.json", revision=revision or "main")).parent.name
+        return name, Path(cached_file(name, "config.json", revision=revision or "main")).parent.name  # type: ignore[arg-type]
     except Exception as error:
         raise DCRError(explain_load_error(name, error, revision)) from error
 

@@ -92,7 +92,7 @@ def hidden_states(  # noqa: PLR0913
     sorted_rows = token_batches(lengths, batch_size, max_tokens_per_batch or tokens_that_fit(model))
     waiting = [b for b in sorted_rows if not done[b].all()]
     with _watched(getattr(stack, name)) as seen:
-        cache, head = None, 0.0
+        cache, head = None, np.zeros(())
         if shared and waiting:
             ids = torch.tensor([rows[0][:shared]], device=device)
             seen.begin(torch.ones_like(ids), "mean")
@@ -142,7 +142,7 @@ class _Seen:
     on."""
 
     def begin(self, mask: Tensor, pooling: str) -> None:
-        self.mask, self.pooling, self.kept = mask, pooling, []
+        self.mask, self.pooling, self.kept = mask, pooling, []  # type: ignore[var-annotated]
 
     def keep(self, hidden) -> None:
         hidden = hidden if torch.is_tensor(hidden) else hidden[0]

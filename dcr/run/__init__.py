@@ -1,0 +1,1 @@
+"""Runs: the store, what is trained, what is asked of it, experiments, grids, own data."""

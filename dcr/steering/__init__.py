@@ -4,13 +4,15 @@ Each is a small frozen object that is fitted, kept as `facts` and `tensors`, run
 `refusal_score`, and scored. `KINDS` names them as methods.yaml does.
 """
 
+from typing import Any
+
 from dcr.steering.gate import Gate
 from dcr.steering.scans import Scans
 from dcr.steering.surgical import Surgical
 from dcr.steering.tied import Tied
 from dcr.steering.tokens import DecisionToken, TokenGate
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "scans": Scans,
     "surgical": Surgical,
     "gate": Gate,

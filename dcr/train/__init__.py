@@ -1,0 +1,1 @@
+"""Training: the two stages, their losses, adapters and batches."""
