@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
 
+from dcr.analysis import refusal
 from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import opening_tokens, refusal_probability
 from dcr.config import AlignConfig, RefineConfig
@@ -47,7 +48,7 @@ def norms(model, rows, tokens) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_goes_through_the_whole_kit(family):
+def test_a_family_goes_through_the_whole_kit(family, monkeypatch):
     base, tokenizer = make_model(family, seed=3), make_tokenizer()
     refined = refine(
         make_model(family, seed=3),
@@ -79,6 +80,7 @@ def test_a_family_goes_through_the_whole_kit(family):
 
     openings = ["sorry", "i cannot", "i can't help"]
     phrases = opening_tokens(tokenizer, openings)
+    monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
     ours = refusal_probability(aligned, tokenizer, prompts, openings=openings)
     for i, row in enumerate(rows):
         total = 0.0

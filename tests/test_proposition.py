@@ -28,19 +28,18 @@ def test_a_kernel_that_is_the_bilinear_term_is_found_tight():
         and check["constant"] == pytest.approx(3.0)
         and check["slack"] == pytest.approx(1.0)
     )
-    assert "follows" in check["reading"]
 
 
-def test_an_unrelated_kernel_is_called_loose():
+def test_an_unrelated_kernel_is_found_loose():
     noise = np.abs(states(1) @ states(2).T)
     check = bound_check(bound_pairs(states(), noise + noise.T, LABELS))
-    assert check["low"] < 0 < check["high"] and "loose" in check["reading"] and check["slack"] > 2
+    assert check["low"] < 0 < check["high"] and check["slack"] > 2
 
 
-def test_a_reversed_relation_is_said():
+def test_a_reversed_relation_is_found():
     h = states()
     check = bound_check(bound_pairs(h, 1 / (1 + np.abs(h @ h.T)), LABELS))
-    assert check["high"] < 0 and "against" in check["reading"]
+    assert check["high"] < 0
 
 
 def test_what_does_not_fit_is_refused():

@@ -31,12 +31,16 @@ def openings(monkeypatch):
     return OPENINGS
 
 
+def written(openings) -> list[str]:
+    return typographies(openings, ("", *refusal.MARKS))
+
+
 def enumerated(model, tokenizer, prompts, openings) -> np.ndarray:
     """[n] log odds by one whole forward pass a prompt and phrase, in float64 behind the logits."""
     found = []
     for head in encode_prompts(tokenizer, prompts):
         mass = 0.0
-        for phrase in opening_tokens(tokenizer, typographies(openings)):
+        for phrase in opening_tokens(tokenizer, written(openings)):
             with torch.no_grad():
                 logits = model(torch.tensor([head + phrase])).logits[0].double().log_softmax(-1)
             steps = [logits[len(head) - 1 + i, t] for i, t in enumerate(phrase)]
@@ -48,8 +52,9 @@ def enumerated(model, tokenizer, prompts, openings) -> np.ndarray:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equals_enumeration(family, attention, openings, tiny_tokenizer, prompts, monkeypatch):
-    """Behind a shared beginning and without one, in batches of mixed length, windows shorter than prompts."""
+    """With and without a shared beginning, in mixed lengths, windows shorter than prompts."""
     monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(refusal, "MARKED", 1e-30)
     model = make_model(family, window=6)
     model.set_attn_implementation(attention)
     head = "tell me what the time is in my house and "
@@ -69,18 +74,21 @@ def test_what_goes_unread_stays_within_the_tolerance(
     read = []
     packed = refusal._Packed.read
     monkeypatch.setattr(
-        refusal._Packed, "read", lambda s, level: read.extend(level) or packed(s, level)
+        refusal._Packed,
+        "read",
+        lambda s, reading: read.append(sum(map(len, reading.values()))) or packed(s, reading),
     )
     close = refusal_score(model, tiny_tokenizer, prompts)
-    some = sum(map(len, read))
+    some = sum(read)
     monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(refusal, "MARKED", 1e-30)
     exact = refusal_score(model, tiny_tokenizer, prompts)
-    assert some < sum(map(len, read)) - some
-    assert np.abs(close - exact).max() <= refusal.TOLERANCE + 0.021
+    assert some < (sum(read) - some) / 2
+    assert np.abs(close - exact).max() < 0.1
 
 
 class Fixed(torch.nn.Module):
-    """Says one text with the given log odds against all else at its first token; then it is sure."""
+    """Says one text with the given odds against all else at its first token; then it is sure."""
 
     def __init__(self, ids: list[int], odds: float, vocabulary: int) -> None:
         super().__init__()
@@ -125,7 +133,7 @@ def byte_tokenizer(tiny_tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["I can\u2019t help", "**I'm sorry**, but", "\u201cI cannot"])
-@pytest.mark.parametrize("odds", [-30.0, -2.0, 0.0, 3.0, 30.0])
+@pytest.mark.parametrize("odds", [-3.0, 0.0, 3.0, 30.0])
 def test_every_typography_counts_and_extreme_odds_stay_finite(
     answer, odds, byte_tokenizer, monkeypatch
 ):
@@ -137,11 +145,17 @@ def test_every_typography_counts_and_extreme_odds_stay_finite(
     np.testing.assert_allclose(probability, 1 / (1 + math.exp(-odds)), rtol=0.05)
 
 
+def test_an_unlikely_refusal_keeps_its_odds(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(refusal, "tokens_that_fit", lambda _model: 10_000)
+    model = Fixed(byte_tokenizer("I'm sorry, but")["input_ids"], -30.0, len(byte_tokenizer))
+    np.testing.assert_allclose(refusal_score(model, byte_tokenizer, ["how ?"]), -30.0, atol=0.05)
+
+
 def test_no_opening_is_counted_twice(tiny_tokenizer):
     rows = opening_tokens(tiny_tokenizer, OPENINGS)
     assert len(rows) == 4  # "sorry , i" and "can't help me" begin with others
     assert not any(a != b and a[: len(b)] == b for a in rows for b in rows)
-    assert {"I\u2019m sorry", '"I can\u2019t', "**No,"} < set(typographies(REFUSAL_OPENINGS))
+    assert {"I\u2019m sorry", '"I can\u2019t', "**No,"} < set(written(REFUSAL_OPENINGS))
     with pytest.raises(DCRError, match="none left"):
         opening_tokens(tiny_tokenizer, [""])
 

@@ -106,6 +106,7 @@ def slow(tokenizer, ids: list[int], logits_of) -> str:
 def test_scans_generation_and_score_equal_whole_passes(family, tiny_tokenizer, table, monkeypatch):
     """Mixed signs in one batch; the openings are read under steering too."""
     monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(refusal, "MARKED", 1e-30)
     monkeypatch.setattr(refusal, "REFUSAL_OPENINGS", ("sorry ,", "can't help", "i can't"))
     model, texts = make_model(family, seed=3), table["text"].tolist()
     signs = dict(zip(texts, [1.0, -1.0, 1.0, -1.0, -1.0, 1.0], strict=True))
@@ -113,7 +114,9 @@ def test_scans_generation_and_score_equal_whole_passes(family, tiny_tokenizer, t
     options = {"max_new_tokens": LIMIT, "batch_size": 4}
     ours = generate(model, tiny_tokenizer, table, **options, steering=scans)["response"].tolist()
     scores, expected, odds = scans.score(model, tiny_tokenizer, texts), [], []
-    phrases = opening_tokens(tiny_tokenizer, typographies(refusal.REFUSAL_OPENINGS))
+    phrases = opening_tokens(
+        tiny_tokenizer, typographies(refusal.REFUSAL_OPENINGS, ("", *refusal.MARKS))
+    )
     for ids, sign in zip(encode_prompts(tiny_tokenizer, texts), signs.values(), strict=True):
         start = len(ids) - scans.facts["tail"]
 

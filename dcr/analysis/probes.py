@@ -17,7 +17,12 @@ from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import adjusted_rand_score, log_loss, normalized_mutual_info_score
+from sklearn.metrics import (
+    adjusted_rand_score,
+    log_loss,
+    normalized_mutual_info_score,
+    roc_auc_score,
+)
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
@@ -64,38 +69,13 @@ def is_toxic(prompts: pd.DataFrame) -> np.ndarray:
     return y
 
 
-def groups_of(prompts: pd.DataFrame) -> np.ndarray:
-    """[n] fold groups: the request; without that column the minimal pair, else twins."""
-    if "request" in prompts:
-        return prompts["request"].to_numpy()
-    pair = prompts["pair_id"].astype(str).str.replace(r"-(q|i)$", "", regex=True).to_numpy()
-    own = (
-        prompts["id"].astype(str).str.rstrip("~").to_numpy()
-        if "id" in prompts
-        else np.arange(len(prompts)).astype(str)
-    )
-    return np.where(pair != "", pair, own)
-
-
-def auroc(
-    toxic: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray | float:
-    """Share of (toxic, harmless) pairs in order, ties 1/2; NaN where a class has no weight.
-
-    weights: [n], or [draws, n] (how often each prompt was drawn) for an AUROC a draw, [draws].
-    """
-    toxic, scores = np.asarray(toxic, dtype=bool), np.asarray(scores, dtype=float)
-    weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=float)
-    order = np.argsort(scores, kind="stable")
-    first = np.flatnonzero(
-        np.r_[True, np.diff(scores[order]) > 0]
-    )  # where each distinct score begins
-    ranked, positive = weights[..., order], toxic[order]
-    above = np.add.reduceat(ranked * positive, first, axis=-1)  # [draws, distinct scores]
-    below = np.add.reduceat(ranked * ~positive, first, axis=-1)
-    pairs = above.sum(-1) * below.sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (above * (below.cumsum(-1) - below / 2)).sum(-1) / pairs
+def requests_in(prompts: pd.DataFrame) -> np.ndarray:
+    """[n] the groups that folds hold whole. Raises DCRError for a table without them."""
+    if "request" not in prompts:
+        raise DCRError(
+            "probes: the prompts have no column `request`; see dcr.data.read.prompts_of."
+        )
+    return prompts["request"].to_numpy()
 
 
 def cross_scores(
@@ -151,7 +131,7 @@ def transfer_scores(
     that held it out. An AUROC below 0.5 says that the probe follows something else than harm: the
     sentence's form, or the source.
     """
-    y, groups, other_groups = is_toxic(prompts), groups_of(prompts), groups_of(other_prompts)
+    y, groups, other_groups = is_toxic(prompts), requests_in(prompts), requests_in(other_prompts)
     return pd.DataFrame(
         {
             layer: cross_scores(
@@ -169,8 +149,8 @@ def surface_scores(prompts: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     The rule "toxic unless it ends in ?"; cross-validated: length in words, source one-hot (perfect
     when each class comes from its own), tf-idf of words and word pairs.
     """
-    y, groups, texts = is_toxic(prompts), groups_of(prompts), prompts["text"].astype(str)
-    words = texts.str.split().str.len().to_numpy(dtype=float)[:, None]
+    y, groups, texts = is_toxic(prompts), requests_in(prompts), prompts["text"].astype(str)
+    words = np.array([[float(len(text.split()))] for text in texts])
     source = OneHotEncoder(sparse_output=False).fit_transform(prompts[["source"]])
     tfidf = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)).fit_transform(texts)
     many = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
@@ -181,20 +161,6 @@ def surface_scores(prompts: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
         "tf-idf": cross_scores(tfidf, y, groups, fit=many.fit, seed=seed),
     }
     return pd.DataFrame(columns, index=prompts.index)
-
-
-def points(prompts: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Rows name (a column of `scores`), auroc, accuracy (threshold 0), n; without intervals."""
-    y = is_toxic(prompts)
-    return pd.DataFrame(
-        {
-            "name": name,
-            "auroc": float(auroc(y, column)),
-            "accuracy": float(((column > 0) == y).mean()),
-            "n": len(y),
-        }
-        for name, column in scores.items()
-    )
 
 
 def best_layer(
@@ -211,7 +177,7 @@ def best_layer(
     rows = [
         {
             "layer": layer,
-            "auroc": float(auroc(y, scores[layer])),
+            "auroc": float(roc_auc_score(y, scores[layer])),
             "log_loss": log_loss(y, 1 / (1 + np.exp(-scores[layer])), sample_weight=balance),
         }
         for layer in layers
@@ -256,70 +222,3 @@ def map_2d(states: HiddenStates, layer: int) -> np.ndarray:
     scaled = StandardScaler().fit_transform(states.layer(layer))
     found = PCA(2, svd_solver="full").fit_transform(scaled)
     return found * np.sign(found[np.abs(found).argmax(axis=0), [0, 1]])
-
-
-# Until the tables have switched to scores: readings with intervals of their own.
-
-
-def auroc_interval(
-    y: np.ndarray, scores: np.ndarray, groups: np.ndarray, seed: int = 0, n_boot: int = 500
-) -> dict:
-    """AUROC and accuracy with a 95 % bootstrap interval over groups (a pair is drawn whole).
-
-    A draw weights each group by how often it came up, and AUROC is a weighted mean over pairs of prompts (ties 1/2).
-    """
-    rng = np.random.default_rng([seed, 0xB0])
-    names, member = np.unique(groups, return_inverse=True)
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot)[
-        :, member
-    ]
-    toxic, other = weights[:, y == 1], weights[:, y == 0]
-    above = np.sign(scores[y == 1][:, None] - scores[y == 0][None]) / 2 + 0.5
-    size = toxic.sum(1) * other.sum(1)
-    values = np.einsum("bi,bi->b", toxic @ above, other)[size > 0] / size[size > 0]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {
-        "auroc": float(above.mean()),
-        "low": float(low),
-        "high": float(high),
-        "accuracy": float(((scores > 0) == y).mean()),
-        "n": len(y),
-    }
-
-
-def probe_by_layer(states, prompts, layers=None, seed: int = 0) -> pd.DataFrame:
-    """Rows layer, auroc, low, high, accuracy, n (goes: `layer_scores`)."""
-    return _read(prompts, layer_scores(states, prompts, layers or (), seed=seed), "layer", seed)
-
-
-def transfer_auroc(train, train_prompts, test, test_prompts, layers, seed: int = 0) -> pd.DataFrame:
-    """Rows layer, auroc, low, high, accuracy, n (goes: `transfer_scores`)."""
-    scores = transfer_scores(train, train_prompts, test, test_prompts, layers, seed=seed)
-    return _read(test_prompts, scores, "layer", seed)
-
-
-def probe_by_form(
-    states, prompts, swapped, swapped_prompts, layer: int, seed: int = 0
-) -> pd.DataFrame:
-    """AUROC of each cell of form (goes: `transfer_scores`)."""
-    from dcr.analysis.refusal import auroc_by_form
-
-    scores = [
-        transfer_scores(states, prompts, s, p, [layer], seed=seed)[layer]
-        for s, p in ((states, prompts), (swapped, swapped_prompts))
-    ]
-    both = pd.concat([prompts, swapped_prompts], ignore_index=True)
-    return auroc_by_form(both, np.concatenate(scores)).assign(layer=layer)
-
-
-def surface_baselines(prompts: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Rows baseline, auroc, low, high, accuracy, n (goes: `surface_scores`)."""
-    return _read(prompts, surface_scores(prompts, seed=seed), "baseline", seed)
-
-
-def _read(prompts: pd.DataFrame, scores: pd.DataFrame, name: str, seed: int) -> pd.DataFrame:
-    y, groups = is_toxic(prompts), groups_of(prompts)
-    return pd.DataFrame(
-        {name: column, **auroc_interval(y, values.to_numpy(), groups, seed)}
-        for column, values in scores.items()
-    )

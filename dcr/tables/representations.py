@@ -188,7 +188,7 @@ def proposition(experiment: Experiment) -> pd.DataFrame:
         states = run.states(method, prompts, 0).layer(run.layer(layer))
         pairs = bound_pairs(states, run.kernel(method, prompts, 0), prompts["label"].to_numpy())
         pairs = pairs.assign(method=method, stage=stage, layer=run.layer(layer))
-        check = pd.DataFrame([bound_check(pairs)]).drop(columns=["pairs", "reading"])
+        check = pd.DataFrame([bound_check(pairs)])
         parts.append(pairs.merge(check, how="cross"))
     return pd.concat(parts, ignore_index=True).drop(columns=["a", "b"])
 

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
-from dcr.analysis.probes import auroc, fit_probe
+from dcr.analysis.probes import fit_probe
 from dcr.data.files import append_jsonl, read_jsonl
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, padded, token_batches
@@ -164,7 +165,7 @@ def held_out_measures(
     return {
         "cross_similarity": similarity[~same].mean().item(),
         "within_similarity": similarity[same & off].mean().item(),
-        "probe_auroc": float(auroc(held_toxic, score)),
+        "probe_auroc": float(roc_auc_score(held_toxic, score)),
         "probe_accuracy": float(((score > 0) == held_toxic).mean()),
     }
 
