@@ -212,8 +212,8 @@ def _log_odds(logits: Tensor, packed: _Packed, tree: _Tree) -> np.ndarray:
                 unread[row] = [b for b in left if b not in reading[row]]
         if reading:
             logits = packed.read(reading)
-    left = [np.logaddexp.reduce([b.mass for b in u] or [-np.inf]) for u in unread]
-    return refuse - np.logaddexp(rest, left)
+    unknown = [np.logaddexp.reduce([b.mass for b in left] or [-np.inf]) for left in unread]
+    return refuse - np.logaddexp(rest, unknown)
 
 
 def _next(logits: Tensor, level: list[list[_Begun]], tree: _Tree) -> tuple[np.ndarray, np.ndarray]:
@@ -255,8 +255,8 @@ class _Packed:
         seen = np.zeros((n, width, seq + self.slots + width), dtype=bool)
         seen[:, :, :seq] = self.real[:, None]
         seen[:, :, seq + self.slots :] = np.eye(width, dtype=bool)
-        for i, row in enumerate(self.rows):
-            for slot, at in enumerate(reading.get(row, ())):
+        for i, row in enumerate(self.rows.tolist()):
+            for slot, at in enumerate(reading.get(row, [])):
                 ids[i, slot] = at.token
                 position[i, slot] += len(at.path)
                 seen[i, slot, [seq + s for s in at.path]] = True
