@@ -1,8 +1,12 @@
-"""Refusal score: the packed tree of openings against phrase by phrase behind a cached prompt, in one run.
+"""Refusal score: the packed tree of openings against phrase by phrase behind a cached prompt, in
+one run.
 
-Phrase by phrase is how the kit did it first: the whole prompt once, its keys and values repeated for every beginning of
-the phrases, no shared prefix, no typography. Same model, prompts, precision, threads, and in a third row the same phrases;
-CPU seconds a prompt in turns, `--repeats` times. `unread` compares the score with one that reads every beginning. Writes
+Phrase by phrase is how the kit did it first: the whole prompt once, its keys and values repeated
+for every beginning of
+the phrases, no shared prefix, no typography. Same model, prompts, precision, threads, and in a
+third row the same phrases;
+CPU seconds a prompt in turns, `--repeats` times. `unread` compares the score with one that reads
+every beginning. Writes
 benchmarks/results/refusal_speed.json.
 """
 
@@ -29,7 +33,8 @@ FIRST = (
 
 @torch.no_grad()
 def by_phrase(model, tokenizer, prompts, openings, batch_size=16) -> np.ndarray:
-    """[n] log odds, every beginning of the openings as a row of its own behind the repeated cache."""
+    """[n] log odds, every beginning of the openings as a row of its own behind the repeated
+    cache."""
     from transformers import DynamicCache
 
     from dcr.analysis.refusal import opening_tokens
