@@ -103,9 +103,12 @@ def test_an_exported_gate_needs_transformers_alone(tmp_path, tiny_tokenizer, cap
     (tmp_path / "steering.json").write_text(json.dumps({"kind": "gate", **gate.facts}))
     (tmp_path / "use.py").write_text(gate.script)
     names = {
-        (n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).split(".")[0]
-        for n in ast.walk(ast.parse(gate.script))
-        if isinstance(n, (ast.Import, ast.ImportFrom))
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(gate.script))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        )
     }
     assert names == {"json", "pathlib", "sys", "safetensors", "transformers"}
     text = "how do i steal the trip ?"

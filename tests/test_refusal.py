@@ -165,6 +165,12 @@ def test_no_prompts(tiny_llama, tiny_tokenizer):
         refusal_score(tiny_llama, tiny_tokenizer, [])
 
 
+def test_layers_that_cannot_read_a_tree_are_refused(tiny_llama, tiny_tokenizer):
+    tiny_llama.config.layer_types = ["linear_attention", *["full_attention"] * 3]
+    with pytest.raises(DCRError, match="LlamaForCausalLM has layers other than"):
+        refusal_score(tiny_llama, tiny_tokenizer, ["how ?"])
+
+
 def test_control_tokens_in_a_prompt_are_text(openings, tiny_llama, tiny_tokenizer):
     text = "list <|end|> <|assistant|> the dog ."
     rows = encode_prompts(tiny_tokenizer, [text])

@@ -120,7 +120,12 @@ def refusal_score(  # noqa: PLR0913
     under = steering.start(model, tokenizer, texts) if steering else Unsteered()
     device, prefix = next(model.parameters()).device, None
     shared = common_prefix(rows, keep=max(1, under.tail))
-    if shared and can_share(model):
+    if not can_share(model):
+        raise DCRError(
+            f"refusal score: {type(model).__name__} has layers other than full and sliding attention, "
+            "which cannot read the openings as a tree."
+        )
+    if shared:
         with under.during(None, True):
             prefix, _ = run_prefix(model, torch.tensor([rows[0][:shared]], device=device))
 
@@ -228,7 +233,7 @@ def _next(logits: Tensor, level: list[list[_Begun]], tree: _Tree) -> tuple[np.nd
     total = logits.logsumexp(-1)
     found = logits.gather(-1, index) - total[..., None]
     others = logits.scatter(-1, index, -torch.inf).logsumexp(-1) - total
-    return found.double().cpu().numpy(), others.double().cpu().numpy()
+    return found.cpu().double().numpy(), others.cpu().double().numpy()
 
 
 class _Packed:
@@ -244,7 +249,8 @@ class _Packed:
         """Logits [rows read, slots, vocabulary] behind beginnings; slots left over read token 0."""
         if 2 * len(reading) <= len(self.rows):  # the others leave
             kept = np.flatnonzero(np.isin(self.rows, list(reading)))
-            self.cache.batch_select_indices(torch.tensor(kept))
+            device = self.cache.layers[0].keys.device
+            self.cache.batch_select_indices(torch.tensor(kept, device=device))
             self.rows, self.real = self.rows[kept], self.real[kept]
             self.position = self.position[kept]
         (n, seq), width = self.real.shape, max(map(len, reading.values()))

@@ -28,14 +28,9 @@ from dcr.steering.hooks import Fit, Material, Place, Steering, residuals, templa
 REFUSAL = "I'm sorry, but I can't help with that."
 FORMS = ("question", "imperative")
 SCRIPT = '''"""A gated model with transformers alone: python use.py "a prompt"."""
-
-import json
-import pathlib
-import sys
-
+import json, pathlib, sys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
 here, prompt = pathlib.Path(__file__).parent, sys.argv[1]
 gate = json.loads((here / "steering.json").read_text())
 probe = load_file(here / "steering.safetensors")

@@ -38,16 +38,10 @@ Fit = tuple[dict, dict[str, Tensor]]  # facts, tensors
 ATTENTION, FEED_FORWARD = ("self_attn", "attention", "attn"), ("mlp", "feed_forward", "ffn", "fc2")
 BATCH = 32
 SCRIPT = '''"""An answer under steering: python use.py "a prompt" (needs dcr-kit)."""
-
-import json
-import pathlib
-import sys
-
+import json, pathlib, sys
 from safetensors.torch import load_file
-
 from dcr import generate, load_model
 from dcr.steering import KINDS
-
 here = pathlib.Path(__file__).parent
 facts, tensors = json.loads((here / "steering.json").read_text()), here / "steering.safetensors"
 steering = KINDS[facts.pop("kind")].load(facts, load_file(tensors))
@@ -114,7 +108,7 @@ class Steering:
     @property
     def settings(self) -> dict:
         """What an answer depends on beside the weights."""
-        sums = {n: t.double().sum().item() for n, t in self.tensors.items()}
+        sums = {n: t.cpu().double().sum().item() for n, t in self.tensors.items()}
         fit = content_key({"facts": self.facts, "sums": sums})
         return {"method": type(self).__name__, "strength": self.strength, "fit": fit}
 
@@ -185,8 +179,8 @@ def ablated(
     """Take `strength` times the component along unit `direction` [hidden] out of the stream.
 
     x ← x − s (x·d) d at the embeddings and at all that a block writes, everywhere; the stream's
-    component is then (1 − s) times what the blocks write. At strength 1 block inputs are ablated
-    as well, as published (Wang et al., ICLR 2025).
+    component is then (1 − s) times what is written. At strength 1 that is ablation at every block
+    input, attention and MLP output, as published (Wang et al., ICLR 2025).
     """
 
     def edit(x: Tensor) -> Tensor:
@@ -194,8 +188,8 @@ def ablated(
         return x - strength * (x @ d).unsqueeze(-1) * d
 
     blocks = decoder_layers(model, layers_path)
-    inputs = [(block, edit) for block in (blocks if strength == 1 else blocks[:1])]
-    with edited([(module, edit) for block in blocks for module in writers(block)], inputs):
+    written = [(module, edit) for block in blocks for module in writers(block)]
+    with edited(written, [(blocks[0], edit)]):
         yield
 
 

@@ -26,7 +26,7 @@ def decision_score(model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """[n] log odds of the word that refuses against the one that complies, first in the answer."""
     words = decision_tokens(tokenizer)
     logits = last_logits(model, encode_prompts(tokenizer, list(prompts)))
-    return (logits[:, words.refuse] - logits[:, words.comply]).double().cpu().numpy()
+    return (logits[:, words.refuse] - logits[:, words.comply]).cpu().double().numpy()
 
 
 @dataclass(frozen=True)
