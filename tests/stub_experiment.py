@@ -80,7 +80,6 @@ def prompt_rows(
                     "response": "",
                     "benchmark": name,
                     "version": version,
-                    "rank": number(name, i),
                     **more,
                 }
             )

@@ -55,7 +55,7 @@ def first_of_each(prompts: pd.DataFrame, n: int, by: Sequence[str] = ("label",))
 
 def in_turn(prompts: pd.DataFrame, n: int, by: Sequence[str]) -> pd.DataFrame:
     """`n` prompts of each class, one of each group in turn, in the order of the ledger's hash."""
-    rows = prompts.sort_values("rank", kind="stable")
+    rows = prompts.sort_values("request", kind="stable")
     turn = rows.groupby(["label", *by], sort=False).cumcount().sort_values(kind="stable").index
     rows = rows.loc[turn].groupby("label").head(n)
     return rows.sort_values("label", key=lambda c: c.map(LABELS.index), ignore_index=True)
