@@ -122,8 +122,8 @@ def refusal_score(  # noqa: PLR0913
     shared = common_prefix(rows, keep=max(1, under.tail))
     if not can_share(model):
         raise DCRError(
-            f"refusal score: {type(model).__name__} has layers other than full and sliding attention, "
-            "which cannot read the openings as a tree."
+            f"refusal score: {type(model).__name__} has layers other than full or sliding "
+            "attention, which cannot read the openings as a tree."
         )
     if shared:
         with under.during(None, True):
