@@ -4,8 +4,8 @@ same prompts, same limit.
 Two comparisons, the two sides run alternately in one process after one warm-up each:
   equal     fp32 against fp32, same batch size, greedy: tokens must be the same, else the script
   fails
-  defaults  our defaults (dtype auto, batches of 64) against the pipeline's (its dtype as given by
-  from_pretrained, batch size 1)
+  defaults  our defaults (precision auto, batches of 64) against the pipeline's (its dtype as given
+  by from_pretrained, batch size 1)
 
 Usage: python benchmarks/generation_speed.py [--prompts 128] [--repeats 3] [--batch-size 32]
 Writes benchmarks/results/generation_speed.json.
@@ -26,8 +26,8 @@ import transformers
 
 from dcr.data.sources import load_bundled
 from dcr.lm.chat import render
-from dcr.lm.generate import generate, inference_dtype
-from dcr.lm.load import load
+from dcr.lm.generate import generate
+from dcr.lm.load import load, resolve_precision
 from dcr.run.store import write_atomic
 
 
@@ -73,10 +73,11 @@ def main() -> None:
             for row in maker(rendered, batch_size=size, add_special_tokens=False, **greedy)
         ]
 
-    def ours(of_model, size):
-        return lambda: generate(
-            of_model, tokenizer, table, max_new_tokens=args.max_new_tokens, batch_size=size
-        )["response"].tolist()
+    def ours(size, precision):
+        options = {"max_new_tokens": args.max_new_tokens, "precision": precision}
+        return lambda: generate(model, tokenizer, table, batch_size=size, **options)[
+            "response"
+        ].tolist()
 
     result = {
         "model": "SmolLM2-135M-Instruct (embedded)",
@@ -87,7 +88,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "machine": platform.machine(),
     }
-    mine, library = ours(model, args.batch_size), pipe(model, args.batch_size)
+    mine, library = ours(args.batch_size, "fp32"), pipe(model, args.batch_size)
     differing = [i for i, (a, b) in enumerate(zip(mine(), library(), strict=True)) if a != b]
     if differing:
         raise SystemExit(
@@ -95,20 +96,19 @@ def main() -> None:
             f"prompt {differing[0]}"
         )
     result["equal"] = {
-        "dtype": "float32",
+        "precision": "fp32",
         "batch_size": args.batch_size,
         "answers_equal": True,
         **side_by_side(mine, library, args.repeats, len(texts)),
     }
     print(json.dumps(result["equal"]), flush=True)
     theirs = pipe(model, 1)
-    dtype = inference_dtype("auto", "cpu")
-    fast, _ = load("embedded", dtype=str(dtype).removeprefix("torch."))
+    precision = resolve_precision("auto", "cpu")
     result["defaults"] = {
-        "our_dtype": str(dtype),
+        "our_precision": precision,
         "our_batch_size": 64,
         "their_batch_size": 1,
-        **side_by_side(ours(fast, 64), theirs, max(1, args.repeats // 3), len(texts)),
+        **side_by_side(ours(64, precision), theirs, max(1, args.repeats // 3), len(texts)),
     }
     print(json.dumps(result["defaults"]), flush=True)
     write_atomic(

@@ -10,7 +10,8 @@ import torch
 from dcr.data import sources
 from dcr.lm import blocks, embedded
 from dcr.lm import load as models
-from dcr.lm.chat import encode, render
+from dcr.lm.batches import padded
+from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
 
 pytestmark = pytest.mark.slow
@@ -33,10 +34,9 @@ def test_fp32_tokens_equal_the_librarys_batched_generation(loaded):
     model, tokenizer = loaded
     rows = sources.load_bundled("general").query("split == 'test'").head(6)
     ours = generate(model, tokenizer, rows, max_new_tokens=12, batch_size=6)
-    batch = encode(tokenizer, render(tokenizer, rows["text"].tolist()))
-    theirs = model.generate(**batch, max_new_tokens=12, do_sample=False)[
-        :, batch["input_ids"].shape[1] :
-    ]
+    ids, mask = padded(encode_prompts(tokenizer, rows["text"].tolist()))
+    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    theirs = theirs[:, ids.shape[1] :]
     assert ours["response"].tolist() == [
         t.strip() for t in tokenizer.batch_decode(theirs, skip_special_tokens=True)
     ]
@@ -44,16 +44,13 @@ def test_fp32_tokens_equal_the_librarys_batched_generation(loaded):
 
 def test_hidden_state_at_a_layer_is_the_librarys(loaded):
     model, tokenizer = loaded
-    batch = encode(
-        tokenizer,
-        render(tokenizer, ["How do I bake bread?", "List three birds that can swim well."]),
-    )
+    prompts = ["How do I bake bread?", "List three birds that can swim well."]
+    rows = encode_prompts(tokenizer, prompts)
+    ids, mask = padded(rows)
     with torch.no_grad():
-        ours = blocks.pool(
-            blocks.truncated_forward(model, **batch, layer=22), batch["attention_mask"]
-        )
-        alone = encode(tokenizer, render(tokenizer, ["How do I bake bread?"]))
-        expected = model(**alone, output_hidden_states=True).hidden_states[22][0, -1]
+        ours = blocks.pool(blocks.truncated_forward(model, ids, mask, layer=22), mask)
+        alone = model(torch.tensor([rows[0]]), output_hidden_states=True)
+        expected = alone.hidden_states[22][0, -1]
     assert float((ours[0] - expected).norm() / expected.norm()) < 1e-4
 
 

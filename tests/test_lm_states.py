@@ -99,7 +99,9 @@ def test_bad_input(tiny_llama, tiny_tokenizer, prompts):
     with pytest.raises(DCRError, match="no rows"):
         hidden_states(tiny_llama, tiny_tokenizer, [])
     table = pd.DataFrame({"id": ["a", "b", "c"], "text": ["how ?", "list .", prompts[4]]})
-    with pytest.raises(DCRError, match=r"prompt 2 \(id 'c': 'tell me.*but 12 fit.*truncate=True"):
+    with pytest.raises(
+        DCRError, match=r"prompt 2 \(id 'c': 'tell me.*12 fit; or ask for truncate=True"
+    ):
         hidden_states(tiny_llama, tiny_tokenizer, table, max_length=12)
     cut = hidden_states(tiny_llama, tiny_tokenizer, prompts, max_length=6, truncate=True)
     assert cut.values.shape[1] == len(prompts)

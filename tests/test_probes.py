@@ -82,7 +82,8 @@ def test_scores_by_layer_find_what_is_planted_and_nothing_in_noise(prompts):
 
 
 def test_a_request_stays_in_one_fold(prompts):
-    """States that say only which request a prompt is of: a probe that had met it would be perfect."""
+    """States that say only which request a prompt is of: a probe that had met it would be
+    perfect."""
     which = pd.factorize(prompts["request"])[0]
     values = np.random.default_rng(0).normal(size=(30, 40))[which][None].astype(np.float32)
     rows = prompts.assign(label=np.where(which % 2, "toxic", "seemingly_toxic"))

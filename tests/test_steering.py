@@ -1,4 +1,5 @@
-"""Steering: planted directions come back, generation equals a slow loop, the model stays untouched."""
+"""Steering: planted directions come back, generation equals a slow loop, the model stays
+untouched."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Decoder blocks of any causal LM: where they stand, the forward pass cut off at layer ℓ, pooling
-over tokens."""
+"""Decoder blocks of any causal LM: where they stand, the forward pass up to layer ℓ, pooling."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -34,8 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def decoder_layers(model: nn.Module, override: str = "") -> nn.ModuleList:
-    """The decoder blocks, first to last. `override` is a dotted path from the model, e.g.
-    "model.layers"."""
+    """The decoder blocks in order. `override`: their dotted path, as "model.layers"."""
     holder, name = layers_holder(model, override)
     return getattr(holder, name)
 
@@ -46,9 +45,8 @@ def decoder_stack(model: nn.Module, override: str = "") -> nn.Module:
 
 
 def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]:
-    """(decoder stack, attribute under which it holds the blocks). Raises DCRError naming the lists
-    that were found."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    """(decoder stack, name of its block list). Raises DCRError naming what lists it found."""
+    base = _unwrapped(model)
     for path in (override,) if override else LAYER_PATHS:
         *parents, name = path.split(".")
         holder = base
@@ -59,10 +57,13 @@ def layers_holder(model: nn.Module, override: str = "") -> tuple[nn.Module, str]
     lists = [n for n, m in base.named_modules() if isinstance(m, nn.ModuleList)]
     raise DCRError(
         f"{type(base).__name__}: no decoder blocks at {override or ', '.join(LAYER_PATHS)}. Pass "
-        "the dotted "
-        "path of the block list as the layer override (model.layers_path); lists found: "
+        "the dotted path of the block list as the layer override (model.layers_path); lists found: "
         f"{lists or 'none'}."
     )
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def resolve_layer(layer: int | float, n_layers: int) -> int:
@@ -78,8 +79,7 @@ def resolve_layer(layer: int | float, n_layers: int) -> int:
     if isinstance(layer, float) and layer >= 1 and layer != index or not 1 <= index <= n_layers:
         raise DCRError(
             f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give "
-            f"1..{n_layers} "
-            "or a fraction between 0 and 1."
+            f"1..{n_layers} or a fraction between 0 and 1."
         )
     return index
 
@@ -104,8 +104,7 @@ def truncated_forward(
     override: str = "",
     shared: int = 0,
 ) -> Tensor:
-    """Output of block ℓ, [batch, seq, hidden], before any final norm. Blocks from ℓ up and the LM
-    head do not run.
+    """Output of block ℓ, [batch, seq, hidden], before any final norm; nothing above ℓ runs.
 
     shared: first tokens that all rows have in common; they run once, as one row, and gradients
     reach them from every row.
@@ -126,12 +125,11 @@ def truncated_forward(
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tensor:
-    """[batch, seq, hidden] → [batch, hidden]: the last real token ("last", by the mask) or their
-    mean ("mean")."""
+    """[batch, seq, hidden] → [batch, hidden]: the last real token, or the mean of all ("mean")."""
     if pooling == "last":
-        seq = attention_mask.shape[1]
-        index = (attention_mask * torch.arange(seq, device=attention_mask.device)).argmax(dim=1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), index]
+        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        index = (attention_mask * columns).argmax(dim=1)  # [batch]
+        return hidden[torch.arange(len(hidden), device=hidden.device), index]
     if pooling == "mean":
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(1) / weight.sum(1)
@@ -139,14 +137,12 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tenso
 
 
 def head_logits(model: nn.Module, hidden: Tensor, override: str = "") -> Tensor:
-    """[n, hidden] outputs of the decoder stack → [n, vocabulary] logits, by the model's own forward
-    pass.
+    """[n, hidden] outputs of the stack → [n, vocabulary] logits, by the model's own forward.
 
-    The stack is left out for this call, so whatever a family does to its logits (scaling, soft
-    caps, a bias) is done.
+    Only the stack is left out, so whatever a family does to its logits (scaling, caps) is done.
     """
     stack = decoder_stack(model, override)
-    own = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    own = _unwrapped(model)
     ready = _StackOutput(hidden[None])  # [1, n, hidden]
     with mock.patch.object(stack, "forward", lambda *_, **__: ready):
         return own(inputs_embeds=hidden[None], use_cache=False).logits[0]
@@ -166,13 +162,17 @@ class _StackOutput:
 
 
 def fingerprint(model: nn.Module, tokenizer) -> str:
-    """64 hex digits of what a model is: 4,096 values of every tensor, the tokenizer, its chat
-    template."""
+    """64 hex digits of what a model is: its tensors, the tokenizer, its chat template.
+
+    Of each tensor the sum and norm of all values, and 4,096 of them in their order.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
         flat = tensor.detach().flatten()
+        sums = float(flat.sum(dtype=torch.float64)), float(flat.float().norm())
         part = flat[:: max(1, len(flat) // 4096)].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + part.numpy().tobytes())
+        digest.update(f"{name} {tuple(tensor.shape)} {sums}".encode() + part.numpy().tobytes())
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, str(tokenizer)]
     digest.update(json.dumps(words).encode())
     return digest.hexdigest()

@@ -1,9 +1,7 @@
 """Prompts and answers as the model reads them: the chat template around them, and their tokens.
 
-What a user or an answer says is text, whatever it holds: a control token written in it
-("<|im_end|>") is tokenised as
-the characters it is made of and opens or closes no turn. All else keeps the tokens of the rendered
-text as a whole.
+What a user or an answer says is text: a control token written in it ("<|im_end|>") is tokenised as
+characters and opens or closes no turn. All else keeps the tokens of the rendered text as a whole.
 """
 
 from __future__ import annotations
@@ -15,46 +13,42 @@ from collections.abc import Sequence
 
 from dcr.errors import DCRError
 
-# Fixed, because some templates (Llama 3.x) print today's date: the same prompt must render the same
-# for ever.
+# Some templates (Llama 3.x) print today's date: the same prompt must render the same for ever.
 FIXED_DAY = datetime.date(2024, 7, 26)
 MARK = "DCR-TEXT"
 SPLIT = "\ufdd0"  # a code point that no text may hold; tokenising starts anew behind it
 ALPACA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n"
-    "### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif "
-    "%}{% endfor %}"
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{{ message['content'] }}\n\n### Response:\n"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
 )
 
 
 def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt, rendered up to where the assistant's answer begins.
 
-    Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for a
-    prompt that is no text.
+    Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for what is
+    no text.
     """
-    return _ids(tokenizer, render(tokenizer, _as_text(tokenizer, prompts)))
+    return _ids(tokenizer, render(tokenizer, _as_text(tokenizer, _texts(prompts, "prompt"))))
 
 
 def encode_examples(
     tokenizer, prompts: Sequence[str], responses: Sequence[str]
 ) -> tuple[list[list[int]], list[int]]:
-    """(token ids of each prompt with its answer and the one token that ends it, where in them the
-    answer begins).
+    """(ids of each prompt, its answer and the one token that ends it; where the answer begins).
 
     Prompt and answer are tokenised apart, so the border is the one that generation sees. Raises
-    DCRError as
-    `encode_prompts` does, and for a tokenizer or template under which nothing ends an answer.
+    DCRError as `encode_prompts` does, and where nothing would end an answer.
     """
     if len(responses) != len(prompts):
         raise DCRError(f"{len(prompts)} prompts but {len(responses)} responses; give one each.")
     end = turn_end(tokenizer)
     stops = tuple({end.strip(), tokenizer.eos_token or end.strip()})
     answers = []
-    for text in map(str, responses):
+    for text in _texts(responses, "answer"):
         text = text.strip()
         while text.endswith(stops):  # taught once, however often the data hold it
             text = text[: -max(len(s) for s in stops if text.endswith(s))].rstrip()
@@ -64,43 +58,34 @@ def encode_examples(
     return [h + t for h, t in zip(heads, tails, strict=True)], [len(h) for h in heads]
 
 
-def render(tokenizer, prompts: Sequence[str], responses: Sequence[str] | None = None) -> list[str]:
-    """Chat text of each prompt up to the assistant's turn, every special token written out (to be
-    shown, or hashed)."""
+def render(tokenizer, prompts: Sequence[str]) -> list[str]:
+    """Chat text of each prompt up to the assistant's turn, special tokens written out."""
     typed = _typed(tokenizer)
-    heads = _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
-    if responses is None:
-        return heads
-    end = turn_end(tokenizer)  # LEGACY, like `encode` below: goes when encode_examples is used
-    return [h + str(r).strip() + end for h, r in zip(heads, responses, strict=True)]
+    return _apply(tokenizer, [[_message("user", p, typed)] for p in prompts], True)
 
 
 def turn_end(tokenizer) -> str:
-    """What the template puts right after an answer, up to and with the first control token: it
-    stops generation."""
+    """What the template puts after an answer, up to and with the control token that ends it."""
     typed = _typed(tokenizer)
     turns = [_message("user", "x", typed), _message("assistant", MARK, typed)]
     _, found, tail = _apply(tokenizer, [turns], False)[0].rpartition(MARK)
     if not found:
         raise DCRError(
             f"{tokenizer.name_or_path}: the chat template renders no assistant turn, so there is "
-            "nothing to train on. "
-            "Use chat_template='alpaca' or a template with an assistant turn."
+            "nothing to train on. Use chat_template='alpaca' or a template with such a turn."
         )
     control = _controls(tokenizer).search(tail)
     end = tail[: control.end()] if control else tail.rstrip("\n") + (tokenizer.eos_token or "")
     if not control and not tokenizer.eos_token:
         raise DCRError(
-            f"{tokenizer.name_or_path}: neither the tokenizer (no eos_token) nor the chat "
-            "template has a token that ends "
-            "an answer. Set the tokenizer's eos_token."
+            f"{tokenizer.name_or_path}: neither the tokenizer (no eos_token) nor the chat template "
+            "has a token that ends an answer. Set the tokenizer's eos_token."
         )
     return end
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
-    """Ids at which decoding stops: the model's and the tokenizer's end of text, and what ends the
-    template's turn."""
+    """Ids at which decoding stops: ends of text (model's, tokenizer's), the template's turn end."""
     eos = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     try:
@@ -117,8 +102,7 @@ def rendered_example(tokenizer) -> dict:
 
 
 def strip_thinking(text: str) -> str:
-    """An answer without the reasoning it closed ("<think> ... </think>"); one never closed stays,
-    see `unfinished`."""
+    """An answer without the reasoning that it closed ("<think> ... </think>")."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.S)
     return text.rpartition("</think>")[2].strip()
 
@@ -134,16 +118,14 @@ def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> l
     if isinstance(template, dict):
         if "default" not in template:
             raise DCRError(
-                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but "
-                "none named default. "
-                "Set tokenizer.chat_template to one of them, or use chat_template='alpaca'."
+                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but none "
+                "named default. Set tokenizer.chat_template to one, or use chat_template='alpaca'."
             )
         template = template["default"]
     if not template:
         raise DCRError(
             f"{name}: the tokenizer has no chat template. Load it with dcr.load_model(..., "
-            "chat_template='alpaca') to use "
-            "the Alpaca prompt."
+            "chat_template='alpaca') to use the Alpaca prompt."
         )
     today = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
     template = re.sub(today, lambda m: repr(FIXED_DAY.strftime(m[2])), template)
@@ -159,8 +141,7 @@ def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> l
     except Exception as error:  # whatever a template raises
         raise DCRError(
             f"{name}: the chat template cannot render a conversation of one user turn ({error}). "
-            "Use "
-            "chat_template='alpaca', or mend the template."
+            "Use chat_template='alpaca', or mend the template."
         ) from error
 
 
@@ -169,8 +150,7 @@ def _message(role: str, text: str, typed: bool) -> dict:
 
 
 def _typed(tokenizer) -> bool:
-    """Whether the template wants content as a list of typed parts. Raises DCRError when it shows
-    neither kind."""
+    """Whether the template wants typed parts as content. Raises DCRError when it shows neither."""
     first: DCRError | None = None
     for typed in (False, True):
         try:
@@ -180,14 +160,12 @@ def _typed(tokenizer) -> bool:
             first = first or error
     raise first or DCRError(
         f"{tokenizer.name_or_path}: the chat template leaves the user's text out: every prompt "
-        "renders to the same turn. "
-        "Use chat_template='alpaca' or another template."
+        "renders to the same turn. Use chat_template='alpaca' or another template."
     )
 
 
 def _controls(tokenizer) -> re.Pattern:
-    """Matches every control token: special ones, and added ones that the template writes (white
-    space apart)."""
+    """Matches control tokens: special ones, and added ones that the template writes (no blanks)."""
     template = str(tokenizer.chat_template)
     known = [
         t.content
@@ -197,57 +175,24 @@ def _controls(tokenizer) -> re.Pattern:
     return re.compile("|".join(map(re.escape, sorted(known, key=len, reverse=True))) or r"(?!)")
 
 
-def _as_text(tokenizer, texts: Sequence[str]) -> list[str]:
-    """The texts with every control token broken up behind its first character."""
+def _texts(texts: Sequence[str], what: str) -> Sequence[str]:
     if isinstance(texts, str):
-        raise DCRError(f"one text was given where a list of them is meant: {texts[:60]!r}.")
+        raise DCRError(f"one {what} was given where a list of them is meant: {texts[:60]!r}.")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            raise DCRError(f"prompt {i} is {text!r}, not text.")
+            raise DCRError(f"{what} {i} is {text!r}, not text.")
+    return texts
+
+
+def _as_text(tokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts with every control token broken up behind its first character."""
     controls = _controls(tokenizer)
     return [controls.sub(lambda m: m[0][0] + SPLIT + m[0][1:], t) for t in texts]
 
 
 def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of rendered texts, none added; every stretch between two `SPLIT` is tokenised by
-    itself."""
+    """Token ids of rendered texts, none added; what stands between two `SPLIT` by itself."""
     parts = [t.split(SPLIT) for t in texts]
-    rows = iter(
-        tokenizer([p for part in parts for p in part], add_special_tokens=False)["input_ids"]
-    )
-    return [[i for _ in part for i in next(rows)] for part in parts]
-
-
-# ---- LEGACY: goes when its callers use encode_prompts and encode_examples ----
-
-
-def encode(
-    tokenizer,
-    texts: Sequence[str],
-    *,
-    padding_side: str = "left",
-    max_length: int | None = None,
-    truncate: bool = False,
-    device: str = "cpu",
-) -> dict:
-    """Token ids of rendered texts as {input_ids, attention_mask}, each [batch, seq].
-
-    Raises DCRError naming the first text longer than `max_length` tokens unless `truncate` is set.
-    """
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    if max_length is not None:
-        for i, row in enumerate(rows):
-            if len(row) > max_length and not truncate:
-                raise DCRError(
-                    f"prompt {i} has {len(row)} tokens, the limit is {max_length}: "
-                    f"{texts[i][:80]!r}... "
-                    "Shorten it, raise the limit, or ask for truncation (truncate=True)."
-                )
-        rows = [row[-max_length:] if padding_side == "left" else row[:max_length] for row in rows]
-    batch = tokenizer.pad(
-        {"input_ids": rows}, padding=True, padding_side=padding_side, return_tensors="pt"
-    )
-    return {
-        "input_ids": batch["input_ids"].to(device),
-        "attention_mask": batch["attention_mask"].to(device),
-    }
+    flat = [part for row in parts for part in row]
+    ids = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+    return [[i for _ in row for i in next(ids)] for row in parts]

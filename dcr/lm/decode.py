@@ -1,21 +1,21 @@
 """Decoding of token rows behind their common prefix, under steering or not.
 
 The tokens with which all rows begin run once and are shared by every batch; rows that have stopped
-leave the batch.
-Both change speed only: in fp32 the tokens are those of the library, one prompt at a time.
+leave it. Both change speed only: in fp32 the tokens are those of the library, row by row.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcr.lm.batches import (
     behind,
@@ -26,6 +26,7 @@ from dcr.lm.batches import (
     padded,
     position_ids,
     run_prefix,
+    sizes,
     token_batches,
     tokens_that_fit,
 )
@@ -38,14 +39,13 @@ class Started(Protocol):
 
     tail: int  # last tokens of every prompt that must not be in the shared prefix
     answers: Mapping[int, str]  # prompts that get this answer and are not decoded
-    prefill: Sequence[
-        Sequence[int]
-    ]  # () or, for each prompt, ids put behind it that are no part of the answer
+    prefill: Sequence[Sequence[int]]  # (), or ids behind each prompt that are not in the answer
 
     def during(self, rows: Sequence[int] | None, first: bool) -> contextlib.AbstractContextManager:
-        """In force around a forward pass over `rows` (numbers of the prompts; None: the shared
-        prefix); `first`: the pass
-        reads the prompts, else a generated token."""
+        """In force around a forward pass over these prompts (None: the shared prefix).
+
+        first: the pass reads the prompts, else a generated token of each.
+        """
 
 
 class Steering(Protocol):
@@ -80,12 +80,11 @@ class Decoding:
 
 @dataclass
 class State:
-    """A batch under way: numbers of its rows, attention mask [rows, seq], keys and values, a source
-    of chance a row."""
+    """A batch under way: its rows' numbers, attention mask [rows, seq], cache, a source a row."""
 
     rows: list[int]
     mask: Tensor
-    cache: object
+    cache: Any
     chance: list[torch.Generator]
 
 
@@ -101,27 +100,23 @@ class Decoder:
         started: Started | None = None,
     ) -> None:
         self.model, self.rows, self.stops, self.options = model, rows, set(stops), options
-        self.steering = started or Unsteered()
-        self.device = next(model.parameters()).device
-        self.stack = decoder_stack(model)
-        self.prefix = None
-        if (shared := common_prefix(rows, keep=max(1, self.steering.tail))) and can_share(
-            self.stack
-        ):
+        self.steering, self.prefix = started or Unsteered(), None
+        self.device, stack = next(model.parameters()).device, decoder_stack(model)
+        shared = common_prefix(rows, keep=max(1, self.steering.tail))
+        if shared and can_share(stack):
             with torch.no_grad(), self.steering.during(None, True):
-                self.prefix, _ = run_prefix(
-                    self.stack, torch.tensor([rows[0][:shared]], device=self.device)
-                )
+                ids = torch.tensor([rows[0][:shared]], device=self.device)
+                self.prefix, _ = run_prefix(stack, ids)
 
     def batches(
         self, which: Sequence[int], batch_size: int, max_tokens: int = 0
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """(numbers of the rows, their new token ids) of one batch after the other, longest prompts
-        first."""
+        """(numbers of rows, their new token ids) of one batch after the other, longest first."""
         lengths = [len(self.rows[i]) + self.options.max_new_tokens for i in which]
         bound = max_tokens or tokens_that_fit(self.model)
         batches = [[which[i] for i in b] for b in token_batches(lengths, batch_size, bound)]
-        return in_memory(batches, self.run)
+        with packed(self.model):
+            yield from in_memory(batches, self.run)
 
     @torch.no_grad()
     def run(self, batch: Sequence[int]) -> list[list[int]]:
@@ -134,7 +129,8 @@ class Decoder:
             config = self.model.config.get_text_config()
             inputs |= {cache_argument(): DynamicCache(config=config), "use_cache": True}
         state = State(list(batch), mask, inputs[cache_argument()], [self._chance(i) for i in batch])
-        active, out = list(range(len(batch))), [[] for _ in batch]  # type: ignore[var-annotated]
+        active = list(range(len(batch)))
+        out: list[list[int]] = [[] for _ in batch]
         for step in range(self.options.max_new_tokens):
             with self.steering.during(state.rows, step == 0):
                 logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # [rows, vocabulary]
@@ -153,7 +149,7 @@ class Decoder:
         """Arguments of the pass over the chosen tokens; rows that have stopped leave the batch."""
         if len(alive) < len(tokens):
             keep = torch.tensor(alive, device=self.device)
-            state.cache.batch_select_indices(keep)  # type: ignore[attr-defined]
+            state.cache.batch_select_indices(keep)
             state.mask, tokens = state.mask[keep], tokens[keep]
             state.rows = [state.rows[i] for i in alive]
             state.chance = [state.chance[i] for i in alive]
@@ -167,8 +163,7 @@ class Decoder:
         }
 
     def _chance(self, row: int) -> torch.Generator:
-        """A row's own source, so that a sample depends neither on its batch nor on what was
-        answered before."""
+        """A row's own source: its sample depends neither on its batch nor on earlier answers."""
         name = f"{self.options.seed} {self.rows[row]}".encode()
         return torch.Generator().manual_seed(int(hashlib.sha256(name).hexdigest()[:15], 16))
 
@@ -177,17 +172,46 @@ class Decoder:
             return logits.argmax(-1)
         probability = (logits.float() / self.options.temperature).softmax(-1)
         noise = [torch.empty(logits.shape[-1]).exponential_(generator=g) for g in state.chance]
-        return (probability / torch.stack(noise).to(probability)).argmax(-1)  # a sample (Gumbel)
+        return (probability / torch.stack(noise).to(probability)).argmax(-1)  # an exact sample
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Linear layers of a model on an x86 CPU through oneDNN, their weights in its own layout.
+
+    A fifth to a half faster at the few rows of a decoding step; not for gradients. Takes the memory
+    of the weights once more, so a model of over a quarter of the machine's is left as it is.
+    """
+    size, weights = sizes(model)
+    if next(model.parameters()).device.type != "cpu" or weights > size // 4:
+        yield
+        return
+    plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m))
+    changed: list[nn.Linear] = []
+    try:
+        with contextlib.suppress(AttributeError, RuntimeError):  # a torch without it, another CPU
+            for layer in plain:
+                weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
+                vars(layer)["forward"] = functools.partial(_packed_linear, weight, layer.bias)
+                changed.append(layer)
+        yield
+    finally:
+        for layer in changed:
+            vars(layer).pop("forward", None)
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def decode(
     model, tokenizer, rows: Sequence[list[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
-    """Greedy new token ids after each row of token ids, in the rows' order (stop token
-    included)."""
+    """Greedy new token ids behind each row of token ids, in the rows' order, stop included."""
     decoder = Decoder(model, rows, stop_tokens(model, tokenizer), Decoding(max_new_tokens))
-    out: list[list[int]] = [[] for _ in rows]
-    for batch, outputs in decoder.batches(range(len(rows)), batch_size):
-        for i, tokens in zip(batch, outputs, strict=True):
-            out[i] = tokens
-    return out
+    out = dict(
+        pair
+        for batch, outputs in decoder.batches(range(len(rows)), batch_size)
+        for pair in zip(batch, outputs, strict=True)
+    )
+    return [out[i] for i in range(len(rows))]

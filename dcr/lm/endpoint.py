@@ -1,9 +1,8 @@
-"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`): the rows of
-`dcr.lm.generate.generate`.
+"""Answers from any OpenAI-compatible server (vLLM, TGI, `transformers serve`).
 
 The key is read from `OPENAI_API_KEY` and is written nowhere. A prompt whose request fails after all
-retries is left out
-and counted: judges call it `unscored`, the run goes on, and a later call asks only for those.
+retries is left out and counted: judges call it `unscored`, the run goes on, and a later call asks
+only for those.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ class Endpoint:
         retries: int = 4,
         backoff: float = 1.0,
     ) -> None:
-        """url: base address such as http://host:8000/v1. model: name at the server ("" asks it for
-        its first one)."""
+        """url: base address, as http://host:8000/v1. model: name there ("" asks for the first)."""
         from openai import OpenAI
 
         if not url.startswith(("http://", "https://")):
@@ -55,8 +53,9 @@ class Endpoint:
                 "http://localhost:8000/v1."
             )
         self.url, self.retries, self.backoff = url.rstrip("/"), retries, backoff
-        self.key = os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=0)
+        self.key = os.environ.get("OPENAI_API_KEY", "")
+        key = self.key or "none"
+        self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=0)
         self.model = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -65,15 +64,14 @@ class Endpoint:
         except Failed as error:
             raise DCRError(
                 f"{self.url}: the server did not name a model ({error}). Start it, check the "
-                "address (it usually ends "
-                "in /v1), or name the model."
+                "address (it usually ends in /v1), or name the model."
             ) from error
 
     def chat(self, prompt: str, **options) -> tuple[str, str, int]:
-        """(text, finish {eos, length}, tokens or -1) of one user message. options: max_tokens,
-        temperature, seed.
+        """(text, finish {eos, length}, tokens or -1) of one user message.
 
-        Raises `Failed` with the server's own last word when every attempt failed.
+        options: max_tokens, temperature, seed. Raises `Failed` with the server's own last word when
+        every attempt failed.
         """
 
         def call() -> tuple[str, str, int]:
@@ -101,7 +99,8 @@ class Endpoint:
                 return call()
             except openai.APIStatusError as error:
                 body = error.body.get("message") if isinstance(error.body, dict) else error.body
-                said = str(body or "").replace(self.key, "***").strip()[:300]
+                said = str(body or "").strip()[:300]
+                said = said.replace(self.key, "***") if self.key else said
                 problem = f"status {error.status_code}" + (f": {said}" if said else "")
                 if error.status_code not in RETRY_STATUS:
                     raise Failed(problem) from error
@@ -113,11 +112,10 @@ class Endpoint:
 
 
 def _said(message) -> str:
-    """Text of a message: its content, whole or in parts, or the refusal that stands in its
-    place."""
+    """Text of a message: its content, whole or in parts, or the refusal in its place."""
     from dcr.lm.chat import strip_thinking
 
-    parts = message.content or getattr(message, "refusal", None)
+    parts = message.content or getattr(message, "refusal", None) or message.content
     if isinstance(parts, list):
         known = [p if isinstance(p, dict) else vars(p) for p in parts]
         parts = "".join(p.get("text") or p.get("refusal") or "" for p in known)
@@ -126,7 +124,7 @@ def _said(message) -> str:
     return strip_thinking(parts)
 
 
-def generate_remote(  # noqa: PLR0913 (the public call)
+def generate_remote(  # noqa: PLR0913
     prompts,
     options: GenerationConfig,
     *,
@@ -137,16 +135,11 @@ def generate_remote(  # noqa: PLR0913 (the public call)
     server: Endpoint | None = None,
     concurrency: int = 8,
 ) -> pd.DataFrame:
-    """Answers to prompts (texts, or a prompt table) from a served model: the rows and columns of
-    `generate`.
+    """Answers to prompts (texts, or a prompt table) from a served model, as `generate` gives them.
 
     options: endpoint, max_new_tokens, temperature. served: the model's name at the server. n_tokens
-    is the server's count,
-    -1 where it gives none. With `out` rows are written as they come; a second call asks only for
-    what is missing, and one
-    with other parameters is refused. Prompts that failed have no row. Raises DCRError for bad
-    prompts or parameters, and
-    for a server that answers nothing at all.
+    is the server's count, -1 where it gives none. `out` as in `generate`. Prompts that failed have
+    no row. Raises DCRError for bad prompts or parameters, and for a server that answers nothing.
     """
     from dcr.lm.generate import Answers, check_request
 
@@ -165,7 +158,7 @@ def generate_remote(  # noqa: PLR0913 (the public call)
         return server.chat(text, max_tokens=options.max_new_tokens, **sampling)
 
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
-        waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.missing()["text"])}
+        waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.todo["text"])}
         for future in as_completed(waiting):
             i = waiting[future]
             try:
@@ -183,7 +176,7 @@ def generate_remote(  # noqa: PLR0913 (the public call)
     if not answers.rows:
         raise DCRError(
             f"{server.url}: none of {len(prompts)} prompts was answered "
-            f"({next(iter(failed.values()))}). Check the "
-            "server; what it answers later is added by calling again."
+            f"({next(iter(failed.values()))}). Check the server; what it answers later is added by "
+            "calling again."
         )
     return answers.frame()

@@ -1,5 +1,4 @@
-"""Answers of the local model to prompts: batch by batch, written as they come, gone on with after a
-kill."""
+"""Answers of the local model to prompts: written as they come, gone on with after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
 from dcr.lm.load import in_precision
 
 log = logging.getLogger("dcr")
-COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]
+COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]  # finish: eos, length
 
 
 def generate(  # noqa: PLR0913
@@ -40,19 +39,14 @@ def generate(  # noqa: PLR0913
     max_length: int | None = None,
     steering: Steering | None = None,
 ) -> pd.DataFrame:
-    """Answers to prompts (texts, or a prompt table): rows prompt_id, method, seed, response,
-    n_tokens, finish {eos, length}.
+    """Answers to prompts (texts, or a prompt table): one row a prompt, columns `COLUMNS`.
 
     Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone).
-    precision: "bf16" or "fp32"
-    for this call; "" takes the weights as they are. A batch holds at most `batch_size` prompts and
-    `max_tokens_per_batch`
-    tokens, new ones counted (0: what the device holds). With `out` (a JSONL file) rows are written
-    batch by batch, and a
-    second call answers only what is missing; one with other parameters is refused. Reasoning that a
-    model closed is cut
-    from its answer (n_tokens counts it). Raises DCRError for bad prompts or parameters, and when
-    memory does not suffice.
+    precision: "bf16" or "fp32" for this call; "" takes the weights as they are. A batch holds at
+    most `batch_size` prompts and `max_tokens_per_batch` tokens, new ones counted (0: what the
+    device holds). With `out` (JSONL) rows are written as they come, and a second call answers what
+    is missing; one with other parameters is refused. Reasoning that a model closed is cut from its
+    answer (n_tokens counts it). Raises DCRError for bad prompts, parameters, too little memory.
     """
     prompts = prompts_of(prompts)
     check_request(max_new_tokens, temperature)
@@ -67,34 +61,26 @@ def generate(  # noqa: PLR0913
         **({"steering": steering.settings} if steering else {}),
     }
     answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
-    todo = answers.missing()
-    context = in_precision(model, precision) if precision else contextlib.nullcontext()
-    if len(todo):
-        texts = todo["text"].tolist()
-        with context, torch.no_grad():
-            started = steering.start(model, tokenizer, texts) if steering else Unsteered()
-            rows = fitted(
-                model, encode_prompts(tokenizer, texts), todo, max_length, room=max_new_tokens
-            )
-            rows = [
-                r + list(p) for r, p in zip(rows, started.prefill or [()] * len(rows), strict=True)
-            ]
-            for i, text in started.answers.items():
-                answers.add(i, text, len(tokenizer(text)["input_ids"]), True)
-            stops = stop_tokens(model, tokenizer)
-            decoder = Decoder(
-                model, rows, stops, Decoding(max_new_tokens, temperature, seed), started
-            )
-            opened = render(tokenizer, texts[:1])[0].rstrip().endswith("<think>")
-            for batch, outputs in decoder.batches(
-                [i for i in range(len(rows)) if i not in started.answers],
-                batch_size,
-                max_tokens_per_batch,
-            ):
-                for i, tokens in zip(batch, outputs, strict=True):
-                    text = tokenizer.decode(tokens, skip_special_tokens=True)
-                    text = strip_thinking("<think>" * opened + text)
-                    answers.add(i, text, len(tokens), bool(tokens) and tokens[-1] in stops)
+    texts = answers.todo["text"].tolist()
+    if not texts:
+        return answers.frame()
+    rows = encode_prompts(tokenizer, texts)
+    rows = fitted(model, rows, answers.todo, max_length, room=max_new_tokens)
+    thinks = render(tokenizer, texts[:1])[0].rstrip().endswith("<think>")  # opened by the template
+    with in_precision(model, precision) if precision else contextlib.nullcontext(), torch.no_grad():
+        started = steering.start(model, tokenizer, texts) if steering else Unsteered()
+        if started.prefill:
+            rows = [[*row, *ids] for row, ids in zip(rows, started.prefill, strict=True)]
+        for i, text in started.answers.items():
+            answers.add(i, text, len(tokenizer(text, add_special_tokens=False)["input_ids"]), True)
+        stops = stop_tokens(model, tokenizer)
+        options = Decoding(max_new_tokens, temperature, seed)
+        decoder = Decoder(model, rows, stops, options, started)
+        left = [i for i in range(len(rows)) if i not in started.answers]
+        for batch, outputs in decoder.batches(left, batch_size, max_tokens_per_batch):
+            for i, tokens in zip(batch, outputs, strict=True):
+                text = "<think>" * thinks + tokenizer.decode(tokens, skip_special_tokens=True)
+                answers.add(i, strip_thinking(text), len(tokens), tokens[-1] in stops)
     return answers.frame()
 
 
@@ -104,20 +90,16 @@ class Answers:
     def __init__(
         self, prompts: pd.DataFrame, marks: dict, settings: dict, out: str | Path | None
     ) -> None:
+        """marks: method and seed, the same in every row."""
         self.prompts, self.marks, self.out = prompts, marks, out
         self.rows = resume(out, settings)
-        self.bar = tqdm(
-            total=len(prompts), initial=len(self.rows), unit="prompt", leave=False, desc="answers"
-        )
-
-    def missing(self) -> pd.DataFrame:
-        """Prompts without an answer; `add` counts rows of this table."""
         done = {row["prompt_id"] for row in self.rows}
-        self.todo = self.prompts[~self.prompts["id"].isin(done)].reset_index(drop=True)
-        return self.todo
+        self.todo = prompts[~prompts["id"].isin(done)].reset_index(drop=True)
+        self.bar = tqdm(total=len(prompts), unit="prompt", leave=False, desc="answers")
+        self.bar.update(len(self.rows))
 
     def add(self, i: int, response: str, n_tokens: int, stopped: bool) -> None:
-        """The answer to prompt `i` of those that were missing."""
+        """The answer to prompt `i` of `todo`."""
         row = {
             "prompt_id": self.todo["id"].iloc[i],
             **self.marks,
@@ -133,49 +115,39 @@ class Answers:
     def frame(self) -> pd.DataFrame:
         """All answers in the prompts' order, columns `COLUMNS`."""
         self.bar.close()
-        cut = sum(r["finish"] == "length" for r in self.rows)
-        log.info(
-            "%s: %d of %d prompts answered, %d cut at the limit of tokens",
-            self.marks["method"] or "answers",
-                 len(self.rows), len(self.prompts), cut)  # fmt: skip
+        cut = sum(row["finish"] == "length" for row in self.rows)
+        counts = len(self.rows), len(self.prompts), cut
+        log.info("%d of %d prompts answered, %d answers cut at the limit of tokens", *counts)
         order = {key: i for i, key in enumerate(self.prompts["id"])}
-        return pd.DataFrame(sorted(self.rows, key=lambda r: order[r["prompt_id"]]), columns=COLUMNS)  # type: ignore[call-overload, index]
+        rows = sorted(self.rows, key=lambda row: order[row["prompt_id"]])
+        return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def check_request(max_new_tokens: int, temperature: float) -> None:
     """Raise DCRError for numbers out of range."""
     if max_new_tokens < 1 or temperature < 0:
         raise DCRError(
-            f"generation.max_new_tokens={max_new_tokens} and temperature={temperature}: at least "
+            f"generation.max_new_tokens={max_new_tokens}, temperature={temperature}: give at least "
             "1 and 0."
         )
 
 
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
-    """Rows already in `out`; refuses a file that was begun with other settings (kept beside it as
-    .settings.json)."""
+    """Rows already in `out`; refuses a file begun with other settings (kept in .settings.json)."""
     if out is None:
         return []
     path, beside = Path(out), Path(f"{out}.settings.json")
     if beside.exists() and path.exists():
         before = json.loads(beside.read_text(encoding="utf-8"))
-        changed = [
-            f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v
-        ]
+        pairs = [(key, before.get(key), value) for key, value in settings.items()]
+        changed = [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
         if changed:
             raise DCRError(
-                f"{path}: begun with other parameters ({'; '.join(changed)}). Use another file "
-                "or delete it."
+                f"{path}: begun with other parameters ({'; '.join(changed)}). Use another file or "
+                "delete it."
             )
     write_atomic(beside, json.dumps(settings))
     rows = read_jsonl(path)
     if rows:  # a torn last line must not stay in the middle of what follows
         write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     return rows
-
-
-def inference_dtype(wanted: str, device: str) -> torch.dtype:
-    """LEGACY: callers pass `precision` or use `in_precision`."""
-    from dcr.lm.load import DTYPES, resolve_precision
-
-    return DTYPES[resolve_precision(wanted, device)]

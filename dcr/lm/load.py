@@ -1,5 +1,4 @@
-"""Models by hub id, folder or "embedded": where they are, what identifies them, on which device and
-in which precision."""
+"""Models by hub id, folder or "embedded": what identifies them, on which device, how precise."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,19 +31,14 @@ def load(
     device: str = "auto",
     chat_template: str = "auto",
 ):
-    """(model, tokenizer) in eval mode; the model's generation config names every token that ends an
-    answer.
+    """(model, tokenizer) in eval mode; its generation config names every token that ends an answer.
 
-    name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "" is the main
-    branch as it is now).
-    precision: see `resolve_precision`. Weights are held in fp32 (bf16 is autocast, or
-    `in_precision`), but on a GPU in bf16
-    when they were published so. device: "auto" (cuda, then mps, then cpu), or one of these, as
-    "cuda:1".
-    chat_template: "auto" (the tokenizer's own; the Alpaca prompt for a model without one) or
-    "alpaca".
-    Raises DCRError for a wrong option, no network, a gated model, an unknown architecture, or an
-    unfit folder.
+    name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "": main as it
+    is now). precision: see `resolve_precision`; weights are held in fp32 (bf16 is autocast, or
+    `in_precision`), but on a GPU in bf16 when they were published so. device: "auto" (cuda, then
+    mps, then cpu), or one of these, as "cuda:1". chat_template: "auto" (the tokenizer's own; the
+    Alpaca prompt for a model without one) or "alpaca". Raises DCRError for a wrong option, no
+    network, a gated model, an unknown architecture, or an unfit folder.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -59,7 +54,7 @@ def load(
             raise ValueError(f"unrecognized model type {config.model_type!r}")
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         small = device.startswith("cuda") and resolved == "bf16" and config.dtype == torch.bfloat16
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES["bf16" if small else "fp32"], use_safetensors=True, **options
         )
     except Exception as error:  # one clear message for whatever the hub client raises
@@ -67,12 +62,11 @@ def load(
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     _complete(model, tokenizer, name, chat_template)
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]
+    return model.to(device).eval(), tokenizer
 
 
 def _complete(model, tokenizer, name: str, chat_template: str) -> None:
-    """What a published tokenizer may lack: a template, a pad id that has an embedding, the turn's
-    end among the stops."""
+    """What may lack: a template, a pad id with an embedding, the turn's end among the stops."""
     if chat_template == "alpaca" or not tokenizer.chat_template:
         if chat_template == "auto":
             log.warning("%s has no chat template: using the Alpaca prompt", name)
@@ -89,8 +83,7 @@ def _complete(model, tokenizer, name: str, chat_template: str) -> None:
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str]:
-    """(folder or hub id, commit): what `from_pretrained` takes. A branch is resolved to its commit,
-    so that a key can hold it.
+    """(folder or hub id, commit), for `from_pretrained`: a branch comes as its commit, for keys.
 
     Raises DCRError for a folder that is not there or holds no whole model, and for a hub that does
     not answer.
@@ -102,20 +95,18 @@ def locate(name: str, revision: str = "") -> tuple[str, str]:
         _check_folder(path)
         return str(path), ""
     if path.exists() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise DCRError(
-            f"{name}: no such model folder. Give a folder with a saved model, or a hub id."
-        )
+        raise DCRError(f"{name}: no such model folder. Give one with a saved model, or a hub id.")
     from transformers.utils.hub import cached_file
 
     try:
-        return name, Path(cached_file(name, "config.json", revision=revision or "main")).parent.name  # type: ignore[arg-type]
+        file = cached_file(name, "config.json", revision=revision or "main")
+        return name, Path(str(file)).parent.name
     except Exception as error:
         raise DCRError(explain_load_error(name, error, revision)) from error
 
 
 def identity(name: str, revision: str = "") -> dict[str, str]:
-    """What a key holds of a model: its commit on the hub, or a checksum of every file in its folder
-    that answers depend on."""
+    """What a key holds of a model: its commit on the hub, or checksums of its folder's files."""
     source, commit = locate(name, revision)
     if commit:
         return {"name": name, "commit": commit}
@@ -132,8 +123,8 @@ def _check_folder(path: Path) -> None:
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         raise DCRError(
             f"{path}: holds an adapter alone, of base model "
-            f"{settings.get('base_model_name_or_path')!r}. Merge it into "
-            "that model (peft: merge_and_unload, save_pretrained) and give the merged folder."
+            f"{settings.get('base_model_name_or_path')!r}. Merge it into that model (peft: "
+            "merge_and_unload, save_pretrained) and give the merged folder."
         )
     if "config.json" not in names:
         raise DCRError(f"{path}: has no config.json, so it holds no saved model.")
@@ -141,8 +132,8 @@ def _check_folder(path: Path) -> None:
         pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
         what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
         raise DCRError(
-            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing "
-            "else is loaded."
+            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing else "
+            "is loaded."
         )
     if not names & TOKENIZER_FILES:
         raise DCRError(
@@ -165,20 +156,16 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
     status = {getattr(getattr(e, "response", None), "status_code", 0) for e in chain}
     low = str(error).lower()
     if found(errors.RevisionNotFoundError):
-        return (
-            f"{name}: the hub has no revision {revision!r} of it. "
-            "Give a commit, tag or branch that it has."
-        )
+        return f"{name}: the hub has no revision {revision!r} of it. Give one that it has."
     if found(errors.GatedRepoError) or status & {401, 403} or "gated repo" in low:
         return (
             f"{name}: the model is gated, private, or not on the hub under this name. Accept its "
-            "licence on its hub page "
-            "and set HF_TOKEN, or give a local folder."
+            "licence on its hub page and set HF_TOKEN, or give a local folder."
         )
     if "model type" in low or "unrecognized" in low:
         return (
-            f"{name}: this transformers version does not know the architecture; "
-            f"use a supported causal LM. ({error})"
+            f"{name}: this transformers version does not know the architecture; use a supported "
+            f"causal LM ({error})."
         )
     if not Path(name).is_dir() and "safetensors" in low:
         return (
@@ -190,12 +177,10 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
     ):
         return (
             f"{name}: not a local folder, and the Hugging Face hub cannot be reached. Check the "
-            "network, "
-            "give a local folder, or use model.name=embedded."
+            "network, give a local folder, or use model.name=embedded."
         )
-    return (
-        f"{name}: could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:300]})."
-    )
+    reason = (str(error).splitlines() or [""])[0][:300]
+    return f"{name}: could not be loaded ({type(error).__name__}: {reason})."
 
 
 def pick_device(device: str) -> str:
@@ -211,7 +196,7 @@ def pick_device(device: str) -> str:
         return "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, number = str(device).partition(":")
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
-        raise DCRError(f"model.device={device!r} is unknown; use auto, cpu, cuda, cuda:<n> or mps.")
+        raise DCRError(f"model.device={device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps.")
     there = {"cuda": int(number or 0) < gpus, "mps": torch.backends.mps.is_available()}
     if not there.get(kind, True):
         log.warning("model.device=%s: this machine has none, so the CPU does the work", device)
@@ -220,11 +205,9 @@ def pick_device(device: str) -> str:
 
 
 def resolve_precision(wanted: str, device: str | torch.device) -> str:
-    """ "bf16" or "fp32". "auto": bf16 where the hardware multiplies it natively, else fp32, which
-    is faster there.
+    """ "bf16" or "fp32"; "auto" is bf16 where the hardware multiplies it natively, else fp32.
 
-    On a CPU without native bf16, bf16 takes 2 to 24 times as long as fp32. Raises DCRError for
-    another wish.
+    Elsewhere bf16 is the slower one (2 to 24 times on a CPU). Raises DCRError for another wish.
     """
     if wanted not in ("auto", *DTYPES):
         raise DCRError(f"model.precision={wanted!r} is unknown; use auto, {' or '.join(DTYPES)}.")
@@ -249,15 +232,13 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
-    """The context in which fp32 weights train: bf16 products where `precision` (resolved) is
-    "bf16", else nothing."""
+    """The context in which fp32 weights train: bf16 products if `precision` (resolved) says so."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
-    """The model with its weights in `precision` (resolved), for inference; on exit they are bit for
-    bit what they were.
+    """The model with its weights in `precision` (resolved), for inference; restored bit for bit.
 
     Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
     """

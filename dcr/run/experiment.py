@@ -195,7 +195,10 @@ class Experiment:
             "model": base.key,
             "rendering": base.facts()["rendering"],
             "data": {n: {"rows": len(t), "hash": table_hash(t)} for n, t in tables.items()},
-            "dropped": left_out.groupby("table").size().to_dict(),
+            "dropped": {
+                "counts": left_out.groupby("table").size().to_dict(),
+                "prompts": left_out.to_dict("records"),
+            },
             "sources": provenance(sorted(read)),
             "artifacts": self.artifacts(),
         }
