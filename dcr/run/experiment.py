@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dcr")
 CHECKOUT = Path(__file__).resolve().parents[2]
-RULES = ("question-mark",)  # until the old tables are gone
 REFERENCE = "reference"  # the profile whose tables are committed and read, never computed
 
 
