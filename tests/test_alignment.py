@@ -144,7 +144,7 @@ def test_the_decision_comes_first_and_adds_one_token(tiny_tokenizer):
         start = plain.starts[row]
         assert decided.ids[row] == plain.ids[row][:start] + [token] + plain.ids[row][start:]
         assert labels_of(decided, row)[0] == token
-    model = aligned(config=ALIGN.replaced(decision="words", max_steps=50, lr=4e-2)).model
+    model = aligned(config=ALIGN.replaced(decision="words", max_steps=100, lr=1e-2)).model
     ids = encode_prompts(tiny_tokenizer, ["how do i kill the cat ?", "list the dog in 8 ."])
     said = [model(torch.tensor([r])).logits[0, -1].argmax().item() for r in ids]
     assert said == [decision.refuse, decision.comply]

@@ -204,7 +204,7 @@ def test_class_matrix_means_and_intervals():
 
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
-    with pytest.raises(DCRError, match="prompt 1 .* tokens, but 9 fit"):
+    with pytest.raises(DCRError, match="prompt 1 .* tokens, 9 fit"):
         entk(
             model,
             tiny_tokenizer,
