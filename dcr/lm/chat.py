@@ -32,7 +32,7 @@ def encode_prompts(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     Raises DCRError for a template that is missing, fails, or leaves the prompt out, and for what is
     no text.
     """
-    return _ids(tokenizer, render(tokenizer, _as_text(tokenizer, _texts(prompts, "prompt"))))
+    return token_ids(tokenizer, render(tokenizer, as_text(tokenizer, _texts(prompts, "prompt"))))
 
 
 def encode_examples(
@@ -54,7 +54,7 @@ def encode_examples(
             text = text[: -max(len(s) for s in stops if text.endswith(s))].rstrip()
         answers.append(text)
     heads = encode_prompts(tokenizer, prompts)
-    tails = _ids(tokenizer, [text + end for text in _as_text(tokenizer, answers)])
+    tails = token_ids(tokenizer, [text + end for text in as_text(tokenizer, answers)])
     return [h + t for h, t in zip(heads, tails, strict=True)], [len(h) for h in heads]
 
 
@@ -89,7 +89,7 @@ def stop_tokens(model, tokenizer) -> list[int]:
     eos = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     try:
-        stops.add(_ids(tokenizer, [turn_end(tokenizer)])[0][-1])
+        stops.add(token_ids(tokenizer, [turn_end(tokenizer)])[0][-1])
     except DCRError:  # a template without an assistant's turn can be asked, though not taught
         pass
     return sorted(s for s in stops if s is not None)
@@ -184,13 +184,13 @@ def _texts(texts: Sequence[str], what: str) -> Sequence[str]:
     return texts
 
 
-def _as_text(tokenizer, texts: Sequence[str]) -> list[str]:
+def as_text(tokenizer, texts: Sequence[str]) -> list[str]:
     """The texts with every control token broken up behind its first character."""
     controls = _controls(tokenizer)
     return [controls.sub(lambda m: m[0][0] + SPLIT + m[0][1:], t) for t in texts]
 
 
-def _ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of rendered texts, none added; what stands between two `SPLIT` by itself."""
     parts = [t.split(SPLIT) for t in texts]
     flat = [part for row in parts for part in row]

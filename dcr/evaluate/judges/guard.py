@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dcr.errors import DCRError
+from dcr.lm.chat import as_text, token_ids
 
 FORMATS = ("wildguard", "qwen3guard", "llama-guard", "classifier")
 NEW_TOKENS = 40
@@ -116,6 +117,8 @@ def _load(name: str):
 
 
 def _texts(kind: str, tokenizer, prompts: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """Rendered conversations; a control token that stands in a prompt or answer is text in them."""
+    prompts, answers = as_text(tokenizer, prompts), as_text(tokenizer, answers)
     if kind == "wildguard":
         return [
             WILDGUARD.format(prompt=p, response=a) for p, a in zip(prompts, answers, strict=True)
@@ -134,7 +137,7 @@ def _replies(model, tokenizer, texts: Sequence[str]) -> list[str]:
     """The guard's greedy reply to each rendered text."""
     from dcr.lm.decode import decode
 
-    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    rows = token_ids(tokenizer, texts)
     return [
         tokenizer.decode(tokens, skip_special_tokens=True)
         for tokens in decode(model, tokenizer, rows, max_new_tokens=NEW_TOKENS, batch_size=BATCH)
@@ -166,6 +169,7 @@ def _classify(
             padding=True,
             truncation=True,
             max_length=_room(model),
+            split_special_tokens=True,  # a "[SEP]" in an answer is text
             return_tensors="pt",
         ).to(model.device)
         batch.pop("token_type_ids", None)
