@@ -88,7 +88,8 @@ class DataConfig(Section):
     n_toxic: Count = 500  # paper: HH-RLHF
     form_mix: Share = 0.0  # stage 1's published prompts put into the other form
     audited: bool = False  # drop toxic training prompts that the audit calls harmless or ambiguous
-    limit: Count = 0  # prompts a test or validation set; 0 takes all
+    limit: Count = 0  # requests a test or validation set; 0 takes all
+    answered: Count = 0  # of them, requests a test set that are answered too; 0: all are
     curve_limit: Count = 400  # prompts (all sets together) judged at each alignment checkpoint
 
 

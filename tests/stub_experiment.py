@@ -95,6 +95,10 @@ class StubRun:
     validation: pd.DataFrame
     curve_prompts: pd.DataFrame
 
+    @property
+    def answered(self) -> pd.DataFrame:
+        return self.prompts
+
     depth = DEPTH
     base_model = SimpleNamespace(loaded=lambda: None)
 
@@ -226,6 +230,7 @@ class StubExperiment:
         ]
         self.methods, self.seeds, self.root = tuple(methods), tuple(seeds), root
         self.prompts = pd.concat(test, ignore_index=True)
+        self.answered = self.prompts
         self.validation = pd.concat(held, ignore_index=True)
         few = self.prompts["request"].str.split().str[-1].astype(int) < 6
         self.curve_prompts = self.prompts[few].reset_index(drop=True)

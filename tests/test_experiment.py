@@ -80,6 +80,14 @@ def test_points_of_a_curve(run):
     assert run.verdicts("question-mark")["verdict"].isin(["comply", "refuse"]).all()
 
 
+def test_answered_prompts_are_the_first_requests_of_every_set(folder):
+    few = make(folder, folder / "few", **{"data.answered": 2}).runs[0]
+    every = few.prompts.groupby("benchmark")["request"].agg(lambda r: sorted(set(r))[:2])
+    asked = few.answered.groupby("benchmark")["request"].agg(lambda r: sorted(set(r)))
+    assert asked.to_dict() == every.to_dict() and len(few.answered) < len(few.prompts)
+    assert set(few.curve_prompts["id"]) <= set(few.answered["id"])
+
+
 def test_scores_cover_validation_and_test(run):
     wanted = set(run.prompts["id"]) | set(run.validation["id"])
     for method in ("base", "DCR", "question-mark"):

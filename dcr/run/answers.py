@@ -51,11 +51,20 @@ class Run(Training):
         return validation_prompts(self.config, of=self.of)
 
     @cached_property
-    def curve_prompts(self) -> pd.DataFrame:
-        """The test prompts asked at each point of a curve: the first requests of each benchmark."""
+    def answered(self) -> pd.DataFrame:
+        """The test prompts that are answered and judged; all are scored."""
         from dcr.data.sets import first_requests
 
-        sets = [rows for _, rows in self.prompts.groupby("benchmark", sort=False)]
+        sets = self.prompts.groupby("benchmark", sort=False)
+        parts = [first_requests(rows, self.config.data.answered) for _, rows in sets]
+        return pd.concat(parts, ignore_index=True)
+
+    @cached_property
+    def curve_prompts(self) -> pd.DataFrame:
+        """The answered prompts asked at each point of a curve: the first of each benchmark."""
+        from dcr.data.sets import first_requests
+
+        sets = [rows for _, rows in self.answered.groupby("benchmark", sort=False)]
         forms = 1 + self.config.evaluation.forms
         each = max(2, self.config.data.curve_limit // (forms * len(sets)))
         return pd.concat([first_requests(rows, each) for rows in sets], ignore_index=True)
@@ -162,22 +171,20 @@ class Run(Training):
         return method + at + (f"x{strength:g}" if strength != 1 else "")
 
     def generations(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
-        """Answers to the test prompts; at another point than the nominal one to those of the
-        curve."""
+        """Answers to `answered`; at another point than the nominal one to those of the curve."""
         return self._asked(self.answers, method, step, strength)
 
     def verdicts(self, method: str, step: int = -1, strength: float = 1.0) -> pd.DataFrame:
-        """Answers and verdicts on the test prompts; at another point than the nominal one on the
-        curve's."""
+        """Answers and verdicts on the same prompts as `generations`."""
         return self._asked(self.judged, method, step, strength)
 
     def _asked(
         self, ask: Callable[..., pd.DataFrame], method: str, step: int, strength: float
     ) -> pd.DataFrame:
         if "rule" in self.stages(method):
-            return ask(method, self.prompts)
+            return ask(method, self.answered)
         owner, point = self._owner(method, step, strength)
-        rows = ask(owner, self.prompts if point == Point() else self.curve_prompts, point)
+        rows = ask(owner, self.answered if point == Point() else self.curve_prompts, point)
         if (step, strength) != Point() and point == Point():
             rows = rows[rows["prompt_id"].isin(self.curve_prompts["id"])].reset_index(drop=True)
         return rows.assign(method=method)

@@ -106,6 +106,11 @@ class Experiment:
         return self._first().validation
 
     @property
+    def answered(self) -> pd.DataFrame:
+        """The test prompts that are answered and judged; all are scored."""
+        return self._first().answered
+
+    @property
     def curve_prompts(self) -> pd.DataFrame:
         """The test prompts asked at each point of a curve."""
         return self._first().curve_prompts

@@ -19,7 +19,7 @@ STAGES = ("refine", "align", "steer", "edit", "generate", "score")  # artifacts 
 
 def few(experiment: Experiment, per_class: int) -> pd.DataFrame:
     """`per_class` test prompts of both classes as published, sets in turn."""
-    rows = experiment.prompts.query("role == 'test' and version == 'published'")
+    rows = experiment.answered.query("role == 'test' and version == 'published'")
     return in_turn(rows[rows["label"] != "general"], per_class, ["benchmark"])
 
 
@@ -31,7 +31,7 @@ def answering(experiment: Experiment) -> list[str]:
 @table("categories", notebook=NOTEBOOK)
 def categories(experiment: Experiment) -> pd.DataFrame:
     """Refusal rate of every method by class, set and category, as published."""
-    rows = experiment.prompts
+    rows = experiment.answered
     named = rows["benchmark"] + "|" + rows["category"].replace("", "(none)")
     found = rates.rates(rows.assign(benchmark=named), verdicts(experiment))
     found = found.query("metric == 'refusal_rate' and version == 'published' and form == 'all'")
@@ -46,7 +46,7 @@ def changed(experiment: Experiment) -> pd.DataFrame:
     """Prompts that a method mends or breaks beside STL (first seed); ids, no text."""
     said = verdicts(experiment)
     said = said[said["seed"] == experiment.runs[0].seed]
-    return checks.changes(experiment.prompts, said, "STL")
+    return checks.changes(experiment.answered, said, "STL")
 
 
 @table("robustness", notebook=NOTEBOOK)
@@ -82,7 +82,7 @@ def ability(experiment: Experiment) -> pd.DataFrame:
 @table("quality", notebook=NOTEBOOK)
 def quality(experiment: Experiment) -> pd.DataFrame:
     """Measures of answers to harmless prompts, and a win rate where an endpoint is set."""
-    rows = experiment.prompts[experiment.prompts["version"] == "published"]
+    rows = experiment.answered[experiment.answered["version"] == "published"]
     prompts, methods = first_of_each(rows[rows["label"] != "toxic"], LIMIT), answering(experiment)
     answers = stacked(experiment, lambda run, m: run.generations(m), methods)
     answers = answers[answers["prompt_id"].isin(prompts["id"])]

@@ -46,8 +46,8 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
 @table("rates", notebook=NOTEBOOK)
 def rate_table(experiment: Experiment) -> pd.DataFrame:
     """Every rate by set, version and form, and means over sets; `trained`: the method met it."""
-    rows = rates.rates(experiment.prompts, verdicts(experiment))
-    origin = experiment.prompts.groupby("benchmark")["source"].agg(set)
+    rows = rates.rates(experiment.answered, verdicts(experiment))
+    origin = experiment.answered.groupby("benchmark")["source"].agg(set)
     met = {m: experiment.runs[0].in_distribution(m) for m in set(rows["method"])}
     pairs = zip(rows["benchmark"], rows["method"], strict=True)
     return rows.assign(trained=[bool(origin.get(b, set()) & met[m]) for b, m in pairs])
@@ -104,7 +104,7 @@ def table1_sets(experiment: Experiment) -> pd.DataFrame:
 def table1_paper(experiment: Experiment) -> pd.DataFrame:
     """Ours beside the paper's Table 1 (N: secondary reading notes); compare directions."""
     rows = headline(experiment.table("rates")).query("forms == 'published'")
-    asked = experiment.prompts[experiment.prompts["benchmark"].isin(SAFETY)]
+    asked = experiment.answered[experiment.answered["benchmark"].isin(SAFETY)]
     safety = pd.DataFrame()
     if len(asked):  # those of the five that are test sets here
         found = headline(rates.rates(asked.reset_index(drop=True), verdicts(experiment)))
@@ -141,13 +141,13 @@ def plane(experiment: Experiment) -> pd.DataFrame:
 def paired(experiment: Experiment) -> pd.DataFrame:
     """DSR and compliance of every method less each baseline's, by set and over sets; Holm."""
     said = verdicts(experiment)
-    return rates.rate_differences(experiment.prompts, said, baselines(experiment))
+    return rates.rate_differences(experiment.answered, said, baselines(experiment))
 
 
 @table("template_effect", notebook=NOTEBOOK)
 def template_effect(experiment: Experiment) -> pd.DataFrame:
     """Rates on prompts natural in a form less those on prompts swapped into it."""
-    return rates.what_the_template_does(experiment.prompts, verdicts(experiment))
+    return rates.what_the_template_does(experiment.answered, verdicts(experiment))
 
 
 @table("claims", notebook=NOTEBOOK)
@@ -159,6 +159,7 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     """
     pair = [needed(experiment, m, "claims") for m in ("DCR", "STL")]
     said, read, prompts = verdicts(experiment, pair), scores(experiment, pair), experiment.prompts
+    answered = prompts["id"].isin(experiment.answered["id"])
     test, met = prompts["role"] == "test", prompts["met"].astype(bool)
     readings = {
         "as published": ("published", test & (prompts["version"] == "published")),
@@ -168,7 +169,8 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     found = []
     for reading, (forms, chosen) in readings.items():
         rows = prompts[chosen].reset_index(drop=True)
-        table = rates.rate_differences(rows, said, ["STL"]).query("benchmark == 'mean'")
+        heard = prompts[chosen & answered].reset_index(drop=True)
+        table = rates.rate_differences(heard, said, ["STL"]).query("benchmark == 'mean'")
         table = table[(table["version"] == FORMS[forms][0]) & (table["form"] == FORMS[forms][1])]
         by = "source" if reading == "sources controlled" else "all"
         ranked = auroc_differences(rows, read, ["STL"], by=by).assign(label="auroc")

@@ -45,7 +45,7 @@ def auroc_by_source(experiment: Experiment) -> pd.DataFrame:
 def score_agreement(experiment: Experiment) -> pd.DataFrame:
     """How well each method's refusal score orders its own generated verdicts, by class."""
     read, said = scores(experiment), verdicts(experiment)
-    return scored.agreement_with_verdicts(experiment.prompts, read, said)
+    return scored.agreement_with_verdicts(experiment.answered, read, said)
 
 
 @table("gap", notebook=NOTEBOOK)
