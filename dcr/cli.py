@@ -93,6 +93,16 @@ def figures_command(
     typer.echo(f"Figures: {out}")
 
 
+@app.command("readme")
+def readme_command(
+    check: Annotated[bool, typer.Option(help="Only compare; write nothing.")] = False,
+) -> None:
+    """Write the README's numbers from the tables of the reference run."""
+    from dcr.book.readme import readme
+
+    typer.echo(f"README: {readme(check=check)}")
+
+
 @app.command("reproduce")
 def reproduce_command(
     profile: Profile = "embedded",

@@ -1,0 +1,90 @@
+"""The README's numbers: blocks between two comments, written from a run's tables alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from dcr.data.files import write_atomic
+from dcr.errors import DCRError
+from dcr.plots.tables import markdown
+from dcr.run.experiment import CHECKOUT
+from dcr.run.registry import read_table
+
+TARGET = 0.80  # DSR at which methods are compared
+BLOCK = re.compile(r"(<!-- (\w+): written by `dcr readme` -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(path: str | Path, tables: str | Path) -> str:
+    """The file's text with each block filled from the tables in a folder.
+
+    Raises DCRError for a block that nobody writes, or a table that is not there.
+    """
+    folder = Path(tables)
+
+    def read(name: str) -> pd.DataFrame:
+        if not (folder / f"{name}.csv").is_file():
+            raise DCRError(f"{folder / name}.csv is missing: dcr table {name} makes it.")
+        return read_table(folder / f"{name}.csv")
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in BLOCKS:
+            raise DCRError(f"{path}: block {found[2]!r} is unknown; known: {', '.join(BLOCKS)}.")
+        return found[1] + BLOCKS[found[2]](read, folder).rstrip() + "\n" + found[3]
+
+    return BLOCK.sub(fill, Path(path).read_text(encoding="utf-8"))
+
+
+def readme(*, check: bool = False) -> Path:
+    """Write README.md's blocks from figures/reference; with `check` only compare.
+
+    Raises DCRError when `check` finds a block that the tables do not give.
+    """
+    path = CHECKOUT / "README.md"
+    text = written(path, CHECKOUT / "figures" / "reference")
+    if not check:
+        write_atomic(path, text)
+    elif text != path.read_text(encoding="utf-8"):
+        raise DCRError(f"{path} says what figures/reference does not; run: dcr readme.")
+    return path
+
+
+def _span(row: pd.Series, value: str, low: str = "low", high: str = "high") -> str:
+    return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+
+
+def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
+    """What the run was, and the paper's claims: a row each, a column a reading."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    claims, seeds = read("claims"), manifest["seeds"]
+    said = (
+        f"Reference run: {manifest['model']['name']} model, {len(manifest['methods'])} methods, "
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {manifest['data']['test']['rows']} test "
+        "prompts. DCR less STL, 95 % intervals; above 0 is as the paper says."
+    )
+    return f"{said}\n\n{markdown(claims.assign(column=claims['reading']))}"
+
+
+def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
+    """Compliance at one DSR of the best method, the gate and STL; AUROC on unseen sources."""
+    at = read("frontier").query("target == @TARGET").set_index("method")
+    ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
+    ranked = ranked.set_index("method")
+    rows = [m for m in dict.fromkeys((at["compliance"].idxmax(), "Gate", "STL")) if m in at.index]
+    parts = [
+        f"{m} answers {_span(at.loc[m], 'compliance')} of seemingly toxic prompts (DSR "
+        f"{at.loc[m, 'dsr']:.2f}; AUROC on unseen sources {_span(ranked.loc[m], 'auroc')})"
+        for m in rows
+    ]
+    return (
+        f"With thresholds set on validation prompts for a DSR of {TARGET:.2f}, forms equal: "
+        + "; ".join(parts)
+        + "."
+    )
+
+
+BLOCKS = {"claims": _claims, "practice": _practice}

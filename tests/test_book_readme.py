@@ -1,0 +1,82 @@
+"""The README's numbers come from tables: blocks as the tables give them, and no other number."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import fake_run
+import pytest
+
+from dcr.book import readme
+from dcr.errors import DCRError
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "figures" / "reference"
+TEXT = """above
+<!-- claims: written by `dcr readme` -->
+<!-- end -->
+between
+<!-- practice: written by `dcr readme` -->
+0.123
+<!-- end -->
+below
+"""
+VERSION = r"\d+\.\d+(B|b)|[Qq]wen2\.5[-\w.]*|Python 3\.\d+|\d{4}\.\d{5}|version 0\.1|(Apache|CC-BY)-\d\.\d"
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    folder = tmp_path / "figures" / "reference"
+    folder.mkdir(parents=True)
+    for name in ("claims", "frontier", "auroc_by_source"):
+        fake_run.tables()[name].to_csv(folder / f"{name}.csv", index=False)
+    manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
+    manifest |= {"data": {"test": {"rows": 400}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "README.md").write_text(TEXT)
+    monkeypatch.setattr(readme, "CHECKOUT", tmp_path)
+    return tmp_path
+
+
+def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
+    path = readme.readme()
+    text = path.read_text()
+    assert text.startswith("above\n") and text.endswith("below\n") and "\nbetween\n" in text
+    assert "2 methods, 2 seeds, 400 test prompts" in text and "0.123" not in text
+    claims = fake_run.tables()["claims"]
+    assert all(f"{v:.2f} [" in text for v in claims["value"])
+    at = fake_run.tables()["frontier"].query("target == 0.80").set_index("method")["compliance"]
+    assert (
+        f"{at.idxmax()} answers {at.max():.2f} [" in text and f"STL answers {at['STL']:.2f}" in text
+    )
+    assert readme.readme(check=True) == path and path.read_text() == text
+
+
+def test_check_finds_a_number_that_the_tables_do_not_give(checkout):
+    path = readme.readme()
+    path.write_text(path.read_text().replace("400 test", "500 test"))
+    with pytest.raises(DCRError, match="says what figures/reference does not; run: dcr readme"):
+        readme.readme(check=True)
+
+
+def test_unknown_block_and_missing_table(checkout):
+    (checkout / "README.md").write_text(TEXT.replace("claims:", "clams:"))
+    with pytest.raises(DCRError, match="'clams' is unknown; known: claims, practice"):
+        readme.readme()
+    (checkout / "README.md").write_text(TEXT)
+    (checkout / "figures" / "reference" / "frontier.csv").unlink()
+    with pytest.raises(DCRError, match="frontier.csv is missing: dcr table frontier"):
+        readme.readme()
+
+
+@pytest.mark.parametrize("name", ["README.md", "figures/README.md"])
+def test_no_number_stands_outside_the_blocks(name):
+    text = readme.BLOCK.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    assert not re.findall(r"\d*\.\d+", re.sub(VERSION, "", text))
+
+
+def test_the_committed_readme_says_what_the_committed_tables_give():
+    readme.readme(check=True)
