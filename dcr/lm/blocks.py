@@ -168,7 +168,7 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
+        tensor = tensor if tensor.device.type == "cuda" else tensor.cpu()  # mps has no float64
         flat = tensor.detach().flatten()
         sums = float(flat.sum(dtype=torch.float64)), float(flat.float().norm())
         part = flat[:: max(1, len(flat) // 4096)].float().cpu()
