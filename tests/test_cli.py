@@ -76,6 +76,23 @@ def test_info_is_what_a_bug_report_needs_and_no_secret(monkeypatch):
     assert "secret" not in found.stdout
 
 
+@pytest.mark.parametrize(
+    "own", [{}, {"OMP_WAIT_POLICY": "ACTIVE", "PYTORCH_ENABLE_MPS_FALLBACK": "0"}]
+)
+def test_threads_wait_quietly_and_what_mps_lacks_runs_on_the_cpu(own):
+    """Both are read when torch is loaded, so they are set before; a user's own values stay."""
+    code = (
+        "import os, sys; from dcr import cli; cli.app = lambda: print(*(os.environ[n] for n in "
+        "sys.argv[1:]), 'torch' in sys.modules); cli.main()"
+    )
+    ours = {"OMP_WAIT_POLICY": "PASSIVE", "PYTORCH_ENABLE_MPS_FALLBACK": "1"}
+    rest = {n: v for n, v in os.environ.items() if n not in ours}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *ours], capture_output=True, text=True, env=rest | own
+    )
+    assert done.stdout.split() == [*(ours | own).values(), "False"], done.stderr
+
+
 def test_run_table_and_verify(folder, tmp_path, monkeypatch):
     from dcr.run import registry
 

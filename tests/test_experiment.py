@@ -13,6 +13,7 @@ from conftest import make_model
 
 import dcr.steering
 from dcr.errors import DCRError
+from dcr.lm.generate import generate
 from dcr.run import registry
 from dcr.run.experiment import Experiment, verify
 from dcr.run.models import shared_copy
@@ -370,6 +371,22 @@ def test_states_kernel_and_probability_of_any_prompts(run):
     assert set(items["metric"]) == {"perplexity"} and items["loss"].gt(0).all()
     longer = run.judged("STL", few, tokens=5)
     assert longer["n_tokens"].max() > 3 and set(longer["prompt_id"]) == set(few["id"])
+
+
+def test_every_option_of_generation_reaches_the_decoder(folder, root, monkeypatch):
+    asked = {"max_new_tokens": 2, "batch_size": 3, "temperature": 0.5, "max_tokens_per_batch": 64}
+    seen = {}
+
+    def noted(*args, **options):
+        seen.update(options)
+        return generate(*args, **options)
+
+    monkeypatch.setattr("dcr.lm.generate.generate", noted)
+    run = make(folder, root, **{f"generation.{k}": v for k, v in asked.items()}).runs[0]
+    known = set(type(run.config.generation).model_fields) - {"endpoint", "served"}
+    assert known == asked.keys(), "a new option belongs into this test"
+    run.answers("base", run.validation.head(5))
+    assert {k: seen[k] for k in asked} == asked and seen["precision"] == "fp32"
 
 
 def test_answer_losses_are_those_of_the_base_model(run, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every device gives the CPU's numbers, and memory that a device lacks is dealt with.
+"""Every device gives the CPU's numbers, and what its memory does not hold is cut up.
 
 Each case also sets the CPU against itself, so that what a machine without a GPU skips is known to
 run. Tolerances are relative and for fp32 without TF32: float sums in another order, and AdamW's
@@ -8,22 +8,27 @@ division by the root of the squared gradient, which lifts them in trained weight
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from tiny_training import ALIGN, REFINE, aligned, mix, refined, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import refusal_probability, refusal_score
+from dcr.config import load_config
 from dcr.errors import DCRError
-from dcr.lm.batches import in_memory
+from dcr.lm import batches
 from dcr.lm.generate import generate
 from dcr.lm.load import load, resolve_precision
 from dcr.lm.states import hidden_states
+from dcr.train.losses import chunk_rows
 
 CUDA = pytest.param(
     "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -168,7 +173,7 @@ def test_a_device_without_room_gets_half_the_rows_then_one_clear_error(device, c
             sizes.append(len(batch))
             torch.empty(NEVER if len(batch) > limit else 8, dtype=torch.uint8, device=device)
 
-        list(in_memory([[0, 1, 2, 3], [4, 5]], run))
+        list(batches.in_memory([[0, 1, 2, 3], [4, 5]], run))
         return sizes
 
     assert run_with(2) == [4, 2, 2, 1, 1] and caplog.text.count("half the size") == 1
@@ -192,3 +197,71 @@ def test_training_without_room_goes_on_in_halves(train, config, room, device, ca
     cut = train(make_model().to(device), config).history
     assert caplog.text.count("out of memory; from now on") == 1
     assert [r["loss"] for r in cut] == pytest.approx([r["loss"] for r in whole], rel=1e-3)
+
+
+# ---- large models, by their shapes alone ----
+
+CARD, ROOM = 80 * 2**30, 60 * 2**30  # bytes of a card, and of it that may be used
+SCRIPT = importlib.util.spec_from_file_location(
+    "gpu_check", Path(__file__).parents[1] / "benchmarks" / "gpu_check.py"
+)
+gpu_check = importlib.util.module_from_spec(SCRIPT)
+SCRIPT.loader.exec_module(gpu_check)
+
+
+def kept_bytes(model, rows: int = 8, length: int = 256) -> float:
+    """What a forward pass keeps a token for the backward one when every weight trains, in fp32."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        if x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(x.untyped_storage().nbytes() for x in kept.values()) / ids.numel()
+
+
+@pytest.mark.parametrize("name", gpu_check.SHAPES)
+def test_the_papers_models_train_in_60_gib_by_their_shapes_alone(name, monkeypatch):
+    """Stage 2 as shipped: 128 rows a step, of up to 1,024 tokens, all labelled."""
+    config, shape = load_config(name).align, gpu_check.SHAPES[name]
+    assert (config.batch_size, config.labels, config.max_length) == (128, "all", 1024)
+    assert config.gradient_checkpointing and config.max_tokens_per_batch == 0
+    depth, hidden, words = (shape[k] for k in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    with FakeTensorMode():  # shapes without memory
+        model = gpu_check.model_of(shape | {"num_hidden_layers": 2}, "cpu", torch.float32).train()
+        both = kept_bytes(model)
+    numbers = sum(p.numel() for p in model.parameters())
+    numbers += (depth - 2) * sum(p.numel() for p in model.model.layers[0].parameters())
+    weights = 2 * numbers  # frozen, in bf16
+    model.config.num_hidden_layers = depth
+    monkeypatch.setattr(batches, "sizes", lambda _model: (CARD, weights))
+    at_once = batches.tokens_that_fit(model, training=True, checkpointing=True)
+    plain = batches.tokens_that_fit(model, training=True)
+    assert plain * depth * both / 2 <= (CARD - weights) / 3, "the estimate holds for these shapes"
+    chunk = 4 * 4 * words * chunk_rows(words)  # logits, their probabilities, and gradients of both
+    for length in (config.max_length // 3, config.max_length):  # a middling batch, and the worst
+        lengths = [length] * config.batch_size
+        tokens = max(length * len(b) for b in batches.token_batches(lengths, 0, at_once))
+        blocks = tokens * (4 * depth * hidden + both / 2)  # inputs of all, all of one
+        head = chunk + 3 * 4 * tokens * hidden  # output, labelled rows of it, their gradient
+        assert weights + blocks + head <= ROOM
+        whole = sum(lengths) * words * (2 + 4)  # logits in bf16 and fp32, as the library has them
+        assert whole >= 30 * 2**30 > 25 * head
+
+
+def test_the_script_for_a_gpu_runs_on_tiny_shapes(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "kept.json")
+    arguments = ["--shape", "tiny", "--device", "cpu", "--parts", "models"]
+    rows = gpu_check.main(arguments)
+    assert (rows["status"] == "ok").all() and len(rows) == 8
+    assert rows["seconds"].gt(0).all() and rows["peak_gib"].gt(0).all()
+    share = rows.loc[rows["part"] != "2 x 2 kernel", "share_of_matrix_rate"]
+    assert share.between(0, 1, inclusive="neither").all()
+    late = gpu_check.main([*arguments, "--minutes", "0"])
+    assert (late["status"] == "not run: out of time").all()
+    assert not list(tmp_path.iterdir()), "tiny shapes are no result"
