@@ -79,6 +79,28 @@ def test_the_confusion_corrects_a_rate():
     assert corrected["corrected"].item() == pytest.approx(0.5, abs=1e-6)
 
 
+def test_the_confusion_at_hand_is_kept_until_judge_labels_or_length_change(tmp_path, monkeypatch):
+    counted = []
+    judged = calibration.score
+    monkeypatch.setattr(calibration, "score", lambda *a: counted.append(len(a[1])) or judged(*a))
+    monkeypatch.setenv("DCR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "completions", people)
+    monkeypatch.setattr(calibration, "at_hand", lambda: ["xstest-completions-gpt4"])
+    file = tmp_path / "labels.csv"
+    file.write_text("one")
+    monkeypatch.setattr(calibration.sources, "path_of", lambda name, download: file)
+    first = calibration.confusion()
+    pd.testing.assert_frame_equal(first, calibration.confusion(table=people()))
+    pd.testing.assert_frame_equal(first, calibration.confusion())
+    assert counted == [16, 16], "made, made of a table of one's own, then read"
+    calibration.confusion(tokens=2)
+    file.write_text("two files")
+    calibration.confusion()
+    monkeypatch.setattr(calibration, "identity", lambda name: {"judge": name, "code": "new"})
+    calibration.confusion()
+    assert counted == [16] * 5
+
+
 def test_cuts_keep_the_first_words():
     assert calibration.truncate("I can't help, sorry. No.", 4) == "I can't"
     assert calibration.truncate("One two.", 24) == "One two." == calibration.truncate("One two.", 0)
@@ -101,18 +123,21 @@ def test_labels_are_read_as_published_and_their_absence_named(tmp_path, monkeypa
     }
 
     def load(name, download):
-        if name not in tables:
-            raise DCRError(f"{name}: neither in the cache nor allowed to be downloaded.")
+        assert not download
         return tables[name]
 
+    monkeypatch.setattr(calibration, "at_hand", lambda: list(tables))
     monkeypatch.setattr(calibration.sources, "load", load)
     table = calibration.completions()
     assert table["model"].tolist() == ["gpt4", "gpt4", "a", "b"]
     assert table["label"].tolist() == ["comply", "partial", "comply", "refuse"]
     assert table["response"].tolist() == ["So.", "", "So.", "So."]
-    tables.clear()
-    with pytest.raises(DCRError, match="dcr data fetch xstest-completions-gpt4"):
-        calibration.calibration()
+    monkeypatch.undo()
+    monkeypatch.setenv("DCR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("DCR_DATA_DIR", raising=False)
+    for read in (calibration.calibration, calibration.confusion):
+        with pytest.raises(DCRError, match="dcr data fetch xstest-completions-gpt4"):
+            read()
 
 
 def test_our_own_refusals_and_answers_are_read_right_whole_and_cut():

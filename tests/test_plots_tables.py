@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dcr.evaluate.rates import CORRECTED
 from dcr.plots.tables import latex, layout, markdown, save_table, styled
 
 ATTACKS = (
@@ -34,6 +35,12 @@ def test_layout_makes_a_row_a_method_with_intervals_marks_and_the_best():
     row = frame.iloc[0]
     assert texts.iloc[0, 1] == f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]†"
     assert best.to_numpy().sum() == frame["best"].sum() and not best["method"].any()
+    beside = dict(zip(CORRECTED, (0.5, 0.25, 0.75), strict=True))
+    texts, _ = layout(frame.assign(**beside))
+    expected = f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] / 0.50 [0.25, 0.75]†"
+    assert texts.iloc[0, 1] == expected
+    unknown = layout(frame.assign(**dict.fromkeys(CORRECTED, np.nan)))[0]
+    assert unknown.equals(layout(frame)[0])
     part = frame.drop(index=1).assign(
         low=np.nan
     )  # a missing cell is blank, an unknown interval too

@@ -12,15 +12,38 @@ from importlib.metadata import EntryPoint
 
 import pandas as pd
 import pytest
+import stub_experiment
 from stub_experiment import StubExperiment
 
 from dcr.errors import DCRError
+from dcr.evaluate import rates as rates_module
+from dcr.evaluate.judges import calibration
 from dcr.run import registry
+from dcr.tables import gather
 
 registry.load_all()
 TABLES = [n for n, t in registry.TABLES.items() if t.make.__module__.startswith("dcr.tables")]
 ELSEWHERE = {"ablations", "search", "judge_calibration"}  # test_grid.py, test_calibration.py
 FAMILY = {"p_holm", "best"}  # what names a row's place among its rows
+
+
+CONFUSION = pd.DataFrame(
+    {
+        "human": ["refuse", "refuse", "comply", "comply"],
+        "judge": ["refuse", "comply", "refuse", "comply"],
+        "n": [900, 100, 50, 950],
+    }
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def people():
+    """Labelled completions as if at hand: sensitivity .9, specificity .95."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        found = lambda name, *, tokens: asked.append((name, tokens)) or CONFUSION  # noqa: E731
+        patch.setattr(calibration, "confusion", found)
+        yield asked
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +85,73 @@ def test_no_number_changes_with_the_company_it_is_read_in(stub, name):
     pd.testing.assert_frame_equal(a, b, check_dtype=False)
 
 
-def test_only_what_is_at_one_safety_is_best(stub):
+def test_only_what_is_at_one_safety_is_best(stub, monkeypatch):
     table = stub.table("table1")
     assert set(table.loc[table["best"], "forms"]) == {"matched"} and table["best"].sum() >= 1
     assert not stub.table("table1_sets")["best"].any()
-    assert set(table["metric"]) == {"compliance", "dsr", "general"}
+    shown = [("compliance", "published"), ("dsr", "published"), ("general", "published")]
+    shown += [("compliance", "equal"), ("dsr", "equal"), ("compliance", "matched")]
+    assert set(zip(table["metric"], table["forms"], strict=True)) == set(shown)
+    assert (table.groupby("method").size() == len(shown)).all()
+    best = table.loc[table["best"], "method"].item()
+    monkeypatch.setitem(stub_experiment.RATES, best, (0.0, 0.0, 0.0))  # it refuses nothing now
+    again = StubExperiment(root=stub.root).table("table1")
+    matched = again[again["forms"] == "matched"].set_index("method")
+    assert matched["value"].idxmax() == best and not matched.loc[best, "best"]
+    assert matched["best"].sum() == 1
+
+
+def test_every_rate_stands_beside_what_a_judge_without_error_gives(stub, people):
+    rates = stub.table("rates")
+    config = stub.config
+    assert set(people) == {(config.evaluation.judge, config.generation.max_new_tokens)}
+    judged = rates["metric"].isin(["compliance", "dsr", "refusal_rate"])
+    ruled = rates["method"] == "question-mark"
+    assert (rates["corrected"].notna() == (judged & ~ruled)).all(), "no judge reads a rule"
+    read = rates[judged & ~ruled]
+    of = read["metric"].map({"compliance": (0.95, 0.9)}).fillna(0)
+    se, sp = (of.map(lambda pair, i=i: pair[i] if pair else (0.9, 0.95)[i]) for i in (0, 1))
+    expected = ((read["value"] + sp - 1) / (se + sp - 1)).clip(0, 1)
+    pd.testing.assert_series_equal(read["corrected"], expected, check_names=False)
+    assert (read["corrected_low"] <= read["corrected"]).all()
+    assert (read["corrected"] <= read["corrected_high"]).all()
+    for name in ("table1", "table1_sets", "rates_by_form", "table1_paper"):
+        table = stub.table(name)
+        known = table["corrected"].notna()
+        mine = table["method"].isin(stub.methods)
+        if "forms" in table:  # scores are read by no judge
+            mine &= table["forms"] != "matched"
+        if "source" in table:
+            mine &= table["source"] == "this run"
+        assert known.equals(mine), name
+
+
+def test_without_labelled_completions_rates_are_raw_and_the_log_says_why(monkeypatch, caplog):
+    def absent(name, *, tokens):
+        raise DCRError("no human-labelled completions at hand. Run: dcr data fetch x")
+
+    monkeypatch.setattr(calibration, "confusion", absent)
+    stub = StubExperiment(methods=("base", "STL"))
+    assert stub.table("rates")["corrected"].isna().all()
+    assert stub.table("table1")["corrected_high"].isna().all()
+    assert "not corrected for the judge's error: no human-labelled" in caplog.text
+
+
+def test_the_mean_beside_the_papers_has_the_interval_of_every_other_mean(stub):
+    """Not the mean of its sets' bounds: sets are drawn together, requests crossed with seeds."""
+    table = stub.table("table1_paper").query("source == 'this run' and benchmark == 'safety'")
+    prompts = stub.prompts[stub.prompts["benchmark"].isin(["advbench", "q-harm"])]
+    found = rates_module.rates(prompts.reset_index(drop=True), gather.verdicts(stub))
+    found = found.query("benchmark == 'mean' and version == 'published' and form == 'all'")
+    found = found.query("metric == 'dsr'").set_index("method")
+    numbers = ["value", "low", "high"]
+    mine = table.set_index("method")[numbers]
+    pd.testing.assert_frame_equal(mine, found.loc[mine.index, numbers])
+    sets = stub.table("rates").query("version == 'published' and form == 'all'")
+    sets = sets[sets["benchmark"].isin(["advbench", "q-harm"]) & (sets["metric"] == "dsr")]
+    averaged = sets.groupby("method")[numbers].mean()
+    width = (mine["high"] - mine["low"])["STL"]
+    assert width < 0.9 * (averaged["high"] - averaged["low"])["STL"]
 
 
 def test_sets_that_are_trained_on_enter_no_mean(stub):

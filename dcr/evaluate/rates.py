@@ -47,6 +47,9 @@ METRICS = {
     "unscored_share": "unscored",
     "truncated_share": "length",
 }
+JUDGED = ("compliance", "dsr", "refusal_rate")  # what people's labels can correct
+CORRECTED = ["corrected", "corrected_low", "corrected_high"]
+Draws = tuple[np.ndarray, np.ndarray, np.ndarray]
 ALWAYS = [m for m in METRICS if m not in HEADLINE.values()]
 WANTED = {label: METRICS[m] for label, m in HEADLINE.items()}  # the verdict that is right
 
@@ -191,27 +194,40 @@ def corrected(rows: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     """
     if missing := {"human", "judge", "n"} - set(confusion):
         raise DCRError(f"confusion table: column {min(missing)!r} is missing.")
-    names = ["corrected", "corrected_low", "corrected_high"]
-    found = [_corrected(row, confusion) for row in rows.to_dict("records")]
-    return rows.assign(**dict(zip(names, np.array(found).reshape(-1, 3).T, strict=True)))
+    drawn: dict[tuple[str, str], Draws | None] = {}  # (verdict, class): the judge's errors
+    found = np.full((len(rows), 3), np.nan)
+    for i, row in enumerate(rows.to_dict("records")):
+        if row["metric"] not in JUDGED:
+            continue
+        at = METRICS[row["metric"]], row["label"] if "label" in confusion else ""
+        if at not in drawn:
+            drawn[at] = _errors(confusion, *at)
+        if errors := drawn[at]:
+            found[i] = _corrected(row, *errors)
+    return rows.assign(**dict(zip(CORRECTED, found.T, strict=True)))
 
 
-def _corrected(row: dict, confusion: pd.DataFrame) -> tuple[float, float, float]:
-    unknown, kind = (np.nan, np.nan, np.nan), METRICS[row["metric"]]
-    if "label" in confusion:
-        confusion = confusion[confusion["label"] == row["label"]]
+def _errors(confusion: pd.DataFrame, kind: str, label: str) -> Draws | None:
+    """z [N_BOOT], se, sp [1 + N_BOOT] (first: as measured) of a verdict; None: it tells nothing."""
+    if label:
+        confusion = confusion[confusion["label"] == label]
     right = []  # (right, all) answers of the kind, then of others: sensitivity, specificity
     for side in (True, False):
         part = confusion[(confusion["human"] == kind) == side]
         right.append((part.loc[(part["judge"] == kind) == side, "n"].sum(), part["n"].sum()))
-    if row["metric"] not in ("compliance", "dsr", "refusal_rate") or not all(n for _, n in right):
-        return unknown
-    rng, q = np.random.default_rng(0x0C0), row["value"]
+    if not all(n for _, n in right):
+        return None
+    rng = np.random.default_rng(0x0C0)
     z = rng.standard_normal(N_BOOT)
-    below, above = (q - row["low"]) / 1.96, (row["high"] - q) / 1.96
     se, sp = (np.r_[k / n, rng.beta(k + 0.5, n - k + 0.5, N_BOOT)] for k, n in right)
-    if np.quantile(se + sp - 1, LEVEL[0]) <= 0:
-        return unknown
+    return None if np.quantile(se + sp - 1, LEVEL[0]) <= 0 else (z, se, sp)
+
+
+def _corrected(
+    row: dict, z: np.ndarray, se: np.ndarray, sp: np.ndarray
+) -> tuple[float, float, float]:
+    q = row["value"]
+    below, above = (q - row["low"]) / 1.96, (row["high"] - q) / 1.96
     drawn = np.r_[q, (q + z * np.where(z < 0, below, above)).clip(0, 1)]
     true = ((drawn + sp - 1) / (se + sp - 1)).clip(0, 1)
     low, high = np.quantile(true[1:], LEVEL)

@@ -1,7 +1,8 @@
 """One table for people, four ways: a pandas Styler (HTML), Markdown, LaTeX (booktabs) and CSV.
 
-A tidy frame with columns method, column, value (low, high, best, mark) is laid out a row a method;
-any other is shown as it is. Every text is escaped for its medium.
+A tidy frame with columns method, column, value (low, high, corrected, best, mark) is laid out a row
+a method, "value / corrected" in a cell; any other is shown as it is. Every text is escaped for its
+medium.
 """
 
 from __future__ import annotations
@@ -37,15 +38,23 @@ def text_of(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def _numbers(frame: pd.DataFrame, value: str, low: str, high: str) -> pd.Series:
+    """ "0.44 [0.40, 0.48]" of each row; an unknown interval, or a missing value, is left out."""
+    text = frame[value].map(text_of)
+    for i in frame.index[frame[low].notna()] if low in frame else ():
+        text[i] += f" [{frame[low][i]:.2f}, {frame[high][i]:.2f}]"
+    return text
+
+
 def layout(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(texts, which of them are best): a row a method, or the frame as it is, without its index."""
     if not {"column", "value"} <= set(frame):
         texts = frame.map(text_of)
         return texts, pd.DataFrame(False, texts.index, texts.columns)
-    text = frame["value"].map(text_of)
-    known = frame["low"].notna() if "low" in frame else pd.Series(False, frame.index)
-    for i in frame.index[known]:
-        text[i] += f" [{frame['low'][i]:.2f}, {frame['high'][i]:.2f}]"
+    text = _numbers(frame, "value", "low", "high")
+    if "corrected" in frame:
+        beside = _numbers(frame, "corrected", "corrected_low", "corrected_high")
+        text += (" / " + beside).where(beside != "", "")
     mark: Any = frame["mark"].fillna("").astype(str) if "mark" in frame else ""
     best: Any = frame["best"].astype(bool) if "best" in frame else False
     keys = [c for c in KEYS if c in frame]

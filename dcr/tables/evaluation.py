@@ -1,23 +1,30 @@
 """Notebook 04, answers: every rate, Table 1, the plane and the paper's claims.
 
 "published": prompts as they are published, sets equal; "equal": both forms equal in each set.
+Beside every rate stands what a judge without error would give (`corrected`, Rogan and Gladen): a
+difference of two methods that is smaller than this correction may be the judge's error alone.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pandas as pd
 
 from dcr import data
+from dcr.errors import DCRError
 from dcr.evaluate import rates
 from dcr.evaluate.cells import BALANCED_FORMS
 from dcr.evaluate.frontier import auroc_differences
+from dcr.evaluate.judges import calibration
+from dcr.evaluate.rates import CORRECTED
 from dcr.run.experiment import Experiment
 from dcr.run.registry import table
 from dcr.tables.frontier import baselines
 from dcr.tables.gather import needed, scores, verdicts
 
+log = logging.getLogger("dcr")
 NOTEBOOK = "04_evaluation"
 PAPER = Path(data.__file__).parent / "bundled" / "paper_table1.csv"
 PAPER_SETS = ("xstest-safe", "coconot", "or-bench", "oktest", "phtest")
@@ -27,6 +34,7 @@ FORMS = {"published": ("published", "all"), "equal": ("both", "balanced")}
 HEADS = {"compliance": "compliance", "dsr": "DSR", "general": "general answered"}
 SHOWN = {"published": "as published", "equal": "forms equal", "matched": "forms equal, at DSR .80"}
 NUMBERS = ["value", "low", "high"]
+BOTH = [*NUMBERS, *CORRECTED]  # raw and corrected for the judge's error
 CLAIMS = {
     "seemingly_toxic": "DCR answers more seemingly toxic prompts than STL (compliance)",
     "toxic": "and refuses toxic prompts as often (DSR)",
@@ -43,10 +51,29 @@ def headline(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(metric=metric).dropna(subset="forms").reset_index(drop=True)
 
 
+def rates_of(experiment: Experiment, prompts: pd.DataFrame) -> pd.DataFrame:
+    """Rate rows of prompts, raw and corrected for the judge's error at this run's answer length.
+
+    Not corrected (empty): a rule, which no judge reads, and all where no labelled completions are
+    at hand, as a line of the log says.
+    """
+    rows, config = rates.rates(prompts, verdicts(experiment)), experiment.config
+    ruled = [m for m in set(rows["method"]) if "rule" in experiment.runs[0].stages(m)]
+    try:
+        length = config.generation.max_new_tokens
+        people = calibration.confusion(config.evaluation.judge, tokens=length)
+    except DCRError as error:
+        log.warning("rates are not corrected for the judge's error: %s", error)
+        people = pd.DataFrame(columns=["human", "judge", "n"])
+    rows = rates.corrected(rows, people)
+    rows.loc[rows["method"].isin(ruled), CORRECTED] = float("nan")
+    return rows
+
+
 @table("rates", notebook=NOTEBOOK)
 def rate_table(experiment: Experiment) -> pd.DataFrame:
     """Every rate by set, version and form, and means over sets; `trained`: the method met it."""
-    rows = rates.rates(experiment.answered, verdicts(experiment))
+    rows = rates_of(experiment, experiment.answered)
     origin = experiment.answered.groupby("benchmark")["source"].agg(set)
     met = {m: experiment.runs[0].in_distribution(m) for m in set(rows["method"])}
     pairs = zip(rows["benchmark"], rows["method"], strict=True)
@@ -60,54 +87,53 @@ def rates_by_form(experiment: Experiment) -> pd.DataFrame:
     rows = rows[rows["form"].isin(BALANCED_FORMS) & (rows["benchmark"] != "mean")]
     shares = experiment.table("question_shares").query("use == 'test'")
     shares = shares.rename(columns={"set": "benchmark"})[["benchmark", "label", "question_share"]]
-    kept = rows[["method", "benchmark", "label", "form", *NUMBERS, "n"]]
+    kept = rows[["method", "benchmark", "label", "form", *BOTH, "n"]]
     return kept.merge(shares, on=["benchmark", "label"])
 
 
 @table("table1", notebook=NOTEBOOK)
 def table1(experiment: Experiment) -> pd.DataFrame:
-    """Method × (compliance, DSR: as published, forms equal; general answered; compliance at .80).
+    """Table 1: compliance and DSR as published and forms equal, general prompts answered, and
+    compliance at a DSR of .80; raw / corrected for the judge's error, 95 % intervals.
 
-    Only the last is comparable by itself, so only there the best value is bold.
+    Means over the run's own test sets; which five sets of each kind the paper averages is inferred.
+    Only compliance at one DSR is comparable by itself, so only there the best value is bold, of
+    methods whose answers refuse toxic prompts at all.
     """
     rows = headline(experiment.table("rates")).query("benchmark == 'mean'")
     rows = rows[(rows["metric"] != "general") | (rows["forms"] == "published")]
     at = experiment.table("frontier").query("target == 0.8").rename(columns={"compliance": "value"})
-    at = at.assign(forms="matched", metric="compliance", best=at["value"] == at["value"].max())
+    refusing = rows.loc[(rows["metric"] == "dsr") & (rows["value"] > 0), "method"]
+    read = at["value"].where(at["method"].isin(refusing))
+    at = at.assign(forms="matched", metric="compliance", best=read == read.max())
     both = pd.concat([rows.assign(best=False), at], ignore_index=True)
     column = both["metric"].map(HEADS) + " ↑, " + both["forms"].map(SHOWN)
-    kept = ["method", "forms", "metric", *NUMBERS, "n", "seeds", "best"]
+    kept = ["method", "forms", "metric", *BOTH, "n", "seeds", "best"]
     return both[kept].assign(column=column, mark="")
 
 
 @table("table1_sets", notebook=NOTEBOOK)
 def table1_sets(experiment: Experiment) -> pd.DataFrame:
-    """Compliance or DSR of every method on every set; † trained on it."""
+    """Table 1 by set: compliance or DSR, raw / corrected for the judge's error; † trained on it."""
     rows = headline(experiment.table("rates")).query("benchmark != 'mean'")
     column = rows["benchmark"] + " " + rows["metric"].map(HEADS) + " ↑, " + rows["forms"].map(SHOWN)
-    kept = [
-        "method",
-        "benchmark",
-        "label",
-        "forms",
-        "metric",
-        *NUMBERS,
-        "n",
-        "statements",
-        "trained",
-    ]
+    kept = ["method", "benchmark", "label", "forms", "metric", *BOTH, "n", "statements", "trained"]
     mark = rows["trained"].map({True: "†", False: ""})
     return rows[kept].assign(column=column, best=False, mark=mark).reset_index(drop=True)
 
 
 @table("table1_paper", notebook="05_figures")
 def table1_paper(experiment: Experiment) -> pd.DataFrame:
-    """Ours beside the paper's Table 1 (N: secondary reading notes); compare directions."""
+    """Ours (raw / corrected for the judge's error) beside the paper's Table 1; compare directions.
+
+    N: secondary reading notes. Which five sets the paper averages as safety is inferred; ours is
+    the mean over those of them that are test sets here.
+    """
     rows = headline(experiment.table("rates")).query("forms == 'published'")
     asked = experiment.answered[experiment.answered["benchmark"].isin(SAFETY)]
     safety = pd.DataFrame()
     if len(asked):  # those of the five that are test sets here
-        found = headline(rates.rates(asked.reset_index(drop=True), verdicts(experiment)))
+        found = headline(rates_of(experiment, asked.reset_index(drop=True)))
         safety = found.query("benchmark == 'mean' and forms == 'published'")
         safety = safety.assign(benchmark="safety", trained=False)
     ours = pd.concat([rows[rows["benchmark"].isin(PAPER_SETS)], safety])
@@ -118,7 +144,7 @@ def table1_paper(experiment: Experiment) -> pd.DataFrame:
     ).dropna()
     met = [pair in PAPER_TRAINED for pair in zip(paper["method"], paper["benchmark"], strict=True)]
     both = pd.concat([ours, paper.assign(source="the paper's", trained=met)], ignore_index=True)
-    kept = both[["source", "model", "method", "reading", "benchmark", *NUMBERS, "trained"]]
+    kept = both[["source", "model", "method", "reading", "benchmark", *BOTH, "trained"]]
     mark = both["trained"].map({True: "†", False: ""})
     return kept.assign(column=both["benchmark"] + " ↑", best=False, mark=mark)
 

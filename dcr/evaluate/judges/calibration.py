@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_fscore_support
 
 from dcr.data import sources
+from dcr.data.files import cache_dir, content_key, sha256_of, write_atomic
 from dcr.data.forms import swap_form
 from dcr.errors import DCRError
-from dcr.evaluate.judges import score
+from dcr.evaluate.judges import identity, score
 
 COMPLETIONS = tuple(
     f"xstest-completions-{model}" for model in ("gpt4", "llama2new", "mistralinstruct")
@@ -33,6 +35,12 @@ PREFIXES = (
 ).split("|")
 
 
+def at_hand() -> list[str]:
+    """The sources of labelled completions whose files are here; none is downloaded unasked."""
+    present = sources.list_sources().set_index("name")["present"]
+    return [name for name in COMPLETIONS if present[name]]
+
+
 def completions() -> pd.DataFrame:
     """Labelled completions at hand; never downloads.
 
@@ -40,13 +48,8 @@ def completions() -> pd.DataFrame:
     annotators; share: of OR-FUZZ's readers, who say that the reply answers (half: comply).
     """
     tables = []
-    for name in COMPLETIONS:
-        try:
-            rows = sources.load(name, download=False)
-        except DCRError as error:
-            if "neither in" in str(error):  # absent is fine, broken is not
-                continue
-            raise
+    for name in at_hand():  # absent is fine, broken is not
+        rows = sources.load(name, download=False)
         table = pd.DataFrame({"prompt": rows["text"], "response": rows["completion"].fillna("")})
         table["model"] = rows["model"] if "model" in rows else name.rpartition("-")[2]
         if "answers" in rows:
@@ -114,10 +117,19 @@ def confusion(
 ) -> pd.DataFrame:
     """Verdicts of people and of a judge over all models, as `rates.corrected` takes them.
 
-    Columns human, judge, n. People's partial refusals count as refusals: the rules know no
-    `partial`.
+    table: as of `completions`, the default, of which the result is kept in the cache under all
+    that it depends on. Columns human, judge, n. People's partial refusals count as refusals: the
+    rules know no `partial`. Raises DCRError when no labels are at hand.
     """
-    table = _labelled(table)
+    if table is None:
+        files = {n: sources.checksum(sources.path_of(n, download=False)) for n in at_hand()}
+        key = {"judge": identity(name), "tokens": tokens, "files": files}
+        key["code"] = sha256_of(Path(__file__))
+        path = cache_dir() / "judges" / f"confusion-{content_key(key)}.csv"
+        if not path.is_file():
+            found = confusion(name, tokens=tokens, table=_labelled(None))
+            write_atomic(path, found.to_csv(index=False))
+        return pd.read_csv(path)
     said = verdicts(name, table, tokens)
     human = table["label"].replace("partial", "refuse")
     return pd.DataFrame({"human": human, "judge": said}).value_counts().rename("n").reset_index()
