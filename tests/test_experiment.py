@@ -13,6 +13,7 @@ from conftest import make_model
 
 import dcr.steering
 from dcr.errors import DCRError
+from dcr.lm.chat import rendered_example
 from dcr.lm.generate import generate
 from dcr.run import registry
 from dcr.run.experiment import Experiment, verify
@@ -240,6 +241,15 @@ def test_an_edit_of_weights_is_an_ordinary_model(run, kinds):
     assert not model.model.layers[0].self_attn.q_proj.weight.any()
     assert run.model("STL")[0].model.layers[0].self_attn.q_proj.weight.any()
     assert run.steering("Tied") is None and run.weights_key("Tied") != run.weights_key("STL")
+
+
+def test_a_manifest_needs_no_weights(run, folder, root, monkeypatch):
+    """A run that a server answers, or whose artifacts are all there, loads no model to say so."""
+    monkeypatch.setattr("dcr.lm.load.load", None)
+    before = run.base()
+    monkeypatch.setattr("dcr.run.models._loaded", None)
+    content = make(folder, root).manifest()
+    assert content["rendering"] == rendered_example(before[1])
 
 
 def test_the_manifest_says_what_it_was(run, folder, root):

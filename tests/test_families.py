@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, make_model, make_tokenizer
 
 from dcr.analysis import refusal
 from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import opening_tokens, refusal_probability
 from dcr.config import AlignConfig, RefineConfig
+from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
@@ -27,9 +29,9 @@ STAGE_ONE = RefineConfig(layer=2, max_steps=2, batch_size=8, lora_rank=4, eval_s
 STAGE_TWO = AlignConfig(max_steps=2, batch_size=4, lora_rank=4, lora_targets=())
 
 
-def moved(before, after) -> list[int]:
+def moved(before, after, path="") -> list[int]:
     """Numbers of the blocks whose weights differ."""
-    pairs = zip(decoder_layers(before), decoder_layers(after), strict=True)
+    pairs = zip(decoder_layers(before, path), decoder_layers(after, path), strict=True)
     return [
         i
         for i, (a, b) in enumerate(pairs)
@@ -37,9 +39,9 @@ def moved(before, after) -> list[int]:
     ]
 
 
-def norms(model, rows, tokens) -> np.ndarray:
+def norms(model, rows, tokens, path="") -> np.ndarray:
     """‖K‖_F of the blocks' parameters between token rows, by one backward pass a logit."""
-    wanted = list(decoder_layers(model).parameters())
+    wanted = list(decoder_layers(model, path).parameters())
     jacobians = []
     for row in rows:
         logits = model(torch.tensor([row])).logits[0, -1]
@@ -94,4 +96,34 @@ def test_a_family_goes_through_the_whole_kit(family, monkeypatch):
 
     kernel = entk(aligned, tokenizer, prompts[:1], prompts[1:], k=3, parameters="blocks")
     expected = norms(aligned, rows, kernel.tokens)
+    np.testing.assert_allclose(kernel.cross, expected[:1, 1:], rtol=2e-3)
+
+
+def test_blocks_in_an_unknown_place_need_their_path_and_nothing_else():
+    def make():
+        torch.manual_seed(3)
+        options = dict(d_model=32, n_heads=4, n_layers=4, vocab_size=128, expansion_ratio=2)
+        config = transformers.MptConfig(**options, max_seq_len=256, pad_token_id=1, eos_token_id=2)
+        return transformers.MptForCausalLM(config).float().eval()
+
+    path, tokenizer = "transformer.blocks", make_tokenizer()
+    classes = {"toxic": TOXIC, "seemingly_toxic": HARMLESS}
+    with pytest.raises(DCRError, match=r"model.layers_path.*found: \['transformer.blocks'\]"):
+        refine(make(), tokenizer, **classes, config=STAGE_ONE)
+    how = {"precision": "fp32", "layers_path": path}
+    model = refine(make(), tokenizer, **classes, config=STAGE_ONE, **how).model
+    assert moved(make(), model, path) == [0, 1]
+    mix = pd.DataFrame({"text": TOXIC, "response": ["sorry ."] * 10})
+    model = align(model, tokenizer, mix, config=STAGE_TWO, **how).model
+    assert moved(make(), model, path) == [0, 1, 2, 3]
+    prompts = [TOXIC[0], HARMLESS[3]]
+    rows = encode_prompts(tokenizer, prompts)
+    states = hidden_states(model, tokenizer, prompts, layers_path=path).values
+    with torch.no_grad():
+        theirs = model(torch.tensor(rows[:1]), output_hidden_states=True).hidden_states
+    np.testing.assert_allclose(states[2, 0], theirs[2][0, -1], rtol=1e-4, atol=1e-5)
+    kernel = entk(
+        model, tokenizer, prompts[:1], prompts[1:], parameters="blocks", k=3, layers_path=path
+    )
+    expected = norms(model, rows, kernel.tokens, path)
     np.testing.assert_allclose(kernel.cross, expected[:1, 1:], rtol=2e-3)

@@ -65,14 +65,32 @@ def load(
     return model.to(device).eval(), tokenizer
 
 
-def _complete(model, tokenizer, name: str, chat_template: str) -> None:
-    """What may lack: a template, a pad id with an embedding, the turn's end among the stops."""
+def load_tokenizer(name: str, *, revision: str = "", chat_template: str = "auto"):
+    """The tokenizer as `load` gives it, but for its pad token; no weights are loaded."""
+    from transformers import AutoTokenizer
+
+    source, commit = locate(name, revision)
+    try:
+        options = {"trust_remote_code": False, "revision": commit or "main"}
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # one clear message for whatever the hub client raises
+        raise DCRError(explain_load_error(name, error)) from error
+    _give_template(tokenizer, name, chat_template)
+    return tokenizer
+
+
+def _give_template(tokenizer, name: str, chat_template: str) -> None:
     if chat_template == "alpaca" or not tokenizer.chat_template:
         if chat_template == "auto":
             log.warning("%s has no chat template: using the Alpaca prompt", name)
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
         tokenizer.chat_template = "{{ bos_token }}" * begins + ALPACA_TEMPLATE
+
+
+def _complete(model, tokenizer, name: str, chat_template: str) -> None:
+    """What may lack: a template, a pad id with an embedding, the turn's end among the stops."""
+    _give_template(tokenizer, name, chat_template)
     tokenizer.padding_side = "left"
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.get_input_embeddings().num_embeddings:

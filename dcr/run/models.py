@@ -53,9 +53,17 @@ class Base:
     def facts(self) -> dict[str, Any]:
         """What every manifest says about the model: identity, precision, device, a rendered
         prompt."""
-        from dcr.lm.chat import rendered_example
+        return {"model": self.key, "rendering": self.rendering}
 
-        return {"model": self.key, "rendering": rendered_example(self.loaded()[1])}
+    @cached_property
+    def rendering(self) -> dict[str, str]:
+        """An example prompt as the model reads it; no weights are loaded for it."""
+        from dcr.lm.chat import rendered_example
+        from dcr.lm.load import load_tokenizer
+
+        name, revision = self.config.name, self.key.get("commit", "") or self.config.revision
+        template = self.config.chat_template
+        return rendered_example(load_tokenizer(name, revision=revision, chat_template=template))
 
 
 @functools.lru_cache(maxsize=1)
