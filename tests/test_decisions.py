@@ -19,13 +19,14 @@ from test_steering import plant, unit
 from dcr.analysis import refusal
 from dcr.config import SteeringConfig
 from dcr.errors import DCRError
-from dcr.lm.blocks import decoder_layers
+from dcr.lm.blocks import decoder_layers, replaced
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
+from dcr.lm.states import residuals
 from dcr.steering import KINDS, DecisionToken, Gate, Tied, TokenGate
 from dcr.steering.gate import REFUSAL, balanced_auroc, cells, nominal
-from dcr.steering.hooks import residuals, template_ends
-from dcr.steering.tied import down_projection, replaced, tied
+from dcr.steering.hooks import template_ends
+from dcr.steering.tied import down_projection, tied
 from dcr.steering.tokens import combined, decision_score, fit_combination
 
 LIMIT = 5
@@ -225,7 +226,7 @@ def test_the_edit_writes_along_one_direction_what_was_written_along_the_other(
     toxic = (rows["label"] == "toxic").to_numpy().astype(int)
     asked = (rows["form"] == "question").to_numpy().astype(int)
     states = residuals(model, encode_prompts(tiny_tokenizer, rows["text"].tolist()), [(-1, None)])
-    states, module = states[:, :, 0], down_projection(decoder_layers(model)[2])
+    states, module = states[1:, :, 0], down_projection(decoder_layers(model)[2])
     inputs = torch.randn(7, module.weight.shape[0 if family == "gpt2" else 1])
     with torch.no_grad():
         before = module(inputs)

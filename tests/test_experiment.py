@@ -184,8 +184,8 @@ class Shift:
         self.settings = {"mean": mean, "strength": strength}
 
     @classmethod
-    def fit(cls, model, tokenizer, anchors, validation, options, *, base, seed, layers_path):
-        cls.made.append((set(anchors), len(validation), base[0] is not model))
+    def fit(cls, model, tokenizer, anchors, validation, options, *, seed, layers_path):
+        cls.made.append(set(anchors))
         return cls(float(model.model.layers[0].self_attn.q_proj.weight.detach().mean()))
 
     @classmethod
@@ -220,7 +220,7 @@ def test_a_steering_method_is_fitted_once_and_its_strength_is_a_field(run, kinds
     from safetensors.torch import load_file
 
     artifact = run.fitted("SCANS")
-    assert Shift.made[0][0] == {"harmful", "harmless"} and Shift.made[0][2]
+    assert Shift.made[0] == {"harmful", "harmless"}
     assert run.fitted("SCANS").path == artifact.path and len(Shift.made) == 1
     assert load_file(artifact.path / "tensors.safetensors")["mean"].shape == (1,)
     assert artifact.manifest["fit"]["mean"] == run.steering("SCANS").settings["mean"]

@@ -19,10 +19,10 @@ from conftest import FAMILIES, make_model
 from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
 from dcr.lm import decode as decoding
-from dcr.lm.batches import in_memory
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered, decode
 from dcr.lm.generate import generate
+from dcr.lm.memory import in_memory
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def test_killed_run_goes_on_where_it_was(
     again = []
     monkeypatch.setattr(module, "pool", lambda *args: again.append(1) or pool(*args))
     result = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)
-    assert len(again) == 2 * 5  # five layers of the two batches that were missing
+    assert len(again) == 2 * 6  # of the two batches that were missing
     expected = oracle(tiny_llama, tiny_tokenizer, prompts)
     np.testing.assert_allclose(result.values, expected, rtol=1e-4, atol=1e-5)
 

@@ -13,21 +13,14 @@ from dcr.analysis import refusal
 from dcr.analysis.refusal import opening_tokens, refusal_score, typographies
 from dcr.config import SteeringConfig
 from dcr.errors import DCRError
-from dcr.lm.blocks import decoder_layers
+from dcr.lm.blocks import decoder_layers, edited
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
+from dcr.lm.states import residuals
 from dcr.steering import Scans, Surgical
-from dcr.steering.hooks import (
-    ablated,
-    edited,
-    last_tokens,
-    residuals,
-    shifted,
-    template_ends,
-    writers,
-)
+from dcr.steering.hooks import ablated, shifted, template_ends, writers
 from dcr.steering.scans import choose_threshold
-from dcr.steering.surgical import orthogonal, token_odds
+from dcr.steering.surgical import last_tokens, orthogonal, token_odds
 
 LIMIT = 6
 
@@ -239,22 +232,19 @@ def test_the_model_is_untouched_afterwards(family, tiny_tokenizer, table, prompt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("at", ["output", "input"])
-def test_residuals_are_the_librarys_states_of_one_prompt_at_a_time(
-    family, at, tiny_tokenizer, prompts
-):
+def test_residuals_are_the_librarys_states_of_one_prompt_at_a_time(family, tiny_tokenizer, prompts):
     """Single tokens and means, behind a shared beginning; the last block's output is unnormed."""
     model = make_model(family)
     rows = encode_prompts(tiny_tokenizer, [f"tell me what the time is in {p}" for p in prompts])
     places = [(-1, None), (-4, -3), (9, -2)]
-    found = residuals(model, rows, places, at=at)
+    found = residuals(model, rows, places)
     for n, row in enumerate(rows):
         with torch.no_grad():
             states = model(torch.tensor([row]), output_hidden_states=True).hidden_states
-        for layer in range(4 if at == "input" else 3):
-            state = states[layer + (at == "output")][0]
-            expected = torch.stack([state[slice(*p)].mean(0) for p in places])
+        for layer in range(4):
+            expected = torch.stack([states[layer][0, slice(*p)].mean(0) for p in places])
             torch.testing.assert_close(found[layer, n], expected, rtol=1e-3, atol=1e-4)
+    assert found.shape[0] == 5
 
 
 # ---- fits recover what was planted --------------------------------------------------------------
@@ -301,9 +291,9 @@ def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokeni
             for n in (0, 2)
         )
         means = [
-            residuals(
-                model, encode_prompts(tiny_tokenizer, sentences(v)), last_tokens(tail), at="input"
-            ).mean(1)
+            residuals(model, encode_prompts(tiny_tokenizer, sentences(v)), last_tokens(tail)).mean(
+                1
+            )
             for v in ("steal", "kill", "bake")
         ]
     finally:

@@ -9,22 +9,18 @@ those of the row alone.
 from __future__ import annotations
 
 import functools
-import gc
-import logging
-import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr.errors import DCRError
-
-log = logging.getLogger("dcr")
-Result = TypeVar("Result")
+from dcr.lm.memory import Result, in_memory, tokens_that_fit
 
 MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
@@ -53,14 +49,9 @@ def padded(
     rows: Sequence[Sequence[int]], side: str = "left", device: str | torch.device = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """(input_ids, attention_mask), both [batch, seq]. Padding is token 0 (masked: any id does)."""
-    lengths = torch.tensor([len(r) for r in rows])
-    columns = torch.arange(int(lengths.max()))
-    if side == "left":
-        columns = columns.flip(0)
-    mask = columns < lengths[:, None]  # [batch, seq]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([i for row in rows for i in row])
-    return ids.to(device), mask.long().to(device)
+    ids = pad_sequence([torch.tensor(row) for row in rows], True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], True, 0, side)
+    return ids.to(device), mask.to(device)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -100,8 +91,6 @@ def run_prefix(stack, ids: Tensor):
     stack: the decoder without head (`blocks.decoder_stack`) or the whole model. No layer drops what
     has left its window: a row that is shorter than others of its batch still needs it.
     """
-    from transformers import DynamicCache
-
     cache = DynamicCache()
     return cache, stack(input_ids=ids, use_cache=True, **{cache_argument(): cache})
 
@@ -109,8 +98,6 @@ def run_prefix(stack, ids: Tensor):
 @functools.cache
 def cache_argument() -> str:
     """What this transformers version calls the keys and values in a forward pass."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
     known = CausalLMOutputWithPast.__dataclass_fields__
     return "cache" if "cache" in known else "past_key_values"
 
@@ -122,25 +109,23 @@ def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
     run; a short left-padded row runs its last shared tokens again in place of padding. `cache`
     (None: nothing is shared) stays as it is, and gradients flow through it.
     """
-    from transformers import DynamicCache
-
-    inputs = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
+    positions, shared = position_ids(attention_mask), cache.get_seq_length() if cache else 0
+    inputs = {
+        "input_ids": input_ids[:, shared:],
+        "attention_mask": attention_mask,
+        "position_ids": positions[:, shared:],
+        "use_cache": cache is not None,
+    }
     if cache is None:
-        return {"input_ids": input_ids, **inputs, "use_cache": False}
-    shared, placed = cache.get_seq_length(), DynamicCache()
+        return inputs
+    placed = DynamicCache()
     for index, layer in enumerate(cache.layers):
         keys, values = (
             repeated(x.transpose(1, 2), attention_mask).transpose(1, 2)
             for x in (layer.keys, layer.values)
         )  # [batch, heads, shared, head size]
         placed.update(keys, values, index)
-    return {
-        "input_ids": input_ids[:, shared:],
-        "attention_mask": attention_mask,
-        "position_ids": inputs["position_ids"][:, shared:],
-        cache_argument(): placed,
-        "use_cache": True,
-    }
+    return inputs | {cache_argument(): placed}
 
 
 def repeated(first: Tensor, attention_mask: Tensor) -> Tensor:
@@ -169,78 +154,57 @@ def shared_inputs(stack, input_ids: Tensor, attention_mask: Tensor, shared: int)
     return behind(cache, input_ids, attention_mask)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether a device had no room, also where cuDNN or cuBLAS say so as an internal error."""
-    from accelerate.utils.memory import should_reduce_batch_size
+class Passes:
+    """Token rows on their way through `stack`, in batches behind the tokens that all begin with.
 
-    hints = ("mha_graph.execute", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or should_reduce_batch_size(error)
-        or any(hint in str(error) for hint in hints)
-    )
-
-
-def tokens_that_fit(model, *, training: bool = False, checkpointing: bool = False) -> int:
-    """Tokens of a batch whose activations take a third of what the device holds beside the weights.
-
-    By the device's size and not by what is free at the moment, so that two runs cut alike. In
-    training a block keeps about 20 hidden and 6 feed-forward values a token (4 bytes each; after
-    Korthikanti et al. 2022, section 4), with `checkpointing` its input and one block's at a time;
-    without gradients one block's and the keys and values.
+    stack: the decoder without head (`blocks.decoder_stack`). shared: number of the common first
+    tokens; they run once, now, within the contexts that are open. side: of the padding.
     """
-    config = model.config.get_text_config()
-    hidden, blocks = config.hidden_size, config.num_hidden_layers
-    block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
-    values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
-    size, weights = sizes(model)
-    return max(256, int((size - weights) / 3 / (4 * values)))
 
+    def __init__(
+        self, stack, rows: Sequence[Sequence[int]], shared: int, side: str = "left"
+    ) -> None:
+        self.stack, self.rows, self.side = stack, rows, side
+        self.device = next(stack.parameters()).device
+        self.shared = shared if can_share(stack) else 0
+        self.cache = None
+        if self.shared:
+            ids = torch.tensor([rows[0][: self.shared]], device=self.device)
+            with torch.no_grad():
+                self.cache, _ = run_prefix(stack, ids)
 
-def sizes(model) -> tuple[int, int]:
-    """(memory of the model's device, of its weights), bytes."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        size = torch.cuda.get_device_properties(device).total_memory
-    elif device.type == "mps":
-        size = torch.mps.recommended_max_memory()
-    else:
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return size, sum(p.numel() * p.element_size() for p in model.parameters())
+    def inputs(self, batch: Sequence[int], empty=None) -> dict:
+        """Arguments of the pass over rows with these numbers.
 
+        empty: the cache that this pass fills where nothing is shared (None: it fills none).
+        """
+        ids, mask = padded([self.rows[i] for i in batch], self.side, self.device)
+        inputs = behind(self.cache, ids, mask)
+        if self.cache is None and empty is not None:
+            inputs |= {cache_argument(): empty, "use_cache": True}
+        return inputs
 
-def in_memory(
-    batches: Sequence[list[int]], run: Callable[[list[int]], Result]
-) -> Iterator[tuple[list[int], Result]]:
-    """(batch, run(batch)) of each; where memory runs out, that batch and all later ones in halves.
+    def run(
+        self,
+        call: Callable[[list[int]], Result],
+        which: Sequence[int],
+        batch_size: int,
+        max_tokens: int = 0,
+        new_tokens: int = 0,
+    ) -> Iterator[tuple[list[int], Result]]:
+        """(batch, call(batch)) of the rows with the numbers `which`, longest first.
 
-    That happens once, with a warning. Raises DCRError when half a batch does not fit either.
-    """
-    waiting, halved = deque(batches), False
-    full: Exception | None
-    while waiting:
-        batch, full = waiting.popleft(), None
-        try:
-            result = run(batch)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            full = error.with_traceback(None)  # lets go of what the failed pass held
-        if full is None:
-            yield batch, result
-            continue
-        if halved or len(batch) == 1:
-            raise DCRError(
-                f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). Lower "
-                "the batch size or max_tokens_per_batch, or free the device of other programs."
-            ) from full
-        halved = True
-        log.warning("memory ran out at %d rows: going on with batches of half the size", len(batch))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        halves = [(b[: (len(b) + 1) // 2], b[(len(b) + 1) // 2 :]) for b in (batch, *waiting)]
-        waiting = deque(half for pair in halves for half in pair if half)
+        max_tokens: of a padded batch, `new_tokens` behind each row counted (0: what fits).
+        """
+        lengths = [len(self.rows[i]) + new_tokens for i in which]
+        bound = max_tokens or tokens_that_fit(self.stack)
+        batches = token_batches(lengths, batch_size, bound)
+        yield from in_memory([[which[i] for i in batch] for batch in batches], call)
+
+    def gather(self, call: Callable[[list[int]], Tensor], batch_size: int) -> Tensor:
+        """`call(batch)` [batch, ...] of all rows in their order, [rows, ...]."""
+        numbers, parts = zip(*self.run(call, range(len(self.rows)), batch_size), strict=True)
+        return torch.cat(parts)[torch.tensor([i for batch in numbers for i in batch]).argsort()]
 
 
 def fitted(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dcr.errors import DCRError
 from dcr.lm.batches import repeated, shared_inputs
+
+Edit = Callable[[Tensor], Tensor]
 
 # Where the decoder blocks stand in the families we test; the resolver tries them in turn.
 LAYER_PATHS = (
@@ -85,6 +87,49 @@ def resolve_layer(layer: int | float, n_layers: int) -> int:
 
 
 @contextlib.contextmanager
+def edited(
+    outputs: Sequence[tuple[nn.Module, Edit]] = (), inputs: Sequence[tuple[nn.Module, Edit]] = ()
+) -> Iterator[None]:
+    """Replace the (first) output or input of modules by `edit(tensor)`, [batch, seq, hidden].
+
+    An edit that returns its tensor only reads. The hooks come off on exit.
+    """
+
+    def at_output(edit: Edit):
+        return lambda _m, _a, out: edit(out) if torch.is_tensor(out) else (edit(out[0]), *out[1:])
+
+    def at_input(edit: Edit):
+        def change(_module, args, kwargs):
+            if args:
+                return (edit(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edit(kwargs["hidden_states"])}
+
+        return change
+
+    with contextlib.ExitStack() as hooks:
+        for module, edit in outputs:
+            hooks.enter_context(module.register_forward_hook(at_output(edit)))
+        for module, edit in inputs:
+            hook = module.register_forward_pre_hook(at_input(edit), with_kwargs=True)
+            hooks.enter_context(hook)
+        yield
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other values of some parameters, in their precision; its own after exit."""
+    held = {name: model.get_parameter(name) for name in values}
+    before = {name: parameter.data for name, parameter in held.items()}
+    try:
+        for name, value in values.items():
+            held[name].data = value
+        yield
+    finally:
+        for name, data in before.items():
+            held[name].data = data
+
+
+@contextlib.contextmanager
 def truncated(model: nn.Module, layer: int, override: str = "") -> Iterator[nn.Module]:
     """The model's decoder stack with only the first `layer` blocks, restored on exit."""
     holder, name = layers_holder(model, override)
@@ -110,15 +155,14 @@ def truncated_forward(
     reach them from every row.
     """
     kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(hidden)
+        return hidden
+
     with truncated(model, layer, override) as stack:
-        last = decoder_layers(model, override)[-1]
-        handle = last.register_forward_hook(
-            lambda _m, _a, out: kept.append(out if torch.is_tensor(out) else out[0])
-        )
-        try:
+        with edited([(decoder_layers(model, override)[-1], keep)]):
             stack(**shared_inputs(stack, input_ids, attention_mask, shared))
-        finally:
-            handle.remove()
     if len(kept) == 1:
         return kept[0]
     return torch.cat([repeated(kept[0], attention_mask), kept[1]], 1)

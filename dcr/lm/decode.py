@@ -9,43 +9,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from dcr.lm.batches import (
-    behind,
-    cache_argument,
-    can_share,
-    common_prefix,
-    in_memory,
-    padded,
-    position_ids,
-    run_prefix,
-    sizes,
-    token_batches,
-    tokens_that_fit,
-)
-from dcr.lm.blocks import decoder_stack
+from dcr.lm.batches import Passes, cache_argument, common_prefix, position_ids
 from dcr.lm.chat import stop_tokens
+from dcr.lm.memory import sizes
 
 
-class Started(Protocol):
-    """Steering of some prompts under way."""
+@dataclass
+class Unsteered:
+    """Steering of some prompts under way; as it stands here, the model as it is.
 
-    tail: int  # last tokens of every prompt that must not be in the shared prefix
-    answers: Mapping[int, str]  # prompts that get this answer and are not decoded
-    prefill: Sequence[Sequence[int]]  # (), or ids behind each prompt that are not in the answer
+    during(rows, first): in force around a forward pass over these prompts (None: the shared
+    prefix); first: the pass reads the prompts, else a generated token of each.
+    """
 
-    def during(self, rows: Sequence[int] | None, first: bool) -> contextlib.AbstractContextManager:
-        """In force around a forward pass over these prompts (None: the shared prefix).
-
-        first: the pass reads the prompts, else a generated token of each.
-        """
+    tail: int = 0  # last tokens of every prompt that must not be in the shared prefix
+    answers: Mapping[int, str] = field(default_factory=dict)  # of prompts that are not decoded
+    prefill: Sequence[Sequence[int]] = ()  # or ids behind each prompt that are not in the answer
+    during: Callable[[Sequence[int] | None, bool], contextlib.AbstractContextManager] = (
+        lambda rows, first: contextlib.nullcontext()
+    )
 
 
 class Steering(Protocol):
@@ -53,20 +43,8 @@ class Steering(Protocol):
 
     settings: dict  # plain values that tell one steering from another
 
-    def start(self, model, tokenizer, prompts: list[str]) -> Started:
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """Steering of these prompts, once before they are decoded."""
-
-
-class Unsteered:
-    """The model as it is."""
-
-    tail = 0
-    answers: Mapping[int, str] = MappingProxyType({})
-    prefill: Sequence[Sequence[int]] = ()
-
-    def during(self, rows: Sequence[int] | None, first: bool) -> contextlib.AbstractContextManager:
-        """Nothing."""
-        return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -97,58 +75,46 @@ class Decoder:
         rows: Sequence[list[int]],
         stops: Sequence[int],
         options: Decoding,
-        started: Started | None = None,
+        started: Unsteered | None = None,
     ) -> None:
         self.model, self.rows, self.stops, self.options = model, rows, set(stops), options
-        self.steering, self.prefix = started or Unsteered(), None
-        self.device, stack = next(model.parameters()).device, decoder_stack(model)
-        shared = common_prefix(rows, keep=max(1, self.steering.tail))
-        if shared and can_share(stack):
-            with torch.no_grad(), self.steering.during(None, True):
-                ids = torch.tensor([rows[0][:shared]], device=self.device)
-                self.prefix, _ = run_prefix(stack, ids)
+        self.steering = started or Unsteered()
+        with self.steering.during(None, True):
+            keep = max(1, self.steering.tail)
+            self.passes = Passes(model, rows, common_prefix(rows, keep=keep))
 
     def batches(
         self, which: Sequence[int], batch_size: int, max_tokens: int = 0
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
         """(numbers of rows, their new token ids) of one batch after the other, longest first."""
-        lengths = [len(self.rows[i]) + self.options.max_new_tokens for i in which]
-        bound = max_tokens or tokens_that_fit(self.model)
-        batches = [[which[i] for i in b] for b in token_batches(lengths, batch_size, bound)]
+        new_tokens = self.options.max_new_tokens
         with packed(self.model):
-            yield from in_memory(batches, self.run)
+            yield from self.passes.run(self.run, which, batch_size, max_tokens, new_tokens)
 
     @torch.no_grad()
     def run(self, batch: Sequence[int]) -> list[list[int]]:
         """New token ids of each row, the stop token included."""
-        ids, mask = padded([self.rows[i] for i in batch], "left", self.device)
-        inputs = behind(self.prefix, ids, mask)
-        if self.prefix is None:
-            from transformers import DynamicCache
-
-            config = self.model.config.get_text_config()
-            inputs |= {cache_argument(): DynamicCache(config=config), "use_cache": True}
-        state = State(list(batch), mask, inputs[cache_argument()], [self._chance(i) for i in batch])
-        active = list(range(len(batch)))
-        out: list[list[int]] = [[] for _ in batch]
+        inputs = self.passes.inputs(batch, DynamicCache(config=self.model.config.get_text_config()))
+        mask, cache = inputs["attention_mask"], inputs[cache_argument()]
+        state = State(list(batch), mask, cache, [self._chance(i) for i in batch])
+        out: dict[int, list[int]] = {i: [] for i in batch}
         for step in range(self.options.max_new_tokens):
             with self.steering.during(state.rows, step == 0):
                 logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # [rows, vocabulary]
             tokens = self._choose(logits, state)
             chosen = tokens.tolist()
-            for row, token in zip(active, chosen, strict=True):
+            for row, token in zip(state.rows, chosen, strict=True):
                 out[row].append(token)
             alive = [i for i, token in enumerate(chosen) if token not in self.stops]
             if not alive:
                 break
-            active = [active[i] for i in alive]
             inputs = self._advance(state, tokens, alive)
-        return out
+        return list(out.values())
 
     def _advance(self, state: State, tokens: Tensor, alive: list[int]) -> dict:
         """Arguments of the pass over the chosen tokens; rows that have stopped leave the batch."""
         if len(alive) < len(tokens):
-            keep = torch.tensor(alive, device=self.device)
+            keep = torch.tensor(alive, device=tokens.device)
             state.cache.batch_select_indices(keep)
             state.mask, tokens = state.mask[keep], tokens[keep]
             state.rows = [state.rows[i] for i in alive]
@@ -209,9 +175,7 @@ def decode(
 ) -> list[list[int]]:
     """Greedy new token ids behind each row of token ids, in the rows' order, stop included."""
     decoder = Decoder(model, rows, stop_tokens(model, tokenizer), Decoding(max_new_tokens))
-    out = dict(
-        pair
-        for batch, outputs in decoder.batches(range(len(rows)), batch_size)
-        for pair in zip(batch, outputs, strict=True)
-    )
+    out: dict[int, list[int]] = {}
+    for batch, outputs in decoder.batches(range(len(rows)), batch_size):
+        out |= zip(batch, outputs, strict=True)
     return [out[i] for i in range(len(rows))]

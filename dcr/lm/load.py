@@ -16,6 +16,7 @@ from torch import nn
 from dcr.data.files import sha256_of
 from dcr.errors import DCRError
 from dcr.lm import embedded
+from dcr.lm.blocks import replaced
 from dcr.lm.chat import ALPACA_TEMPLATE, stop_tokens
 
 log = logging.getLogger("dcr")
@@ -261,11 +262,10 @@ def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
     Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
     """
     dtype = DTYPES[precision]
-    held = [(p, p.data) for p in model.parameters() if p.is_floating_point() and p.dtype != dtype]
-    try:
-        for parameter, data in held:
-            parameter.data = data.to(dtype)
+    values = {
+        name: parameter.data.to(dtype)
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype
+    }
+    with replaced(model, values):
         yield model
-    finally:
-        for parameter, data in held:
-            parameter.data = data

@@ -5,9 +5,8 @@ Pooling happens inside the hooks, so memory holds one batch's full states at a t
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,20 +18,12 @@ from tqdm.auto import tqdm
 from dcr.data.files import content_key
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
-from dcr.lm.batches import (
-    behind,
-    can_share,
-    common_prefix,
-    fitted,
-    in_memory,
-    named,
-    padded,
-    run_prefix,
-    token_batches,
-    tokens_that_fit,
-)
-from dcr.lm.blocks import fingerprint, layers_holder, pool
+from dcr.lm.batches import Passes, common_prefix, fitted, named
+from dcr.lm.blocks import decoder_layers, decoder_stack, edited, fingerprint, pool
 from dcr.lm.chat import encode_prompts
+
+Place = tuple[int, int | None]  # start and stop of a slice of a row's tokens
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -79,42 +70,22 @@ def hidden_states(  # noqa: PLR0913
     prompts = prompts_of(prompts)
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
     rows = fitted(model, rows, prompts, max_length, truncate=truncate)
-    stack, name = layers_holder(model, layers_path)
-    size = model.config.get_text_config().hidden_size
-    shape = (len(getattr(stack, name)) + 1, len(rows), size)
+    stack, blocks = decoder_stack(model, layers_path), decoder_layers(model, layers_path)
+    shape = (len(blocks) + 1, len(rows), model.config.get_text_config().hidden_size)
     key = content_key([rows, pooling, fingerprint(model, tokenizer)]) if out else ""
     values, done = _buffers(out, shape, key)
-    device = next(model.parameters()).device
-    shared = common_prefix(rows) if can_share(stack) else 0
-    lengths = [len(r) for r in rows]
-    sorted_rows = token_batches(lengths, batch_size, max_tokens_per_batch or tokens_that_fit(model))
-    waiting = [b for b in sorted_rows if not done[b].all()]
-    with _watched(getattr(stack, name)) as seen:
-        cache, head = None, np.zeros(1)
-        if shared and waiting:
-            ids = torch.tensor([rows[0][:shared]], device=device)
-            seen.begin(torch.ones_like(ids), "mean")
-            cache, output = run_prefix(stack, ids)
-            head = seen.end(output.last_hidden_state)  # [layers + 1, 1, hidden]
+    # Padded on the right, so that the shared tokens are the first columns of every row.
+    passes = Passes(stack, rows, common_prefix(rows) if pooling == "last" else 0, "right")
 
-        def states_of(batch: Sequence[int]) -> np.ndarray:
-            # Padded on the right, so that the shared tokens are the first columns of every row.
-            ids, mask = padded([rows[i] for i in batch], "right", device)
-            seen.begin(mask[:, shared:], pooling)
-            block = seen.end(stack(**behind(cache, ids, mask)).last_hidden_state)
-            if pooling == "mean" and shared:
-                own = mask[:, shared:].sum(1).cpu().numpy()[:, None]  # [batch, 1]
-                block = (head * shared + block * own) / (shared + own)
-            return block
+    def read(batch: list[int]) -> np.ndarray:
+        inputs = passes.inputs(batch)
+        mask = inputs["attention_mask"][:, passes.shared :]
+        kept = _read(stack, blocks, inputs, lambda hidden: pool(hidden, mask, pooling))
+        return torch.stack([*kept[:-2], kept[-1]]).cpu().numpy()  # [layers + 1, batch, hidden]
 
-        bar = tqdm(
-            total=len(rows),
-            initial=int(done.sum()),
-            unit="prompt",
-            leave=False,
-            desc="hidden states",
-        )
-        for batch, block in in_memory(waiting, states_of):
+    waiting = np.flatnonzero(~done).tolist()
+    with tqdm(total=len(waiting), unit="prompt", leave=False, desc="hidden states") as bar:
+        for batch, block in passes.run(read, waiting, batch_size, max_tokens_per_batch):
             bad = ~np.isfinite(block).all(axis=(0, 2))
             if bad.any():
                 where = f"are kept in {out}" if out else "are lost without `out`"
@@ -126,42 +97,66 @@ def hidden_states(  # noqa: PLR0913
             values[:, batch] = block
             done[batch] = True
             bar.update(len(batch))
-        bar.close()
     return HiddenStates(values, pooling)
 
 
-class _Seen:
-    """Pooled states of one forward pass, [batch, hidden] a layer, as the blocks hand them on."""
+@torch.no_grad()
+def residuals(
+    model, rows: Sequence[Sequence[int]], places: Sequence[Place], layers_path: str = ""
+) -> Tensor:
+    """[layers + 1, n, places, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ.
 
-    def begin(self, mask: Tensor, pooling: str) -> None:
-        self.mask, self.pooling = mask, pooling
-        self.kept: list[Tensor] = []
+    The last one is before the final norm. places: slices of a row's tokens, each averaged; (-1,
+    None) is the last token.
+    """
+    stack, blocks = decoder_stack(model, layers_path), decoder_layers(model, layers_path)
+    starts = [start for start, _ in places]
+    shared = common_prefix(rows, keep=max(1, -min(starts)))
+    passes = Passes(stack, rows, min([shared, *(start for start in starts if start >= 0)]))
 
-    def keep(self, hidden) -> None:
-        hidden = hidden if torch.is_tensor(hidden) else hidden[0]
-        self.kept.append(pool(hidden, self.mask, self.pooling).float())
+    def read(batch: list[int]) -> Tensor:
+        inputs = passes.inputs(batch)
+        lengths = inputs["position_ids"][:, -1] + 1
+        kept = _read(stack, blocks, inputs, lambda hidden: _averaged(hidden, lengths, places))
+        return torch.stack(kept[:-1], 1).cpu()  # [batch, layers + 1, places, hidden]
 
-    def end(self, final: Tensor) -> np.ndarray:
-        self.keep(final)
-        return torch.stack(self.kept).cpu().numpy()
+    return passes.gather(read, BATCH).transpose(0, 1)
 
 
-@contextlib.contextmanager
-def _watched(blocks: nn.ModuleList) -> Iterator[_Seen]:
-    """Keep what enters the first block and leaves each but the last (the final norm follows it)."""
-    seen = _Seen()
-    hooks = [
-        blocks[0].register_forward_pre_hook(
-            lambda _m, args, kwargs: seen.keep(args[0] if args else kwargs["hidden_states"]),
-            with_kwargs=True,
-        )
-    ]
-    hooks += [b.register_forward_hook(lambda _m, _a, out: seen.keep(out)) for b in blocks[:-1]]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+@torch.no_grad()
+def last_logits(model, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[n, vocabulary] fp32 logits of the first answer token."""
+    passes = Passes(model, rows, common_prefix(rows))
+    return passes.gather(
+        lambda batch: model(**passes.inputs(batch), logits_to_keep=1).logits[:, -1].float(), BATCH
+    )
+
+
+def _read(
+    stack: nn.Module, blocks: nn.ModuleList, inputs: dict, pooled: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """`pooled` of what enters the first block, of what each puts out, and of the stack's output."""
+    kept: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        kept.append(pooled(hidden).float())
+        return hidden
+
+    with edited([(block, keep) for block in blocks], [(blocks[0], keep)]):
+        keep(stack(**inputs).last_hidden_state)
+    return kept
+
+
+def _averaged(x: Tensor, lengths: Tensor, places: Sequence[Place]) -> Tensor:
+    """[batch, seq, hidden], padded on the left → [batch, places, hidden]; lengths [batch]."""
+    token = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths[:, None])
+    means = []
+    for start, stop in places:
+        first = start if start >= 0 else lengths[:, None] + start
+        end = lengths[:, None] + (stop or 0)
+        own = ((token >= first) & (token < end)).unsqueeze(-1)  # [batch, seq, 1]
+        means.append((x * own).sum(1) / own.sum(1).clamp(min=1))
+    return torch.stack(means, 1)
 
 
 def _buffers(

@@ -255,7 +255,6 @@ class Training:
                 tables,
                 validation,
                 recipe.steering,
-                base=self.base(),
                 seed=self.seed,
                 layers_path=recipe.model.layers_path,
             )

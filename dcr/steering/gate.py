@@ -22,8 +22,8 @@ from dcr.errors import DCRError
 from dcr.lm.blocks import truncated
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
-from dcr.lm.states import HiddenStates
-from dcr.steering.hooks import Fit, Material, Place, Steering, residuals, template_ends
+from dcr.lm.states import HiddenStates, Place, residuals
+from dcr.steering.hooks import Fit, Material, Steering, template_ends
 
 REFUSAL = "I'm sorry, but I can't help with that."
 FORMS = ("question", "imperative")
@@ -85,7 +85,7 @@ class Gate(Deciding):
         states = on.residuals(on.rows("pairs"), list(places.values()))
         found = []
         for i, place in enumerate(places):
-            values = np.pad(states[:, :, i].numpy(), ((1, 0), (0, 0), (0, 0)))  # no embeddings
+            values = states[:, :, i].numpy()
             layer, table = best_layer(HiddenStates(values, place), prompts)
             auroc, loss = table.loc[table["layer"] == layer, ["auroc", "log_loss"]].to_numpy()[0]
             found.append((-float(auroc), float(loss), place, layer, values[layer]))
@@ -101,8 +101,8 @@ class Gate(Deciding):
             "prompts": len(prompts),
         }
         tensors = {
-            "weight": torch.tensor(probe.weight, dtype=torch.float32),
-            "bias": torch.tensor(probe.bias, dtype=torch.float32),
+            name: torch.tensor(getattr(probe, name), dtype=torch.float32)
+            for name in ("weight", "bias")
         }
         gate = cls(facts, tensors, layers_path=on.layers_path)
         scores = gate.score(on.model, on.tokenizer, on.validation["text"].tolist())
@@ -113,21 +113,20 @@ class Gate(Deciding):
         rows = encode_prompts(tokenizer, list(prompts))
         layer, place, path = self.facts["layer"], tuple(self.facts["tokens"]), self.layers_path
         with truncated(model, layer, path):
-            states = residuals(model, rows, [place], layers=[layer - 1], layers_path=path)[0, :, 0]
+            states = residuals(model, rows, [place], path)[layer, :, 0]
         return (states.double() @ self.tensors["weight"].double() + self.tensors["bias"]).numpy()
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """The plain refusal for each prompt that the probe refuses."""
-        started, refused = Unsteered(), self.refuses(model, tokenizer, prompts)
-        started.answers = {int(i): self.facts["refusal"] for i in np.flatnonzero(refused)}
-        return started
+        refused = np.flatnonzero(self.refuses(model, tokenizer, prompts)).tolist()
+        return Unsteered(answers=dict.fromkeys(refused, self.facts["refusal"]))
 
 
 def check_sources(prompts: pd.DataFrame) -> None:
     """Raise DCRError where a source has one class or one form only: a fit would read that."""
     for source, rows in prompts.groupby("source"):
-        for column, wanted in (("label", 2), ("form", 2)):
-            if rows[column].nunique() < wanted:
+        for column in ("label", "form"):
+            if rows[column].nunique() < 2:
                 raise DCRError(
                     f"source {source!r} holds {column} {rows[column].iloc[0]!r} only: what is "
                     "fitted on it reads the source or the form, not harm; take both."
@@ -145,22 +144,29 @@ def cells(prompts: pd.DataFrame) -> pd.Series:
 
 
 def nominal(prompts: pd.DataFrame, scores: np.ndarray, options: SteeringConfig) -> dict:
-    """The nominal threshold: it refuses the target share of toxic validation prompts; and what else
-    it refuses. Raises DCRError without toxic questions or imperatives."""
-    target, weights = options.target, cells(prompts).to_numpy()
-    toxic = (prompts["label"] == "toxic").to_numpy() & (weights > 0)
+    """The threshold that refuses the target share of toxic validation prompts, and what else it
+    refuses.
+
+    Raises DCRError without toxic questions or imperatives.
+    """
+    weights = cells(prompts).to_numpy()
+    toxic, harmless = (
+        (prompts["label"] == label).to_numpy() & (weights > 0)
+        for label in ("toxic", "seemingly_toxic")
+    )
     if not toxic.any():
         raise DCRError("no toxic validation prompts to set a threshold on; see data.validation.")
     order = np.argsort(-scores[toxic], kind="stable")
     reached = np.cumsum(weights[toxic][order])
-    threshold = float(scores[toxic][order][int((reached < target - 1e-9).sum())])
-    harmless = ~toxic & (prompts["label"] == "seemingly_toxic").to_numpy() & (weights > 0)
-    refused = float((weights * (scores >= threshold))[harmless].sum()) if harmless.any() else None
+    threshold = float(scores[toxic][order][int((reached < options.target - 1e-9).sum())])
+    known = harmless.any()
     return {
         "threshold": threshold,
-        "target": target,
-        "validation_auroc": balanced_auroc(prompts, scores) if harmless.any() else None,
-        "validation_refused": refused,
+        "target": options.target,
+        "validation_auroc": balanced_auroc(prompts, scores) if known else None,
+        "validation_refused": float(weights[harmless & (scores >= threshold)].sum())
+        if known
+        else None,
     }
 
 
@@ -170,17 +176,16 @@ def balanced_auroc(prompts: pd.DataFrame, scores: np.ndarray) -> float:
     Raises DCRError where no cell has both classes.
     """
     name = "benchmark" if "benchmark" in prompts else "source"
-    weights, form, label = cells(prompts).to_numpy(), prompts["form"], prompts["label"]
+    rows = prompts.assign(score=scores, weight=cells(prompts).to_numpy())
+    rows = rows[rows["form"].isin(FORMS)]
+    toxic = rows[rows["label"] == "toxic"]
+    harmless = rows[rows["label"] == "seemingly_toxic"]
     found = []
-    for a in FORMS:
-        toxic = ((label == "toxic") & (form == a)).to_numpy()
-        for (_, _), rows in prompts[label == "seemingly_toxic"].groupby([name, "form"]):
-            if not toxic.any() or rows["form"].iloc[0] not in FORMS:
-                continue
-            chosen = toxic | prompts.index.isin(rows.index)
-            found.append(
-                roc_auc_score(toxic[chosen], scores[chosen], sample_weight=weights[chosen])
-            )
+    for _, positive in toxic.groupby("form"):
+        for _, negative in harmless.groupby([name, "form"]):
+            both = pd.concat([positive, negative])
+            truth = both["label"] == "toxic"
+            found.append(roc_auc_score(truth, both["score"], sample_weight=both["weight"]))
     if not found:
         raise DCRError("AUROC: no toxic and seemingly toxic questions or imperatives to compare.")
     return float(np.mean(found))

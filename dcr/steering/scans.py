@@ -21,7 +21,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from dcr.errors import DCRError
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
-from dcr.steering.hooks import Fit, Material, Steering, residuals, shifted, template_ends
+from dcr.lm.states import residuals
+from dcr.steering.hooks import Fit, Material, Steering, shifted, template_ends
 
 # Published for 32 blocks: steer at 10..19, judge by 10..31; other depths in proportion.
 STEERED = (10 / 32, 20 / 32)
@@ -41,7 +42,7 @@ class Scans(Steering):
         sides = [on.anchors[role]["text"].tolist() for role in cls.ANCHORS]
         if not all(sides):
             raise DCRError(f"SCANS: {len(sides[0])} harmful and {len(sides[1])} harmless anchors.")
-        means = [on.residuals(on.rows(r), [(-1, None)])[:, :, 0].mean(1) for r in cls.ANCHORS]
+        means = [on.residuals(on.rows(r), [(-1, None)])[1:, :, 0].mean(1) for r in cls.ANCHORS]
         facts = {"alpha": on.options.scans_alpha, "tail": template_ends(on.tokenizer)[1]}
         judge = cls(facts, {}, layers_path=on.layers_path)
         moved = judge.transitions(on.model, on.tokenizer, sides[0]).mean(1)
@@ -66,7 +67,7 @@ class Scans(Steering):
         rows = [row + sure for row in encode_prompts(tokenizer, prompts)]
         end = self.facts["tail"] + len(sure)
         places = [(-end, 1 - end or None), (-1, None)]
-        hidden = residuals(model, rows, places, layers_path=self.layers_path)
+        hidden = residuals(model, rows, places, self.layers_path)[1:]
         return hidden[:, :, 0] - hidden[:, :, 1]
 
     def harmfulness(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
@@ -83,22 +84,16 @@ class Scans(Steering):
         """Each prompt judged, and shifted by its own sign."""
         harmful = self.harmfulness(model, tokenizer, prompts) >= self.facts["threshold"]
         amounts = torch.tensor(np.where(harmful, 1.0, -1.0)) * self.facts["alpha"] * self.strength
-        return _Shifting(self, model, amounts)
+        tail = self.facts["tail"]
 
+        def during(rows: Sequence[int] | None, first: bool) -> contextlib.AbstractContextManager:
+            if rows is None:  # the shared prefix is never steered
+                return contextlib.nullcontext()
+            own = amounts[list(rows), None]
+            shifts = {i: own * self.tensors["vectors"][i] for i in self.steered}  # [batch, hidden]
+            return shifted(model, shifts, tail if first else 0, self.layers_path)
 
-class _Shifting(Unsteered):
-    def __init__(self, steering: Scans, model, amounts: Tensor) -> None:
-        self.steering, self.model, self.amounts = steering, model, amounts
-        self.tail = steering.facts["tail"]  # the shared prefix is never steered
-
-    def during(
-        self, rows: Sequence[int] | None, first: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        if rows is None:
-            return contextlib.nullcontext()
-        amounts, s = self.amounts[list(rows), None], self.steering
-        shifts = {i: amounts * s.tensors["vectors"][i] for i in s.steered}  # [batch, hidden]
-        return shifted(self.model, shifts, self.tail if first else 0, s.layers_path)
+        return Unsteered(tail=tail, during=during)
 
 
 def choose_threshold(scores: np.ndarray, harmful: np.ndarray) -> dict:

@@ -8,7 +8,6 @@ moves harmless first-token distributions by at most 0.2 nats.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,15 +21,8 @@ from tqdm.auto import tqdm
 from dcr.analysis.refusal import opening_tokens
 from dcr.errors import DCRError
 from dcr.lm.decode import Unsteered
-from dcr.steering.hooks import (
-    Fit,
-    Material,
-    Steering,
-    ablated,
-    last_logits,
-    last_tokens,
-    template_ends,
-)
+from dcr.lm.states import Place, last_logits
+from dcr.steering.hooks import Fit, Material, Steering, ablated, template_ends
 
 log = logging.getLogger("dcr")
 MAX_KL, KEPT_DEPTH, LEAST = 0.2, 0.8, 4
@@ -39,8 +31,10 @@ HELD = 8  # prompts a class on which directions are compared: each costs a forwa
 
 @dataclass(frozen=True)
 class Surgical(Steering):
-    """facts: layer (block, from 0, whose input was read), position (−1 the last prompt token), and
-    what was measured to choose them; tensors: direction [hidden], unit."""
+    """facts: layer (block, from 0, whose input was read), position (−1 the last prompt token).
+
+    Beside them what was measured to choose them; tensors: direction [hidden], unit.
+    """
 
     ANCHORS = ("harmful", "pseudo", "harmless")
     SEEDED = True
@@ -66,8 +60,8 @@ class Surgical(Steering):
             agree = int((odds > 0).sum())
             used = odds.argsort(descending=True)[: max(agree, min(LEAST, cut))].tolist()
             kept[role] = {"of": cut, "agree": agree, "used": len(used)}
-            states = on.residuals([every[i] for i in used], last_tokens(tail), at="input")
-            means[role] = states.mean(1)  # [layers, tail, hidden]
+            states = on.residuals([every[i] for i in used], last_tokens(tail))
+            means[role] = states[:-1].mean(1)  # at the blocks' inputs, [layers, tail, hidden]
         toxic, pseudo = (means[role] - means["harmless"] for role in ("harmful", "pseudo"))
         candidates = orthogonal(pseudo, toxic, on.options.surgical_lambda)
         before = float(token_odds(last_logits(on.model, held["pseudo"]), tokens).mean())
@@ -91,30 +85,28 @@ class Surgical(Steering):
                 f"than {MAX_KL} nats (least {min(t[3] for t in tried):.2f}); none can be cut out."
             )
         score, layer, position, kl = min(allowed)
-        facts: dict = {
+        facts = {
             "layer": layer,
             "position": position,
             "refusal_score": score,
             "before": before,
+            "kl": kl,
+            "kept": kept,
+            "candidates": len(tried),
+            "allowed": len(allowed),
         }
-        facts |= {"kl": kl, "kept": kept, "candidates": len(tried), "allowed": len(allowed)}
         log.info("surgical: %s", facts)
         return facts, {"direction": candidates[layer, position]}
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """Ablation everywhere, the shared prefix included."""
-        return _Ablating(self, model)
+        cut = self.tensors["direction"], self.strength, self.layers_path
+        return Unsteered(during=lambda rows, first: ablated(model, *cut))
 
 
-class _Ablating(Unsteered):
-    def __init__(self, steering: Surgical, model) -> None:
-        self.steering, self.model = steering, model
-
-    def during(
-        self, rows: Sequence[int] | None, first: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        s = self.steering
-        return ablated(self.model, s.tensors["direction"], s.strength, s.layers_path)
+def last_tokens(n: int) -> list[Place]:
+    """The last n tokens, each a place of its own."""
+    return [(-i, 1 - i or None) for i in range(n, 0, -1)]
 
 
 def token_odds(logits: Tensor, tokens: Sequence[int]) -> Tensor:

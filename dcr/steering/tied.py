@@ -9,10 +9,9 @@ forms; strength and blocks from validation prompts; repeated while validation im
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from dcr.analysis.probes import fit_probe, is_toxic
 from dcr.analysis.refusal import refusal_score
-from dcr.lm.blocks import decoder_layers, is_linear
+from dcr.lm.blocks import decoder_layers, is_linear, replaced
 from dcr.steering.gate import balanced_auroc, check_sources
 from dcr.steering.hooks import FEED_FORWARD, Fit, Material, Steering, part_of
 
@@ -59,7 +58,7 @@ class Tied(Steering):
         for _ in range(on.options.tied_iterations):
             with replaced(on.model, kept):
                 refusing = refusal_score(on.model, on.tokenizer, texts)
-                states = on.residuals(rows, [(-1, None)])[:, :, 0]
+                states = on.residuals(rows, [(-1, None)])[1:, :, 0]
                 answered = (refusing < np.median(refusing)).astype(int)
                 tried = []
                 for start, strength in itertools.product(STARTS, STRENGTHS):
@@ -100,10 +99,9 @@ def tied(
         ratio = float((states[i] @ a).std() / (states[i] @ b).std())
         module: Any = down_projection(layers[i])
         for parameter in filter(lambda p: p is not None, (module.weight, module.bias)):
-            stored = (
-                type(module).__name__ == "Conv1D" or parameter.dim() == 1
-            )  # [in, out], or [out]
-            whole = parameter.detach().float() if stored else parameter.detach().float().T
+            stored = type(module).__name__ == "Conv1D" or parameter.dim() == 1
+            whole = parameter.detach().float()
+            whole = whole if stored else whole.T  # [in, out], or [out] of a bias
             va, vb = a.to(whole), b.to(whole)
             moved = ratio * (whole @ vb) - whole @ va  # [in], or one number for a bias
             edit = whole + strength * moved.unsqueeze(-1) * va
@@ -114,19 +112,3 @@ def tied(
 def down_projection(block: nn.Module) -> nn.Module:
     """The last linear layer of a block's MLP. Raises DCRError for a block whose MLP is unknown."""
     return [m for m in part_of(block, FEED_FORWARD).modules() if is_linear(m)][-1]
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """The model with some parameters replaced, until exit."""
-    parameters = dict(model.named_parameters())
-    before = {n: parameters[n].detach().clone() for n in values}
-    try:
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in before.items():
-                parameters[name].copy_(value)

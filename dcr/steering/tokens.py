@@ -15,8 +15,9 @@ import pandas as pd
 
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
+from dcr.lm.states import last_logits
 from dcr.steering.gate import Deciding, Gate, balanced_auroc, nominal
-from dcr.steering.hooks import Fit, Material, last_logits
+from dcr.steering.hooks import Fit, Material
 from dcr.train.examples import decision_tokens
 
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tried on validation
@@ -46,10 +47,8 @@ class DecisionToken(Deciding):
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """The decided word behind each prompt."""
-        words, started = decision_tokens(tokenizer), Unsteered()
-        refused = self.refuses(model, tokenizer, prompts)
-        started.prefill = [[words.refuse if r else words.comply] for r in refused]
-        return started
+        words, refused = decision_tokens(tokenizer), self.refuses(model, tokenizer, prompts)
+        return Unsteered(prefill=[[words.refuse if r else words.comply] for r in refused])
 
 
 def fit_combination(prompts: pd.DataFrame, scores: pd.DataFrame) -> dict:

@@ -35,8 +35,8 @@ from transformers.trainer_utils import sort_checkpoints
 
 from dcr.data.files import Peak, append_jsonl, content_key, measured_peak, read_jsonl, write_atomic
 from dcr.errors import DCRError
-from dcr.lm.batches import out_of_memory, tokens_that_fit
 from dcr.lm.load import autocast
+from dcr.lm.memory import out_of_memory, tokens_that_fit
 from dcr.train.adapters import load_trained_state, trained_state
 
 log = logging.getLogger("dcr")

@@ -1,0 +1,91 @@
+"""What fits into a device's memory at once, and what to do where it did not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from dcr.errors import DCRError
+
+log = logging.getLogger("dcr")
+Result = TypeVar("Result")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had no room, also where cuDNN or cuBLAS say so as an internal error."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    hints = ("mha_graph.execute", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or should_reduce_batch_size(error)
+        or any(hint in str(error) for hint in hints)
+    )
+
+
+def tokens_that_fit(model, *, training: bool = False, checkpointing: bool = False) -> int:
+    """Tokens of a batch whose activations take a third of what the device holds beside the weights.
+
+    By the device's size and not by what is free at the moment, so that two runs cut alike. In
+    training a block keeps about 20 hidden and 6 feed-forward values a token (4 bytes each; after
+    Korthikanti et al. 2022, section 4), with `checkpointing` its input and one block's at a time;
+    without gradients one block's and the keys and values.
+    """
+    config = model.config.get_text_config()
+    hidden, blocks = config.hidden_size, config.num_hidden_layers
+    block = 20 * hidden + 6 * (getattr(config, "intermediate_size", None) or 4 * hidden)
+    values = blocks * block if training and not checkpointing else block + 2 * blocks * hidden
+    size, weights = sizes(model)
+    return max(256, int((size - weights) / 3 / (4 * values)))
+
+
+def sizes(model) -> tuple[int, int]:
+    """(memory of the model's device, of its weights), bytes."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "mps":
+        size = torch.mps.recommended_max_memory()
+    else:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return size, sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def in_memory(
+    batches: Sequence[list[int]], run: Callable[[list[int]], Result]
+) -> Iterator[tuple[list[int], Result]]:
+    """(batch, run(batch)) of each; where memory runs out, that batch and all later ones in halves.
+
+    That happens once, with a warning. Raises DCRError when half a batch does not fit either.
+    """
+    waiting, halved = deque(batches), False
+    full: Exception | None
+    while waiting:
+        batch, full = waiting.popleft(), None
+        try:
+            result = run(batch)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            full = error.with_traceback(None)  # lets go of what the failed pass held
+        if full is None:
+            yield batch, result
+            continue
+        if halved or len(batch) == 1:
+            raise DCRError(
+                f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). Lower "
+                "the batch size or max_tokens_per_batch, or free the device of other programs."
+            ) from full
+        halved = True
+        log.warning("memory ran out at %d rows: going on with batches of half the size", len(batch))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halves = [(b[: (len(b) + 1) // 2], b[(len(b) + 1) // 2 :]) for b in (batch, *waiting)]
+        waiting = deque(half for pair in halves for half in pair if half)
