@@ -80,7 +80,7 @@ def by_phrase(model, tokenizer, prompts, openings, batch_size=16) -> np.ndarray:
 
 def main() -> None:
     """All sides in turns; ratios of medians; how far what is unread moves the score."""
-    from dcr.analysis import refusal
+    from dcr.analysis import refusal, tree
     from dcr.data.sources import load_bundled
     from dcr.lm.load import load
     from dcr.lm.states import hidden_states
@@ -109,7 +109,7 @@ def main() -> None:
             seconds[name].append((time.process_time() - start) / len(part))
     seconds = {name: times[1:] for name, times in seconds.items()}
     close = sides["packed tree"](parts[0])
-    refusal.TOLERANCE, refusal.MARKED = 0.0, 1e-30
+    tree.TOLERANCE, refusal.MARKED = 0.0, 1e-30
     unread = np.abs(sides["packed tree"](parts[0]) - close)
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     result = {

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import FAMILIES, make_model, make_tokenizer
 
-from dcr.analysis import refusal
+from dcr.analysis import tree
 from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import opening_tokens, refusal_probability
 from dcr.config import AlignConfig, RefineConfig
@@ -83,7 +83,7 @@ def test_a_family_goes_through_the_whole_kit(family, monkeypatch):
 
     openings = ["sorry", "i cannot", "i can't help"]
     phrases = opening_tokens(tokenizer, openings)
-    monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(tree, "TOLERANCE", 0.0)
     ours = refusal_probability(aligned, tokenizer, prompts, openings=openings)
     for i, row in enumerate(rows):
         total = 0.0

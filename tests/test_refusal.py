@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.analysis import refusal
+from dcr.analysis import refusal, tree
 from dcr.analysis.refusal import (
     REFUSAL_OPENINGS,
     opening_tokens,
@@ -19,6 +19,7 @@ from dcr.analysis.refusal import (
     typographies,
 )
 from dcr.errors import DCRError
+from dcr.lm import batches
 from dcr.lm.chat import encode_prompts
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i", "can't help me", "i can't do that")
@@ -53,7 +54,7 @@ def enumerated(model, tokenizer, prompts, openings) -> np.ndarray:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equals_enumeration(family, attention, openings, tiny_tokenizer, prompts, monkeypatch):
     """With and without a shared beginning, in mixed lengths, windows shorter than prompts."""
-    monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(tree, "TOLERANCE", 0.0)
     monkeypatch.setattr(refusal, "MARKED", 1e-30)
     model = make_model(family, window=6)
     model.set_attn_implementation(attention)
@@ -72,15 +73,15 @@ def test_what_goes_unread_stays_within_the_tolerance(
     with torch.no_grad():
         model.lm_head.weight.mul_(60.0)
     read = []
-    packed = refusal._Packed.read
+    packed = tree.Packed.read
     monkeypatch.setattr(
-        refusal._Packed,
+        tree.Packed,
         "read",
         lambda s, reading: read.append(sum(map(len, reading.values()))) or packed(s, reading),
     )
     close = refusal_score(model, tiny_tokenizer, prompts)
     some = sum(read)
-    monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(tree, "TOLERANCE", 0.0)
     monkeypatch.setattr(refusal, "MARKED", 1e-30)
     exact = refusal_score(model, tiny_tokenizer, prompts)
     assert some < (sum(read) - some) / 2
@@ -137,7 +138,7 @@ def byte_tokenizer(tiny_tokenizer):
 def test_every_typography_counts_and_extreme_odds_stay_finite(
     answer, odds, byte_tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(refusal, "tokens_that_fit", lambda _model: 10_000)
+    monkeypatch.setattr(batches, "tokens_that_fit", lambda _model: 10_000)
     model = Fixed(byte_tokenizer(answer)["input_ids"], odds, len(byte_tokenizer))
     score = refusal_score(model, byte_tokenizer, ["how ?", "why not ?"])
     np.testing.assert_allclose(score, odds, atol=0.05)
@@ -146,7 +147,7 @@ def test_every_typography_counts_and_extreme_odds_stay_finite(
 
 
 def test_an_unlikely_refusal_keeps_its_odds(byte_tokenizer, monkeypatch):
-    monkeypatch.setattr(refusal, "tokens_that_fit", lambda _model: 10_000)
+    monkeypatch.setattr(batches, "tokens_that_fit", lambda _model: 10_000)
     model = Fixed(byte_tokenizer("I'm sorry, but")["input_ids"], -30.0, len(byte_tokenizer))
     np.testing.assert_allclose(refusal_score(model, byte_tokenizer, ["how ?"]), -30.0, atol=0.05)
 

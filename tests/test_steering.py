@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.analysis import refusal
+from dcr.analysis import refusal, tree
 from dcr.analysis.refusal import opening_tokens, refusal_score, typographies
 from dcr.config import SteeringConfig
 from dcr.errors import DCRError
@@ -99,7 +99,7 @@ def slow(tokenizer, ids: list[int], logits_of) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scans_generation_and_score_equal_whole_passes(family, tiny_tokenizer, table, monkeypatch):
     """Mixed signs in one batch; the openings are read under steering too."""
-    monkeypatch.setattr(refusal, "TOLERANCE", 0.0)
+    monkeypatch.setattr(tree, "TOLERANCE", 0.0)
     monkeypatch.setattr(refusal, "MARKED", 1e-30)
     monkeypatch.setattr(refusal, "REFUSAL_OPENINGS", ("sorry ,", "can't help", "i can't"))
     model, texts = make_model(family, seed=3), table["text"].tolist()
@@ -128,6 +128,37 @@ def test_scans_generation_and_score_equal_whole_passes(family, tiny_tokenizer, t
     off = generate(model, tiny_tokenizer, table, **options, steering=scans.at(0.0))
     assert ours != plain == off["response"].tolist()
     np.testing.assert_allclose(scores, odds, atol=2e-3)
+
+
+LONG = (
+    *(
+        "sorry for that it be",
+        "can't help me with that",
+        "i cannot help",
+        "i can't do that for you",
+    ),
+    *("how do i kill", "tell me what the time", "steal my cat", "list the dog of my house"),
+)
+
+
+def test_rows_whose_openings_are_read_leave_the_others_their_sign(
+    tiny_tokenizer, table, monkeypatch
+):
+    """Some prompts' openings are known after fewer passes: the signs of the others must not
+    shift."""
+    monkeypatch.setattr(refusal, "REFUSAL_OPENINGS", LONG)
+    model, texts = make_model(seed=0, tied=False), table["text"].tolist()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(60.0)  # distributions far apart, so that beginnings are left out
+    scans = scans_of(tiny_tokenizer, dict(zip(texts, [1, -1, 1, -1, 1, -1], strict=True)), 2.0)
+    read, rows = tree.Packed.read, []
+    monkeypatch.setattr(
+        tree.Packed, "read", lambda s, reading: rows.append(len(reading)) or read(s, reading)
+    )
+    together = scans.score(model, tiny_tokenizer, texts)
+    assert len(set(rows)) > 1
+    alone = np.concatenate([scans.score(model, tiny_tokenizer, [text]) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-3)
 
 
 def test_rows_that_stop_take_their_sign_along(tiny_tokenizer, table):

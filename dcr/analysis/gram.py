@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from dcr.analysis.gradients import Factors, Trace, at_embeddings, grads_on, step_down, trace
+from dcr.analysis.gradients import Factors, Trace, at_embeddings, outside, step_down, trace
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix
 from dcr.lm.blocks import decoder_layers
@@ -21,17 +22,12 @@ AGREES = 0.005  # relative difference from autograd that rounding may make, in f
 AGREES_BF16 = 0.1
 
 
-def blocks_path(model, layers_path: str = "") -> str:
-    """The name under which the list of decoder blocks stands in the model."""
-    blocks = decoder_layers(model, layers_path)
-    return next(n for n, m in model.named_modules() if m is blocks)
-
-
 def gram(
     model, ids: list[Tensor], cotangents: Tensor, wanted: set[str], layers_path: str = ""
 ) -> Tensor:
     """[n, n, k, k] inner products of the gradients of every pair of prompts and tokens."""
-    blocks, path = decoder_layers(model, layers_path), blocks_path(model, layers_path)
+    blocks = decoder_layers(model, layers_path)
+    path = next(name for name, module in model.named_modules() if module is blocks)
     n, k = len(ids), len(cotangents)
     total = torch.zeros(n, n, k, k)
     shared = common_prefix([row[0].tolist() for row in ids], at_least=1)
@@ -45,7 +41,7 @@ def gram(
             column: list = [p.pop(name) for p in parts]
             total += _linear(column, shared) if isinstance(column[0], Factors) else _small(column)
         log.info("kernel: block %d of %d done, %d prompts", len(blocks) - index, len(blocks), n)
-    total += _tables(model, states, cotangents, wanted, layers_path)
+    total += _tables(model, states, cotangents, wanted, blocks)
     for name in states[0].small:
         total += _small([s.small[name] for s in states])
     return total
@@ -99,13 +95,13 @@ def _pairwise(delta: Tensor, overlap: Callable[[slice, int], Tensor]) -> Tensor:
 
 
 def _tables(
-    model, states: list[Trace], cotangents: Tensor, wanted: set[str], layers_path: str
+    model, states: list[Trace], cotangents: Tensor, wanted: set[str], blocks: nn.ModuleList
 ) -> Tensor:
     """Embedding tables and LM head, and their cross terms when the two are one matrix."""
     total = torch.zeros(len(states), len(states), len(cotangents), len(cotangents))
-    names = {id(p): n for n, p in model.named_parameters()}
+    names, small = {id(p): n for n, p in model.named_parameters()}, outside(model, blocks, wanted)
     head = names.get(id(model.get_output_embeddings().weight), "")
-    columns = [at_embeddings(model, s, wanted, layers_path) for s in states]
+    columns = [at_embeddings(state, small) for state in states]
     for name in columns[0]:
         total += _linear([c[name] for c in columns])
     if head in wanted:
@@ -135,28 +131,25 @@ def _tied_cross(
 def check(model, row: Tensor, cotangent: Tensor, wanted: set[str], ours: float) -> None:
     """Set one prompt's squared gradient against autograd's, which frees each gradient as it goes.
 
-    Refuses models whose logits or weights pass through something that the factors do not know.
+    Raises DCRError for models whose logits or weights pass through something that the factors do
+    not know.
     """
-    parameters = [p for n, p in model.named_parameters() if n in wanted]
-    kept, squares = [p.grad for p in parameters], []
+    kept = {p: p.grad for n, p in model.named_parameters() if n in wanted}
+    squares: list[Tensor] = []
 
     def count(parameter: Tensor) -> None:
         if parameter.grad is not None:
             squares.append(parameter.grad.float().pow(2).sum())
         parameter.grad = None
 
-    with grads_on(parameters), torch.enable_grad():
-        hooks = [p.register_post_accumulate_grad_hook(count) for p in parameters]
-        for p in parameters:
-            p.grad = None
-        try:
-            logits = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
-            (logits * cotangent).sum().backward(inputs=parameters)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for p, grad in zip(parameters, kept, strict=True):
-                p.grad = grad
+    with contextlib.ExitStack() as hooks:
+        for parameter in kept:
+            parameter.grad = None
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(count))
+        logits = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
+        (logits * cotangent).sum().backward(inputs=list(kept))
+    for parameter, grad in kept.items():
+        parameter.grad = grad
     exact = float(sum(squares))
     allowed = AGREES if logits.dtype == torch.float32 else AGREES_BF16
     if abs(ours - exact) > allowed * max(exact, 1e-30):

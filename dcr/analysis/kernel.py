@@ -15,13 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from dcr.analysis.gram import blocks_path, check, gram
+from dcr.analysis.gradients import grads_on
+from dcr.analysis.gram import check, gram
 from dcr.analysis.refusal import opening_tokens
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.batches import fitted, named
+from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import encode_prompts
+from dcr.lm.states import last_logits
 
 log = logging.getLogger("dcr")
 
@@ -93,31 +97,36 @@ def entk(  # noqa: PLR0913
             "entk: the adapters are at their initialisation (B = 0): A has no gradient yet, so "
             "this kernel of B's alone is degenerate; take parameters='blocks' or a trained adapter"
         )
-    cotangents, shown = _cotangents(model, tokenizer, ids, tokens, k, seed)
-    inner = gram(model, ids, cotangents, wanted, layers_path)  # [n, n, k, k]
-    own = inner.diagonal().permute(2, 0, 1)  # [n, k, k]
-    bad = ~torch.isfinite(own.sum((-2, -1)))
-    if bad.any():
-        row = named(prompts, int(bad.int().argmax()))
-        raise DCRError(f"entk: gradients of {row} are not finite; load the model in fp32.")
-    check(model, ids[0], cotangents[0], wanted, float(own[0, 0, 0]))
-    low = high = None
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     if tokens == "all":
-        norms, low, high = (x.numpy() for x in _probe_norms(inner))
+        if k < 3:
+            raise DCRError(f"entk: tokens='all' needs k >= 3 probes, got {k}.")
+        shown: list[int] | str = "all"
+        cotangents = torch.randn(k, vocabulary, generator=torch.Generator().manual_seed(seed))
     else:
-        norms = inner.double().pow(2).sum((-2, -1)).sqrt().numpy()
+        shown = _fixed_set(model, tokenizer, rows, tokens, k)
+        cotangents = one_hot(torch.tensor(shown), vocabulary).float()
+    with grads_on(model, wanted):
+        inner = gram(model, ids, cotangents.to(device), wanted, layers_path)  # [n, n, k, k]
+        own = inner.diagonal().permute(2, 0, 1)  # [n, k, k]
+        bad = ~torch.isfinite(own.sum((-2, -1)))
+        if bad.any():
+            row = named(prompts, int(bad.int().argmax()))
+            raise DCRError(f"entk: gradients of {row} are not finite; load the model in fp32.")
+        check(model, ids[0], cotangents[0].to(device), wanted, float(own[0, 0, 0]))
+    norms, low, high = _probe_norms(inner) if tokens == "all" else (_norms(inner), None, None)
     n_a, diagonal = len(prompts_a), norms.diagonal().copy()
     cross = (slice(None, n_a), slice(n_a, None))
     return KernelResult(
-        norms[cross],
-        diagonal[:n_a],
-        diagonal[n_a:],
-        shown,
-        norms[:n_a, :n_a],
-        norms[n_a:, n_a:],
-        None if low is None else low[cross],
-        None if high is None else high[cross],
-        degenerate,
+        cross=norms[cross],
+        self_a=diagonal[:n_a],
+        self_b=diagonal[n_a:],
+        tokens=shown,
+        within_a=norms[:n_a, :n_a],
+        within_b=norms[n_a:, n_a:],
+        cross_low=None if low is None else low[cross],
+        cross_high=None if high is None else high[cross],
+        degenerate=degenerate,
     )
 
 
@@ -169,7 +178,11 @@ def _mean_of_others(ratio: np.ndarray, i: np.ndarray, j: np.ndarray) -> float:
     return float(ratio[:, i[:, None], j[None]][:, i[:, None] != j[None]].mean())
 
 
-def _probe_norms(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _norms(gram: Tensor) -> np.ndarray:
+    return gram.double().pow(2).sum((-2, -1)).sqrt().numpy()
+
+
+def _probe_norms(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """‖K‖_F with a 95 % interval: (uᵀKv)² over pairs of different probes, jackknifed."""
     k = gram.shape[-1]
     squares = gram.double().pow(2) * ~torch.eye(k, dtype=torch.bool)  # u, v must be independent
@@ -177,42 +190,29 @@ def _probe_norms(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     without = (whole[..., None] - squares.sum(-1) - squares.sum(-2)) / ((k - 1) * (k - 2))
     mean = whole / (k * (k - 1))
     half = 1.96 * ((k - 1) / k * (without - without.mean(-1, keepdim=True)).pow(2).sum(-1)).sqrt()
-    return mean.sqrt(), (mean - half).clamp(min=0).sqrt(), (mean + half).sqrt()
+    low, high = (mean - half).clamp(min=0), mean + half
+    return mean.sqrt().numpy(), low.sqrt().numpy(), high.sqrt().numpy()
 
 
 def _wanted(model, parameters: str, layers_path: str) -> set[str]:
+    """Names of the parameters that a choice means."""
     names = {n for n, _ in model.named_parameters()}
-    if parameters not in ("all", "blocks", "lora"):
-        raise DCRError(f"entk: parameters={parameters!r} is unknown; use all, blocks or lora.")
+    if parameters == "all":
+        return names
     if parameters == "blocks":
-        path = blocks_path(model, layers_path)
-        names = {n for n in names if n.startswith(path + ".")}
-    if parameters == "lora":
-        names = {n for n in names if "lora_" in n}
-    if not names:
+        blocks = {id(p) for p in decoder_layers(model, layers_path).parameters()}
+        return {n for n, p in model.named_parameters() if id(p) in blocks}
+    if parameters != "lora":
+        raise DCRError(f"entk: parameters={parameters!r} is unknown; use all, blocks or lora.")
+    if not (adapters := {n for n in names if "lora_" in n}):
         raise DCRError("entk: parameters='lora' but the model has no adapter; use blocks or all.")
-    return names
+    return adapters
 
 
-def _cotangents(
-    model, tokenizer, ids: list[Tensor], tokens: str, k: int, seed: int
-) -> tuple[Tensor, list[int] | str]:
-    vocabulary, device = model.get_output_embeddings().weight.shape[0], ids[0].device
-    if tokens == "all":
-        if k < 3:
-            raise DCRError(f"entk: tokens='all' needs k >= 3 probes, got {k}.")
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(k, vocabulary, generator=generator).to(device), "all"
+def _fixed_set(model, tokenizer, rows: list[list[int]], tokens: str, k: int) -> list[int]:
+    """The fixed token set that a choice means."""
     if tokens == "top-k":
-        mean = torch.zeros(vocabulary, device=device)
-        with torch.no_grad():
-            for row in ids:
-                logits = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1]
-                mean += logits.float().softmax(-1)
-        chosen = mean.topk(k).indices.tolist()
-    elif tokens == "refusal":
-        chosen = sorted({row[0] for row in opening_tokens(tokenizer)})
-    else:
-        raise DCRError(f"entk: tokens={tokens!r} is unknown; use top-k, refusal or all.")
-    index = torch.tensor(chosen, device=device)
-    return torch.nn.functional.one_hot(index, vocabulary).float(), chosen
+        return last_logits(model, rows).softmax(-1).mean(0).topk(k).indices.tolist()
+    if tokens == "refusal":
+        return sorted({row[0] for row in opening_tokens(tokenizer)})
+    raise DCRError(f"entk: tokens={tokens!r} is unknown; use top-k, refusal or all.")
