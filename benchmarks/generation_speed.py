@@ -1,11 +1,13 @@
 """Speed of `dcr.generate` beside transformers.pipeline("text-generation") on the embedded model,
 same prompts, same limit.
 
-Two comparisons, the two sides run alternately in one process after one warm-up each:
-  equal     fp32 against fp32, same batch size, greedy: tokens must be the same, else the script
-  fails
-  defaults  our defaults (precision auto, batches of 64) against the pipeline's (its dtype as given
-  by from_pretrained, batch size 1)
+Three comparisons, the two sides run alternately in one process after one warm-up each:
+  equal       fp32 against fp32, same batch size, greedy: tokens must be the same, else the script
+              fails
+  continuous  the same against the library's continuous batching (`generate_batch`, as many rows
+              and tokens at once as it likes)
+  defaults    our defaults (precision auto, batches of 64) against the pipeline's (its dtype as
+              given by from_pretrained, batch size 1)
 
 Usage: python benchmarks/generation_speed.py [--prompts 128] [--repeats 3] [--batch-size 32]
 Writes benchmarks/results/generation_speed.json.
@@ -25,10 +27,12 @@ import torch
 import transformers
 
 from dcr.data.sources import load_bundled
-from dcr.lm.chat import render
+from dcr.lm.chat import encode_prompts, render
 from dcr.lm.generate import generate
 from dcr.lm.load import load, resolve_precision
 from dcr.run.store import write_atomic
+
+PAGE = 32  # tokens of a page of the library's cache
 
 
 def timed(run) -> tuple[float, list]:
@@ -79,6 +83,29 @@ def main() -> None:
             "response"
         ].tolist()
 
+    def continuous():
+        other, _ = load("embedded", precision="fp32")  # it changes the model's attention for good
+        rows = encode_prompts(tokenizer, texts)
+        pages = len(rows) * (1 + (max(map(len, rows)) + args.max_new_tokens) // PAGE)
+        how = transformers.ContinuousBatchingConfig(  # else its cache takes the whole memory
+            page_size=PAGE, num_blocks=pages, max_batch_tokens=4096
+        )
+        greedy = transformers.GenerationConfig(
+            max_new_tokens=args.max_new_tokens,
+            do_sample=False,
+            eos_token_id=other.generation_config.eos_token_id,
+            pad_token_id=other.generation_config.pad_token_id,
+        )
+
+        def run() -> list[str]:
+            found = other.generate_batch(
+                rows, greedy, continuous_batching_config=how, progress_bar=False
+            )
+            answers = [found[f"req_{i}"].generated_tokens for i in range(len(rows))]
+            return [tokenizer.decode(a, skip_special_tokens=True).strip() for a in answers]
+
+        return run
+
     result = {
         "model": "SmolLM2-135M-Instruct (embedded)",
         "prompts": len(texts),
@@ -102,6 +129,18 @@ def main() -> None:
         **side_by_side(mine, library, args.repeats, len(texts)),
     }
     print(json.dumps(result["equal"]), flush=True)
+    try:
+        other = continuous()
+        same = sum(a == b for a, b in zip(mine(), other(), strict=True))
+        result["continuous"] = {
+            "precision": "fp32",
+            "our_batch_size": args.batch_size,
+            "answers_equal": same,
+            **side_by_side(mine, other, args.repeats, len(texts)),
+        }
+    except Exception as error:  # not every version runs it on a CPU
+        result["continuous"] = {"does_not_run": f"{type(error).__name__}: {str(error)[:200]}"}
+    print(json.dumps(result["continuous"]), flush=True)
     theirs = pipe(model, 1)
     precision = resolve_precision("auto", "cpu")
     result["defaults"] = {
