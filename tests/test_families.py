@@ -122,6 +122,9 @@ def test_blocks_in_an_unknown_place_need_their_path_and_nothing_else():
     with torch.no_grad():
         theirs = model(torch.tensor(rows[:1]), output_hidden_states=True).hidden_states
     np.testing.assert_allclose(states[2, 0], theirs[2][0, -1], rtol=1e-4, atol=1e-5)
+    answer = generate(model, tokenizer, prompts, max_new_tokens=4)["response"][0]
+    out = model.generate(torch.tensor(rows[:1]), max_new_tokens=4, do_sample=False)[0]
+    assert answer == tokenizer.decode(out[len(rows[0]) :], skip_special_tokens=True).strip()
     kernel = entk(
         model, tokenizer, prompts[:1], prompts[1:], parameters="blocks", k=3, layers_path=path
     )

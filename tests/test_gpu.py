@@ -24,7 +24,8 @@ from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import refusal_probability, refusal_score
 from dcr.config import load_config
 from dcr.errors import DCRError
-from dcr.lm import batches
+from dcr.lm import memory
+from dcr.lm.batches import token_batches
 from dcr.lm.generate import generate
 from dcr.lm.load import load, resolve_precision
 from dcr.lm.states import hidden_states
@@ -173,7 +174,7 @@ def test_a_device_without_room_gets_half_the_rows_then_one_clear_error(device, c
             sizes.append(len(batch))
             torch.empty(NEVER if len(batch) > limit else 8, dtype=torch.uint8, device=device)
 
-        list(batches.in_memory([[0, 1, 2, 3], [4, 5]], run))
+        list(memory.in_memory([[0, 1, 2, 3], [4, 5]], run))
         return sizes
 
     assert run_with(2) == [4, 2, 2, 1, 1] and caplog.text.count("half the size") == 1
@@ -239,14 +240,14 @@ def test_the_papers_models_train_in_60_gib_by_their_shapes_alone(name, monkeypat
     numbers += (depth - 2) * sum(p.numel() for p in model.model.layers[0].parameters())
     weights = 2 * numbers  # frozen, in bf16
     model.config.num_hidden_layers = depth
-    monkeypatch.setattr(batches, "sizes", lambda _model: (CARD, weights))
-    at_once = batches.tokens_that_fit(model, training=True, checkpointing=True)
-    plain = batches.tokens_that_fit(model, training=True)
+    monkeypatch.setattr(memory, "sizes", lambda _model: (CARD, weights))
+    at_once = memory.tokens_that_fit(model, training=True, checkpointing=True)
+    plain = memory.tokens_that_fit(model, training=True)
     assert plain * depth * both / 2 <= (CARD - weights) / 3, "the estimate holds for these shapes"
     chunk = 4 * 4 * words * chunk_rows(words)  # logits, their probabilities, and gradients of both
     for length in (config.max_length // 3, config.max_length):  # a middling batch, and the worst
         lengths = [length] * config.batch_size
-        tokens = max(length * len(b) for b in batches.token_batches(lengths, 0, at_once))
+        tokens = max(length * len(b) for b in token_batches(lengths, 0, at_once))
         blocks = tokens * (4 * depth * hidden + both / 2)  # inputs of all, all of one
         head = chunk + 3 * 4 * tokens * hidden  # output, labelled rows of it, their gradient
         assert weights + blocks + head <= ROOM
