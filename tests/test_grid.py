@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,6 +15,9 @@ from dcr.config import load_config, profiles
 from dcr.errors import DCRError
 from dcr.run import grid as grids
 from dcr.run.grid import collect, grid_for, load_grid, run_all, run_grid
+from dcr.run.registry import load_all, table_entry
+
+load_all()
 
 BASE = {
     "refine.max_steps": 2,
@@ -205,3 +209,15 @@ def test_a_profile_without_a_grid_takes_the_ablations():
         c.name for c in load_grid("ablations").cells
     }
     assert load_config("llama-3-8b").methods
+
+
+def test_a_large_grid_is_never_run_for_a_table_unasked(tmp_path):
+    asked = SimpleNamespace(config=SimpleNamespace(profile="llama-3-8b"), root=tmp_path)
+    with pytest.raises(DCRError, match="dcr grid ablations --profile llama-3-8b --run-dir"):
+        table_entry("ablations").make(asked)
+    assert not list(tmp_path.iterdir())
+    grid = grid_for("llama-3-8b")
+    path = grid.row_path(tmp_path, grid.cells[0], "screen")
+    path.parent.mkdir(parents=True)
+    path.write_text('{"status": "done", "error": "", "probe_auroc": 0.5}')
+    assert list(table_entry("ablations").make(asked)["status"][:2]) == ["done", "missing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from dcr.errors import DCRError
 from dcr.run import grid
 from dcr.run.experiment import Experiment
 from dcr.run.registry import table
@@ -11,8 +12,21 @@ from dcr.run.registry import table
 
 @table("ablations", notebook="06_ablations")
 def ablations(experiment: Experiment) -> pd.DataFrame:
-    """The profile's own grid of recipes, run where it has not run."""
-    return grid.run_grid(grid.grid_for(experiment.config.profile), experiment.root)
+    """The profile's own grid of recipes, run where it has not run; else `ablations`, if it ran.
+
+    Raises DCRError naming the command where a profile without a grid of its own has run none.
+    """
+    profile = experiment.config.profile
+    wanted = grid.grid_for(profile)
+    if (grid.GRIDS / f"{profile}.yaml").exists():
+        return grid.run_grid(wanted, experiment.root)
+    rows = grid.collect(wanted, experiment.root)
+    if (rows["status"] == "missing").all():
+        raise DCRError(
+            f"no grid of recipes has run in {experiment.root}: dcr grid ablations "
+            f"--profile {profile} --run-dir {experiment.root} runs it (hours)."
+        )
+    return rows
 
 
 @table("search", notebook="06_ablations")
