@@ -147,3 +147,14 @@ def test_our_own_refusals_and_answers_are_read_right_whole_and_cut():
         refused = calibration.verdicts("phrases", pairs, cut) == "refuse"
         assert refused[pairs["label"] == "toxic"].mean() >= 0.99
         assert refused[pairs["label"] == "seemingly_toxic"].mean() <= 0.01
+
+
+@pytest.mark.slow
+def test_the_rules_hold_on_every_labelled_model_and_read_no_form():
+    if absent := set(calibration.COMPLETIONS) - set(calibration.at_hand()):
+        pytest.skip(f"not at hand: {', '.join(sorted(absent))}")
+    table = calibration.calibration(tokens=(0,), bootstrap=1)
+    table = table.query("judge == 'phrases' and half == 'all'").set_index("model")
+    assert len(table) == 6 and (table["form_swaps"] == 0).all()
+    assert (table["kappa"].drop("mistral") >= 0.8).all() and table["kappa"]["mistral"] >= 0.7
+    assert table["kappa"].mean() >= 0.85

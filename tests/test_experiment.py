@@ -13,12 +13,16 @@ from conftest import make_model
 
 import dcr.steering
 from dcr.errors import DCRError
+from dcr.evaluate import judges
 from dcr.lm.chat import rendered_example
 from dcr.lm.generate import generate
+from dcr.lm.load import pick_device, resolve_precision
 from dcr.run import registry
 from dcr.run.experiment import Experiment, verify
 from dcr.run.models import shared_copy
 from dcr.run.training import Point
+from dcr.tables.gather import followed_prompts, scored_prompts
+from dcr.tables.representations import unseen
 
 SMALL = {
     "refine.layer": 2,
@@ -151,6 +155,8 @@ def test_keys_hold_what_matters_and_nothing_else(run, folder, tmp_path, root):
     for change in ({"align.lr": 1e-4}, {"align.n_general": 16}):
         assert keys(**change)[0] == keys()[0] and keys(**change)[1] != keys()[1]
     assert keys(**{"model.precision": "bf16"})[0] != keys()[0]
+    resolved = resolve_precision("auto", pick_device("auto"))
+    assert keys(**{"model.precision": "auto"}) == keys(**{"model.precision": resolved})
     assert keys(**{"model.chat_template": "alpaca"})[0] != keys()[0]
     other = tmp_path / "model"
     make_model(layers=3).save_pretrained(other)
@@ -158,6 +164,32 @@ def test_keys_hold_what_matters_and_nothing_else(run, folder, tmp_path, root):
     tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|> ", "<|assistant|>")
     tokenizer.save_pretrained(other)  # the same weights behind another template
     assert make(other, root).runs[0].weights_key("base") != keys()[0]
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_verdicts_hang_on_the_judges_code_however_long_the_answers(
+    run, folder, root, monkeypatch, tokens
+):
+    one = make(folder, root).runs[0]
+    asked = one.prompts.head(2)
+    one.judged("base", asked, tokens=tokens)
+    for changed, computed in ((False, 0), (True, 1)):
+        if changed:
+            monkeypatch.setattr(judges, "identity", lambda name: {"judge": name, "code": "another"})
+        again = make(folder, root).runs[0]
+        again.judged("base", asked, tokens=tokens)
+        assert sum(name.startswith("judge") for name in again.store.computed) == computed
+
+
+def test_overrides_reach_every_prompt_that_is_asked(folder, root):
+    for limit in (2, 3):
+        one = make(folder, root, **{"data.limit": limit})
+        scored = scored_prompts(one)
+        assert scored.groupby("benchmark")["request"].nunique().max() == limit
+        assert set(scored["id"]) == {*one.prompts["id"], *one.validation["id"]}
+        assert set(followed_prompts(one, 2)["id"]) <= set(one.validation["id"])
+        held = unseen(one.runs[0], 99)["request"]
+        assert held.isin(one.prompts["request"]).all()
 
 
 def test_seeds_share_what_no_seed_reaches(run, folder, root):

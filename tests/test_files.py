@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from dcr.data.files import append_jsonl, read_jsonl, write_atomic
+from dcr.data.files import append_jsonl, measured_peak, read_jsonl, write_atomic
 from dcr.errors import DCRError
 
 
@@ -32,3 +34,16 @@ def test_jsonl_survives_a_torn_last_line_only(tmp_path):
     path.write_text('{"step": \n{"step": 2}\n')
     with pytest.raises(DCRError, match="line 1"):
         read_jsonl(path)
+
+
+def test_the_gpus_peak_is_set_to_zero_before_every_stage(monkeypatch):
+    used = {"most": 900 * 2**20}
+    gpu = SimpleNamespace(
+        is_available=lambda: True,
+        reset_peak_memory_stats=lambda: used.update(most=0),
+        max_memory_allocated=lambda: used["most"],
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu))
+    with measured_peak() as small:
+        used["most"] = max(used["most"], 3 * 2**20)
+    assert small.mib()["peak_gpu_mib"] == 3

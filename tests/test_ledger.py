@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcr.config import load_config, methods_file
+from dcr.config import load_config, methods_file, profiles
 from dcr.data import ledger as ledger_module
-from dcr.data import sets
+from dcr.data import sets, sources
 from dcr.data.forms import form_of, swap_form, swap_table
 from dcr.data.ledger import ROLES, ledger
 from dcr.data.sources import SOURCES, audit, load_bundled
 from dcr.errors import DCRError
+from dcr.run.experiment import Experiment
 
 PUBLISHED = "DCR_DATA_DIR" in os.environ
 needs_upstream = pytest.mark.skipif(not PUBLISHED, reason="needs DCR_DATA_DIR")
@@ -107,6 +108,26 @@ def test_an_audit_takes_from_the_same_sample_what_it_marks():
     for x, y in ((plain.mix, audited.mix), (plain.toxic, audited.toxic)):
         kept = x[x["id"].map(audit()).fillna("harmful") == "harmful"]
         assert 100 < len(y) < len(x) and y["id"].tolist() == kept["id"].tolist()
+
+
+@pytest.mark.parametrize("profile", profiles())
+def test_the_methods_of_a_profile_share_their_refusal_rows(profile, tmp_path):
+    """As notebook 03 shows: one sample wherever the source is one; an audit takes a part of it."""
+    config = load_config(profile)
+    present = sources.list_sources().set_index("name")["present"]
+    needed = {name for name, *_ in ledger_module._named(config)}
+    if absent := sorted(n for n in needed if not present.get(n, True)):
+        pytest.skip(f"not at hand: {', '.join(absent)}")
+    rows = Experiment(profile, run_dir=tmp_path).table("same_rows")
+    aligned = [m for m, r in methods_file().items() if "align" in r.get("stages", [])]
+    assert len(rows) == len(aligned) ** 2 and rows["same_source"].all()
+    audited = {m: recipe(config, m).data.audited for m in aligned}
+    one, other = rows["method"].map(audited), rows["other"].map(audited)
+    assert (rows.loc[one == other, "relation"] == "same").all()
+    assert (rows.loc[one == other, "share"] == 1).all()
+    within = {"same", "subset"} if config.data.align_toxic == "safety-only" else {"same"}
+    assert set(rows.loc[one & ~other, "relation"]) <= within
+    assert (rows.loc[one != other, "share"] == 1).all(), "all of the fewer are among the others"
 
 
 @many
