@@ -33,6 +33,8 @@ PAPER_TRAINED = {("DCR", "xstest-safe"), ("Surgical", "or-bench")}
 FORMS = {"published": ("published", "all"), "equal": ("both", "balanced")}
 HEADS = {"compliance": "compliance", "dsr": "DSR", "general": "general answered"}
 SHOWN = {"published": "as published", "equal": "forms equal", "matched": "forms equal, at DSR .80"}
+ORDER = [("published", "compliance"), ("published", "dsr"), ("equal", "compliance")]
+ORDER += [("equal", "dsr"), ("published", "general"), ("matched", "compliance")]
 NUMBERS = ["value", "low", "high"]
 BOTH = [*NUMBERS, *CORRECTED]  # raw and corrected for the judge's error
 CLAIMS = {
@@ -107,9 +109,11 @@ def table1(experiment: Experiment) -> pd.DataFrame:
     read = at["value"].where(at["method"].isin(refusing))
     at = at.assign(forms="matched", metric="compliance", best=read == read.max())
     both = pd.concat([rows.assign(best=False), at], ignore_index=True)
+    place = pd.Series(list(zip(both["forms"], both["metric"], strict=True))).map(ORDER.index)
     column = both["metric"].map(HEADS) + " ↑, " + both["forms"].map(SHOWN)
     kept = ["method", "forms", "metric", *BOTH, "n", "seeds", "best"]
-    return both[kept].assign(column=column, mark="")
+    table = both[kept].assign(column=column, mark="")
+    return table.loc[place.sort_values(kind="stable").index].reset_index(drop=True)
 
 
 @table("table1_sets", notebook=NOTEBOOK)
