@@ -110,7 +110,10 @@ def test_an_audit_takes_from_the_same_sample_what_it_marks():
         assert 100 < len(y) < len(x) and y["id"].tolist() == kept["id"].tolist()
 
 
-@pytest.mark.parametrize("profile", profiles())
+@pytest.mark.parametrize(
+    "profile",
+    [pytest.param(p, marks=() if p in PROFILES else pytest.mark.slow) for p in profiles()],
+)
 def test_the_methods_of_a_profile_share_their_refusal_rows(profile, tmp_path):
     """As notebook 03 shows: one sample wherever the source is one; an audit takes a part of it.
 
