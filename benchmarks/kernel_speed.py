@@ -81,8 +81,7 @@ def worker(side: str, n: int, which: str, answer: str) -> None:
     tokens = sorted({row[0] for row in opening_tokens(tokenizer)})
     start, busy = time.perf_counter(), time.process_time()
     if side == "ours":
-        result = entk(model, tokenizer, a, b, tokens="refusal", parameters=which)
-        norms = np.block([[result.within_a, result.cross], [result.cross.T, result.within_b]])
+        norms = entk(model, tokenizer, a, b, tokens="refusal", parameters=which).norms
     else:
         norms = materialised(model, tokenizer, a, b, which, tokens)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy

@@ -38,7 +38,7 @@ def by_phrase(model, tokenizer, prompts, openings, batch_size=16) -> np.ndarray:
     from transformers import DynamicCache
 
     from dcr.analysis.refusal import opening_tokens
-    from dcr.lm.batches import cache_argument, padded, position_ids, token_batches
+    from dcr.lm.batches import CACHE, padded, position_ids, token_batches
     from dcr.lm.chat import encode_prompts
 
     phrases, rows = opening_tokens(tokenizer, openings), encode_prompts(tokenizer, prompts)
@@ -56,10 +56,10 @@ def by_phrase(model, tokenizer, prompts, openings, batch_size=16) -> np.ndarray:
             position_ids=position_ids(mask),
             use_cache=True,
             logits_to_keep=1,
-            **{cache_argument(): DynamicCache()},
+            **{CACHE: DynamicCache()},
         )
         log_p = {(): first.logits[:, -1].log_softmax(-1)}
-        cache = copy.deepcopy(getattr(first, cache_argument()))
+        cache = copy.deepcopy(getattr(first, CACHE))
         cache.batch_repeat_interleave(len(runs))
         whole = mask.repeat_interleave(len(runs), 0)
         whole = torch.cat([whole, whole.new_ones(len(whole), width)], 1)
@@ -68,7 +68,7 @@ def by_phrase(model, tokenizer, prompts, openings, batch_size=16) -> np.ndarray:
             attention_mask=whole,
             position_ids=position_ids(whole)[:, -width:],
             use_cache=True,
-            **{cache_argument(): cache},
+            **{CACHE: cache},
         ).logits.unflatten(0, (len(batch), len(runs)))
         for i, run in enumerate(runs):
             for length in range(1, len(run) + 1):

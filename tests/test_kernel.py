@@ -73,9 +73,8 @@ def test_equals_jacrev(family, tied, parameters, tiny_tokenizer):
         result.tokens,
         lambda n: parameters == "all" or n.startswith(blocks),
     )
+    np.testing.assert_allclose(result.norms, oracle, rtol=2e-4)
     np.testing.assert_allclose(result.cross, oracle[:2, 2:], rtol=2e-4)
-    np.testing.assert_allclose(result.self_a, np.diag(oracle)[:2], rtol=2e-4)
-    np.testing.assert_allclose(result.within_b, oracle[2:, 2:], rtol=2e-4)
 
 
 @pytest.mark.parametrize("fault", ["a matrix in two blocks", "a matrix used outside its layer"])
@@ -118,9 +117,10 @@ def test_all_tokens_estimate_is_unbiased_and_its_interval_covers(tiny_tokenizer)
     squares = [r.cross[0, 0] ** 2 for r in found]
     error = np.std(squares) / np.sqrt(len(squares))
     assert abs(np.mean(squares) - oracle**2) < 3.5 * error and error < 0.2 * oracle**2
-    assert np.mean([r.cross_low[0, 0] <= oracle <= r.cross_high[0, 0] for r in found]) >= 0.75
+    bounds = [tuple(side[0, 1] for side in r.interval) for r in found]
+    assert np.mean([low <= oracle <= high for low, high in bounds]) >= 0.75
     assert (
-        entk(model, tiny_tokenizer, A[:1], B[:1], k=4).cross_low is None
+        entk(model, tiny_tokenizer, A[:1], B[:1], k=4).interval is None
     )  # exact kernels carry no interval
 
 
@@ -204,23 +204,23 @@ def test_class_matrix_means_and_intervals():
 
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):
     model = make_model(layers=2, hidden=16)
+    model.config.max_position_embeddings = 9
     with pytest.raises(DCRError, match="prompt 1 .* tokens, 9 fit"):
         entk(
             model,
             tiny_tokenizer,
             ["how ?"],
             ["how do i kill a process in my house ?"],
-            max_length=9,
         )
     assert entk(
         model,
         tiny_tokenizer,
         ["how ?"],
         ["how do i kill my process ?"],
-        max_length=9,
         truncate=True,
         k=3,
     ).cross.shape == (1, 1)
+    model.config.max_position_embeddings = 256
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(DCRError, match="prompt 0 .* are not finite"):

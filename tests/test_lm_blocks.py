@@ -101,7 +101,7 @@ def test_logits_behind_a_prefix_are_those_of_the_last_columns(tiny_llama):
 def test_a_prefix_serves_many_batches(tiny_llama):
     stack = decoder_stack(tiny_llama)
     with torch.no_grad():
-        cache, _ = run_prefix(stack, torch.tensor([HEAD]))
+        cache = run_prefix(stack, torch.tensor([HEAD]))
         kept = [layer.keys.clone() for layer in cache.layers]
         for rows in (ROWS[:2], ROWS[2:], ROWS):
             ids, mask = padded(rows)

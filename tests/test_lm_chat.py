@@ -132,10 +132,10 @@ def test_alpaca_template_stops_with_eos():
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "no chat template"),
+        (None, "chat_template is not set"),
         ("{{ raise_exception('only system turns') }}", r"\(only system turns\)"),
         ("{% for m in messages %}{{ m.content", "cannot render"),
-        ({"rag": "x", "tool_use": "y"}, "rag, tool_use but none named default"),
+        ({"rag": "x", "tool_use": "y"}, "no default specified.*rag.*tool_use"),
         ("{% for m in messages %}<|user|>{% endfor %}", "leaves the user's text out"),
     ],
 )

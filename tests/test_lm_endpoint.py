@@ -119,8 +119,8 @@ def serve():
 
 
 def ask(server, table=TABLE, *, seed=0, out=None, concurrency=8, **options):
-    ours = {k: options.pop(k) for k in ("timeout", "retries", "backoff") if k in options}
-    endpoint = Endpoint(server.url, **{"backoff": 0.01, "retries": 2, "timeout": 5.0, **ours})
+    ours = {k: options.pop(k) for k in ("timeout", "retries") if k in options}
+    endpoint = Endpoint(server.url, **{"retries": 2, "timeout": 5.0, **ours})
     return generate_remote(
         table,
         GenerationConfig(endpoint=server.url, **options),
@@ -230,13 +230,11 @@ def test_a_server_that_answers_nothing_or_is_down(serve):
     table = pd.DataFrame(
         {"id": [str(i) for i in range(60)], "text": [f"prompt {i}" for i in range(60)]}
     )
-    with pytest.raises(
-        DCRError, match="none of 60 prompts was answered .status 500 after 1 attempts"
-    ):
+    with pytest.raises(DCRError, match="none of 60 prompts was answered .status 500"):
         ask(server, table, retries=0, concurrency=2)
     assert len(server.seen) < 60, "gives up instead of asking all"
     with pytest.raises(DCRError, match="did not name a model"):
-        Endpoint("http://127.0.0.1:9/v1", retries=0, backoff=0.0)
+        Endpoint("http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(DCRError, match="no address"):
         generate_remote(TABLE, GenerationConfig(endpoint="localhost:8000"))
     with pytest.raises(DCRError, match="row 1 .*id 'a' stands already"):

@@ -206,8 +206,7 @@ def test_samples_follow_the_models_distribution(tiny_llama):
     decoder = decoding.Decoder(tiny_llama, [[3, 4]], (), decoding.Decoding(1, 0.5))
     for seed in range(2000):
         decoder.options = decoding.Decoding(1, 0.5, seed)
-        state = decoding.State([0], odds, None, [decoder._chance(0)])
-        counts[decoder._choose(odds.log()[None], state)] += 1
+        counts[decoder._choose(odds.log()[None], [decoder._chance(0)])] += 1
     expected = odds.square() / odds.square().sum()
     assert float((counts / 2000 - expected).abs().sum()) / 2 < 0.03
 
@@ -319,8 +318,9 @@ def test_bad_tables(change, message, tiny_llama, tiny_tokenizer, table):
 
 def test_errors_name_the_prompts_own_row_id_and_words(tiny_llama, tiny_tokenizer, table):
     """The longest prompt is first in its batch; its message has its row in the table."""
+    tiny_llama.config.max_position_embeddings = 20
     with pytest.raises(DCRError, match=r"prompt 4 \(id 'p4': 'tell me what.*fit beside 8 new"):
-        generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=8, max_length=20)
+        generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=8)
     with pytest.raises(DCRError, match="at least 1"):
         generate(tiny_llama, tiny_tokenizer, table, max_new_tokens=0)
     small = make_model(vocab=20)

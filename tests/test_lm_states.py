@@ -99,16 +99,17 @@ def test_bad_input(tiny_llama, tiny_tokenizer, prompts):
     with pytest.raises(DCRError, match="no rows"):
         hidden_states(tiny_llama, tiny_tokenizer, [])
     table = pd.DataFrame({"id": ["a", "b", "c"], "text": ["how ?", "list .", prompts[4]]})
+    tiny_llama.config.max_position_embeddings = 12
     with pytest.raises(
         DCRError, match=r"prompt 2 \(id 'c': 'tell me.*12 fit; or ask for truncate=True"
     ):
-        hidden_states(tiny_llama, tiny_tokenizer, table, max_length=12)
-    cut = hidden_states(tiny_llama, tiny_tokenizer, prompts, max_length=6, truncate=True)
+        hidden_states(tiny_llama, tiny_tokenizer, table)
+    cut = hidden_states(tiny_llama, tiny_tokenizer, prompts, truncate=True)
     assert cut.values.shape[1] == len(prompts)
     with torch.no_grad():
         tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(DCRError, match="not finite"):
-        hidden_states(tiny_llama, tiny_tokenizer, prompts)
+        hidden_states(tiny_llama, tiny_tokenizer, prompts, truncate=True)
 
 
 def test_states_that_are_not_finite_stop_and_keep_what_was_finished(

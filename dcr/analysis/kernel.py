@@ -28,31 +28,34 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.states import last_logits
 
 log = logging.getLogger("dcr")
+DRAWS = 500  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class KernelResult:
-    """‖K‖_F between prompts: cross [n_a, n_b], self_a [n_a], self_b [n_b], within_a, within_b."""
+    """‖K‖_F of all pairs of prompts, first those of list a, then those of list b, [n, n]."""
 
-    cross: np.ndarray
-    self_a: np.ndarray
-    self_b: np.ndarray
+    norms: np.ndarray
+    n_a: int
     tokens: list[int] | str  # the fixed set, or "all"
-    within_a: np.ndarray
-    within_b: np.ndarray
-    cross_low: np.ndarray | None = None  # 95 % interval of the random-probe estimate; None if exact
-    cross_high: np.ndarray | None = None
+    interval: tuple[np.ndarray, np.ndarray] | None = None  # 95 %, of the random-probe estimate
     degenerate: bool = False  # adapters at initialisation: only B has a gradient
 
     @property
+    def cross(self) -> np.ndarray:
+        """‖K(x', x)‖, x' in a, x in b, [n_a, n_b]."""
+        return self.norms[: self.n_a, self.n_a :]
+
+    @property
     def normalised(self) -> np.ndarray:
-        """The paper's ratio ‖K(x', x)‖ / ‖K(x', x')‖, x' in a, x in b, [n_a, n_b]."""
-        return self.cross / self.self_a[:, None]
+        """The paper's ratio ‖K(x', x)‖ / ‖K(x', x')‖, [n_a, n_b]."""
+        return self.cross / self.norms.diagonal()[: self.n_a, None]
 
     @property
     def symmetric(self) -> np.ndarray:
         """‖K(x', x)‖ / √(‖K(x', x')‖ ‖K(x, x)‖), in [0, 1], [n_a, n_b]."""
-        return self.cross / np.sqrt(self.self_a[:, None] * self.self_b[None])
+        own = self.norms.diagonal()
+        return self.cross / np.sqrt(own[: self.n_a, None] * own[None, self.n_a :])
 
 
 def entk(  # noqa: PLR0913
@@ -66,7 +69,6 @@ def entk(  # noqa: PLR0913
     parameters: str = "all",
     seed: int = 0,
     layers_path: str = "",
-    max_length: int | None = None,
     truncate: bool = False,
 ) -> KernelResult:
     """Kernel norms between two lists of prompts.
@@ -86,7 +88,7 @@ def entk(  # noqa: PLR0913
     sides = [prompts_of(side) for side in (prompts_a, prompts_b)]
     prompts = pd.concat(sides, ignore_index=True)
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
-    rows = fitted(model, rows, prompts, max_length, truncate=truncate)
+    rows = fitted(model, rows, prompts, truncate=truncate)
     device = next(model.parameters()).device
     ids = [torch.tensor([r], device=device) for r in rows]
     wanted = _wanted(model, parameters, layers_path)
@@ -114,29 +116,14 @@ def entk(  # noqa: PLR0913
             row = named(prompts, int(bad.int().argmax()))
             raise DCRError(f"entk: gradients of {row} are not finite; load the model in fp32.")
         check(model, ids[0], cotangents[0].to(device), wanted, float(own[0, 0, 0]))
-    norms, low, high = _probe_norms(inner) if tokens == "all" else (_norms(inner), None, None)
-    n_a, diagonal = len(prompts_a), norms.diagonal().copy()
-    cross = (slice(None, n_a), slice(n_a, None))
-    return KernelResult(
-        cross=norms[cross],
-        self_a=diagonal[:n_a],
-        self_b=diagonal[n_a:],
-        tokens=shown,
-        within_a=norms[:n_a, :n_a],
-        within_b=norms[n_a:, n_a:],
-        cross_low=None if low is None else low[cross],
-        cross_high=None if high is None else high[cross],
-        degenerate=degenerate,
-    )
+    if tokens == "all":
+        norms, low, high = _probe_norms(inner)
+        return KernelResult(norms, len(prompts_a), shown, (low, high), degenerate)
+    norms = inner.double().pow(2).sum((-2, -1)).sqrt().numpy()
+    return KernelResult(norms, len(prompts_a), shown, degenerate=degenerate)
 
 
-def class_matrix(
-    norms: np.ndarray | Sequence[np.ndarray],
-    labels: Sequence[str],
-    *,
-    seed: int = 0,
-    n_boot: int = 500,
-) -> pd.DataFrame:
+def class_matrix(norms: np.ndarray | Sequence[np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
     """Rows class_a, class_b, normalised, symmetric, each with _low and _high, n.
 
     norms: ‖K(x', x)‖_F, [n, n], x' of class_a, x of class_b; or several, one a seed, on the same
@@ -155,12 +142,12 @@ def class_matrix(
         "normalised": stack / own[:, :, None],
         "symmetric": stack / np.sqrt(own[:, :, None] * own[:, None]),
     }
-    rng, rows = np.random.default_rng([seed, 0x4B]), []
+    rng, rows = np.random.default_rng([0, 0x4B]), []
     for a, i in members.items():
         for b, j in members.items():
             drawn = [
                 (rng.choice(i, len(i)), rng.choice(j, len(j)), rng.choice(len(stack), len(stack)))
-                for _ in range(n_boot)
+                for _ in range(DRAWS)
             ]
             if a == b:
                 drawn = [(x, x, s) for x, _, s in drawn if len(set(x)) > 1]
@@ -176,10 +163,6 @@ def class_matrix(
 
 def _mean_of_others(ratio: np.ndarray, i: np.ndarray, j: np.ndarray) -> float:
     return float(ratio[:, i[:, None], j[None]][:, i[:, None] != j[None]].mean())
-
-
-def _norms(gram: Tensor) -> np.ndarray:
-    return gram.double().pow(2).sum((-2, -1)).sqrt().numpy()
 
 
 def _probe_norms(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

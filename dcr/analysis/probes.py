@@ -61,20 +61,16 @@ def fit_probe(states: np.ndarray, toxic: np.ndarray) -> Probe:
 def is_toxic(prompts: pd.DataFrame) -> np.ndarray:
     """[n] 1 for toxic, 0 for the rest. Raises DCRError unless both classes have two prompts."""
     y = (prompts["label"] == "toxic").to_numpy().astype(int)
-    for value, name in ((1, "toxic"), (0, "seemingly toxic")):
-        if (y == value).sum() < 2:
-            raise DCRError(
-                f"separability needs at least 2 {name} prompts, got {(y == value).sum()}."
-            )
+    for n, name in ((y.sum(), "toxic"), ((1 - y).sum(), "seemingly toxic")):
+        if n < 2:
+            raise DCRError(f"separability needs at least 2 {name} prompts, got {n}.")
     return y
 
 
 def requests_in(prompts: pd.DataFrame) -> np.ndarray:
     """[n] the groups that folds hold whole. Raises DCRError for a table without them."""
     if "request" not in prompts:
-        raise DCRError(
-            "probes: the prompts have no column `request`; see dcr.data.read.prompts_of."
-        )
+        raise DCRError("the prompts have no column `request`; see dcr.data.read.prompts_of.")
     return prompts["request"].to_numpy()
 
 
@@ -87,11 +83,10 @@ def cross_scores(
     fit: Callable[[Any, np.ndarray], Any] = fit_probe,
     seed: int = 0,
 ) -> np.ndarray:
-    """[n] scores of `unseen` (features, groups; default: the rows themselves), each from the fold
-    that held its group out.
+    """[n] scores of `unseen`, each from the fold that held its group out.
 
-    A row whose group was never trained on gets the mean over folds (stratified).
-    Raises DCRError for fewer than two groups a class.
+    unseen: (features, groups), default the rows themselves; a row whose group was never trained on
+    gets the mean over folds (stratified). Raises DCRError for fewer than two groups a class.
     """
     others, other_groups = unseen or (features, groups)
     folds = min(FOLDS, len(np.unique(groups[y == 1])), len(np.unique(groups[y == 0])))
@@ -132,18 +127,14 @@ def transfer_scores(
     sentence's form, or the source.
     """
     y, groups, other_groups = is_toxic(prompts), requests_in(prompts), requests_in(other_prompts)
-    return pd.DataFrame(
-        {
-            layer: cross_scores(
-                states.layer(layer), y, groups, (others.layer(layer), other_groups), seed=seed
-            )
-            for layer in layers or range(states.n_layers + 1)
-        },
-        index=other_prompts.index,
-    )
+    scores = {}
+    for layer in layers or range(states.n_layers + 1):
+        unseen = others.layer(layer), other_groups
+        scores[layer] = cross_scores(states.layer(layer), y, groups, unseen, seed=seed)
+    return pd.DataFrame(scores, index=other_prompts.index)
 
 
-def surface_scores(prompts: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+def surface_scores(prompts: pd.DataFrame) -> pd.DataFrame:
     """[n, 4] what the surface alone tells: question-mark, length, source, tf-idf.
 
     The rule "toxic unless it ends in ?"; cross-validated: length in words, source one-hot (perfect
@@ -156,9 +147,9 @@ def surface_scores(prompts: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     many = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
     columns = {
         "question-mark": np.where(texts.str.strip().str.endswith("?"), -1.0, 1.0),
-        "length": cross_scores(words, y, groups, seed=seed),
-        "source": cross_scores(source, y, groups, seed=seed),
-        "tf-idf": cross_scores(tfidf, y, groups, fit=many.fit, seed=seed),
+        "length": cross_scores(words, y, groups),
+        "source": cross_scores(source, y, groups),
+        "tf-idf": cross_scores(tfidf, y, groups, fit=many.fit),
     }
     return pd.DataFrame(columns, index=prompts.index)
 
@@ -205,13 +196,13 @@ def cosine_structure(
 
 
 def cluster_by_layer(
-    states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] = (), *, seed: int = 0
+    states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] = ()
 ) -> pd.DataFrame:
     """Rows layer, ari, nmi: k-means, two clusters, standardised states, against the classes."""
     y, rows = is_toxic(prompts), []
     for layer in layers or range(states.n_layers + 1):
         scaled = StandardScaler().fit_transform(states.layer(layer))
-        found = KMeans(2, n_init=5, random_state=seed).fit_predict(scaled)
+        found = KMeans(2, n_init=5, random_state=0).fit_predict(scaled)
         ari, nmi = adjusted_rand_score(y, found), normalized_mutual_info_score(y, found)
         rows.append({"layer": layer, "ari": float(ari), "nmi": float(nmi)})
     return pd.DataFrame(rows)

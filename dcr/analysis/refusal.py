@@ -18,13 +18,7 @@ from transformers import DynamicCache
 from dcr.analysis.tree import Packed, Tree, log_odds
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
-from dcr.lm.batches import (
-    Passes,
-    can_share,
-    common_prefix,
-    fitted,
-    named,
-)
+from dcr.lm.batches import can_share, fitted, named
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 
@@ -110,8 +104,7 @@ def refusal_score(  # noqa: PLR0913
         )
     tree = _tree(tokenizer, openings)
     under = steering.start(model, tokenizer, texts) if steering else Unsteered()
-    with under.during(None, True):
-        passes = Passes(model, rows, common_prefix(rows, keep=max(1, under.tail)))
+    passes = under.passes(model, rows)
 
     def read(batch: list[int]) -> np.ndarray:
         inputs = passes.inputs(batch, DynamicCache())  # which keeps what has left a layer's window

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcr.lm.batches import cache_argument, position_ids
+from dcr.lm.batches import CACHE, position_ids
 
 TOLERANCE = 0.05  # a beginning is not read below this share of what is known to go on, or not to
 FLOOR = 0.01  # or, after two passes, of this, where less is known
@@ -111,7 +111,7 @@ class Packed:
         steered: Callable[[list[int]], contextlib.AbstractContextManager],
     ) -> None:
         """inputs: of the prompts' own pass. steered(rows): in force around a pass over them."""
-        self.model, self.cache, self.steered = model, inputs[cache_argument()], steered
+        self.model, self.cache, self.steered = model, inputs[CACHE], steered
         self.slots = self.passes = 0
         mask = inputs["attention_mask"]
         self.rows = list(range(len(mask)))  # of the batch, as far as they are still read
@@ -151,7 +151,7 @@ class Packed:
                 position_ids=torch.tensor(position, device=device),
                 attention_mask=self._mask(seen, position),
                 use_cache=True,
-                **{cache_argument(): self.cache},
+                **{CACHE: self.cache},
             ).logits
 
     def _mask(self, seen: np.ndarray, position: np.ndarray):

@@ -8,7 +8,7 @@ those of the row alone.
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -24,6 +24,8 @@ from dcr.lm.memory import Result, in_memory, tokens_that_fit
 
 MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
+# What this transformers version calls the keys and values in a forward pass.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def token_batches(
@@ -68,9 +70,7 @@ def common_prefix(
     """
     if len(rows) < 2:
         return 0
-    first, last = min(map(list, rows)), max(map(list, rows))
-    pairs = enumerate(zip(first, last, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+    shared = len(os.path.commonprefix([list(row) for row in rows]))
     shared = min(shared, min(map(len, rows)) - keep)
     return shared if shared >= at_least else 0
 
@@ -85,21 +85,15 @@ def can_share(stack) -> bool:
     return set(kinds) <= PLAIN_ATTENTION and not checkpointed
 
 
-def run_prefix(stack, ids: Tensor):
-    """(keys and values, output) of the first tokens `ids` [1, shared], with gradients if enabled.
+def run_prefix(stack, ids: Tensor) -> DynamicCache:
+    """Keys and values of the first tokens `ids` [1, shared], with gradients if enabled.
 
     stack: the decoder without head (`blocks.decoder_stack`) or the whole model. No layer drops what
     has left its window: a row that is shorter than others of its batch still needs it.
     """
     cache = DynamicCache()
-    return cache, stack(input_ids=ids, use_cache=True, **{cache_argument(): cache})
-
-
-@functools.cache
-def cache_argument() -> str:
-    """What this transformers version calls the keys and values in a forward pass."""
-    known = CausalLMOutputWithPast.__dataclass_fields__
-    return "cache" if "cache" in known else "past_key_values"
+    stack(input_ids=ids, use_cache=True, **{CACHE: cache})
+    return cache
 
 
 def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
@@ -109,7 +103,8 @@ def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
     run; a short left-padded row runs its last shared tokens again in place of padding. `cache`
     (None: nothing is shared) stays as it is, and gradients flow through it.
     """
-    positions, shared = position_ids(attention_mask), cache.get_seq_length() if cache else 0
+    positions = position_ids(attention_mask)
+    shared = 0 if cache is None else cache.get_seq_length()
     inputs = {
         "input_ids": input_ids[:, shared:],
         "attention_mask": attention_mask,
@@ -125,7 +120,7 @@ def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
             for x in (layer.keys, layer.values)
         )  # [batch, heads, shared, head size]
         placed.update(keys, values, index)
-    return inputs | {cache_argument(): placed}
+    return inputs | {CACHE: placed}
 
 
 def repeated(first: Tensor, attention_mask: Tensor) -> Tensor:
@@ -150,7 +145,7 @@ def shared_inputs(stack, input_ids: Tensor, attention_mask: Tensor, shared: int)
     cache = None
     if shared and can_share(stack):
         begin = int(attention_mask[0].argmax())
-        cache, _ = run_prefix(stack, input_ids[:1, begin : begin + shared])
+        cache = run_prefix(stack, input_ids[:1, begin : begin + shared])
     return behind(cache, input_ids, attention_mask)
 
 
@@ -169,9 +164,9 @@ class Passes:
         self.shared = shared if can_share(stack) else 0
         self.cache = None
         if self.shared:
-            ids = torch.tensor([rows[0][: self.shared]], device=self.device)
             with torch.no_grad():
-                self.cache, _ = run_prefix(stack, ids)
+                ids = torch.tensor([rows[0][: self.shared]], device=self.device)
+                self.cache = run_prefix(stack, ids)
 
     def inputs(self, batch: Sequence[int], empty=None) -> dict:
         """Arguments of the pass over rows with these numbers.
@@ -181,7 +176,7 @@ class Passes:
         ids, mask = padded([self.rows[i] for i in batch], self.side, self.device)
         inputs = behind(self.cache, ids, mask)
         if self.cache is None and empty is not None:
-            inputs |= {cache_argument(): empty, "use_cache": True}
+            inputs |= {CACHE: empty, "use_cache": True}
         return inputs
 
     def run(
@@ -211,20 +206,18 @@ def fitted(
     model,
     rows: Sequence[list[int]],
     prompts: pd.DataFrame,
-    max_length: int | None = None,
     *,
     truncate: bool = False,
     room: int = 0,
 ) -> list[list[int]]:
     """Token rows of prompts (columns id, text), each within the model's context.
 
-    max_length: a lower limit. room: new tokens that must fit behind a row. truncate: keep the last
-    tokens of a row that is too long. Raises DCRError naming the first prompt that is too long, or
-    holds a token for which the model has no embedding.
+    room: new tokens that must fit behind a row. truncate: keep the last tokens of a row that is too
+    long. Raises DCRError naming the first prompt that is too long, or holds a token for which the
+    model has no embedding.
     """
     config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
-    limit = max_length or getattr(config, "max_position_embeddings", None) or sys.maxsize
-    limit -= room
+    limit = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - room
     for i, row in enumerate(rows):
         if len(row) > limit and not truncate:
             mend = (

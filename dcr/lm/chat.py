@@ -113,23 +113,11 @@ def unfinished(answer: str) -> bool:
 
 
 def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> list[str]:
-    template = tokenizer.chat_template
-    name = tokenizer.name_or_path
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise DCRError(
-                f"{name}: the tokenizer has chat templates {', '.join(sorted(template))} but none "
-                "named default. Set tokenizer.chat_template to one, or use chat_template='alpaca'."
-            )
-        template = template["default"]
-    if not template:
-        raise DCRError(
-            f"{name}: the tokenizer has no chat template. Load it with dcr.load_model(..., "
-            "chat_template='alpaca') to use the Alpaca prompt."
-        )
+    """Chat text of each conversation, the same on every day; reasoning off where it can be."""
     today = r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])(.*?)\1\s*\)"
-    template = re.sub(today, lambda m: repr(FIXED_DAY.strftime(m[2])), template)
     try:
+        template = tokenizer.get_chat_template()
+        template = re.sub(today, lambda m: repr(FIXED_DAY.strftime(m[2])), template)
         return tokenizer.apply_chat_template(
             chats,
             chat_template=template,
@@ -140,8 +128,8 @@ def _apply(tokenizer, chats: list[list[dict]], add_generation_prompt: bool) -> l
         )
     except Exception as error:  # whatever a template raises
         raise DCRError(
-            f"{name}: the chat template cannot render a conversation of one user turn ({error}). "
-            "Use chat_template='alpaca', or mend the template."
+            f"{tokenizer.name_or_path}: the chat template cannot render a conversation of one user "
+            f"turn ({error}). Mend it, or load the model with chat_template='alpaca'."
         ) from error
 
 

@@ -11,13 +11,13 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from dcr.lm.batches import Passes, cache_argument, common_prefix, position_ids
+from dcr.lm.batches import CACHE, Passes, common_prefix, position_ids
 from dcr.lm.chat import stop_tokens
 from dcr.lm.memory import sizes
 
@@ -36,6 +36,11 @@ class Unsteered:
     during: Callable[[Sequence[int] | None, bool], contextlib.AbstractContextManager] = (
         lambda rows, first: contextlib.nullcontext()
     )
+
+    def passes(self, model, rows: Sequence[Sequence[int]]) -> Passes:
+        """Passes over the prompts' rows; what they share is read now, and under steering."""
+        with self.during(None, True):
+            return Passes(model, rows, common_prefix(rows, keep=max(1, self.tail)))
 
 
 class Steering(Protocol):
@@ -56,16 +61,6 @@ class Decoding:
     seed: int = 0
 
 
-@dataclass
-class State:
-    """A batch under way: its rows' numbers, attention mask [rows, seq], cache, a source a row."""
-
-    rows: list[int]
-    mask: Tensor
-    cache: Any
-    chance: list[torch.Generator]
-
-
 class Decoder:
     """Greedy or sampled decoding of token rows behind their common prefix."""
 
@@ -79,9 +74,7 @@ class Decoder:
     ) -> None:
         self.model, self.rows, self.stops, self.options = model, rows, set(stops), options
         self.steering = started or Unsteered()
-        with self.steering.during(None, True):
-            keep = max(1, self.steering.tail)
-            self.passes = Passes(model, rows, common_prefix(rows, keep=keep))
+        self.passes = self.steering.passes(model, rows)
 
     def batches(
         self, which: Sequence[int], batch_size: int, max_tokens: int = 0
@@ -94,50 +87,42 @@ class Decoder:
     @torch.no_grad()
     def run(self, batch: Sequence[int]) -> list[list[int]]:
         """New token ids of each row, the stop token included."""
-        inputs = self.passes.inputs(batch, DynamicCache(config=self.model.config.get_text_config()))
-        mask, cache = inputs["attention_mask"], inputs[cache_argument()]
-        state = State(list(batch), mask, cache, [self._chance(i) for i in batch])
+        rows, chance = list(batch), [self._chance(i) for i in batch]
         out: dict[int, list[int]] = {i: [] for i in batch}
+        inputs = self.passes.inputs(batch, DynamicCache(config=self.model.config.get_text_config()))
+        mask, cache = inputs["attention_mask"], inputs[CACHE]
         for step in range(self.options.max_new_tokens):
-            with self.steering.during(state.rows, step == 0):
+            with self.steering.during(rows, step == 0):
                 logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # [rows, vocabulary]
-            tokens = self._choose(logits, state)
-            chosen = tokens.tolist()
-            for row, token in zip(state.rows, chosen, strict=True):
+            tokens = self._choose(logits, chance)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
                 out[row].append(token)
-            alive = [i for i, token in enumerate(chosen) if token not in self.stops]
+            alive = [i for i, row in enumerate(rows) if out[row][-1] not in self.stops]
             if not alive:
                 break
-            inputs = self._advance(state, tokens, alive)
+            if len(alive) < len(rows):  # rows that have stopped leave the batch
+                keep = torch.tensor(alive, device=tokens.device)
+                cache.batch_select_indices(keep)
+                mask, tokens = mask[keep], tokens[keep]
+                rows, chance = [rows[i] for i in alive], [chance[i] for i in alive]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+            inputs |= {
+                "input_ids": tokens[:, None],
+                "attention_mask": mask,
+                "position_ids": position_ids(mask)[:, -1:],
+            }
         return list(out.values())
-
-    def _advance(self, state: State, tokens: Tensor, alive: list[int]) -> dict:
-        """Arguments of the pass over the chosen tokens; rows that have stopped leave the batch."""
-        if len(alive) < len(tokens):
-            keep = torch.tensor(alive, device=tokens.device)
-            state.cache.batch_select_indices(keep)
-            state.mask, tokens = state.mask[keep], tokens[keep]
-            state.rows = [state.rows[i] for i in alive]
-            state.chance = [state.chance[i] for i in alive]
-        state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], 1)
-        return {
-            "input_ids": tokens[:, None],
-            "attention_mask": state.mask,
-            "position_ids": position_ids(state.mask)[:, -1:],
-            cache_argument(): state.cache,
-            "use_cache": True,
-        }
 
     def _chance(self, row: int) -> torch.Generator:
         """A row's own source: its sample depends neither on its batch nor on earlier answers."""
         name = f"{self.options.seed} {self.rows[row]}".encode()
         return torch.Generator().manual_seed(int(hashlib.sha256(name).hexdigest()[:15], 16))
 
-    def _choose(self, logits: Tensor, state: State) -> Tensor:
+    def _choose(self, logits: Tensor, chance: Sequence[torch.Generator]) -> Tensor:
         if self.options.temperature == 0:
             return logits.argmax(-1)
         probability = (logits.float() / self.options.temperature).softmax(-1)
-        noise = [torch.empty(logits.shape[-1]).exponential_(generator=g) for g in state.chance]
+        noise = [torch.empty(logits.shape[-1]).exponential_(generator=g) for g in chance]
         return (probability / torch.stack(noise).to(probability)).argmax(-1)  # an exact sample
 
 

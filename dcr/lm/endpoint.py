@@ -10,22 +10,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import TypeVar
 
 import pandas as pd
 
 from dcr.config import GenerationConfig
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
+from dcr.lm.chat import strip_thinking
+from dcr.lm.generate import Answers, check_request
 
 log = logging.getLogger("dcr")
-RETRY_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # what a reply of no use raises
 GIVE_UP = 10  # failed prompts in a row, with none answered, before the server counts as down
-Reply = TypeVar("Reply")
 
 
 class Failed(DCRError):
@@ -33,38 +31,30 @@ class Failed(DCRError):
 
 
 class Endpoint:
-    """One served model: chat completions with a time limit, retries and exponential backoff."""
+    """One served model: chat completions with a time limit; the client retries with backoff."""
 
     def __init__(
-        self,
-        url: str,
-        model: str = "",
-        *,
-        timeout: float = 60.0,
-        retries: int = 4,
-        backoff: float = 1.0,
+        self, url: str, model: str = "", *, timeout: float = 60.0, retries: int = 4
     ) -> None:
         """url: base address, as http://host:8000/v1. model: name there ("" asks for the first)."""
-        from openai import OpenAI
+        from openai import OpenAI, OpenAIError
 
         if not url.startswith(("http://", "https://")):
             raise DCRError(
                 f"generation.endpoint={url!r} is no address; give one such as "
                 "http://localhost:8000/v1."
             )
-        self.url, self.retries, self.backoff = url.rstrip("/"), retries, backoff
+        self.url, self.retries = url.rstrip("/"), retries
         self.key = os.environ.get("OPENAI_API_KEY", "")
-        key = self.key or "none"
-        self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=0)
-        self.model = model or self._first_model()
-
-    def _first_model(self) -> str:
+        self.client = OpenAI(
+            base_url=url, api_key=self.key or "none", timeout=timeout, max_retries=retries
+        )
         try:
-            return self._asked(lambda: self.client.models.list().data[0].id)
-        except Failed as error:
+            self.model = model or self.client.models.list().data[0].id
+        except (OpenAIError, *UNREADABLE) as error:
             raise DCRError(
-                f"{self.url}: the server did not name a model ({error}). Start it, check the "
-                "address (it usually ends in /v1), or name the model."
+                f"{self.url}: the server did not name a model ({self._reason(error)}). Start it, "
+                "check the address (it usually ends in /v1), or name the model."
             ) from error
 
     def chat(self, prompt: str, **options) -> tuple[str, str, int]:
@@ -73,48 +63,36 @@ class Endpoint:
         options: max_tokens, temperature, seed. Raises `Failed` with the server's own last word when
         every attempt failed.
         """
+        from openai import OpenAIError
 
-        def call() -> tuple[str, str, int]:
-            reply = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": prompt}], **options
-            )
-            choice = reply.choices[0]
-            used = reply.usage.completion_tokens if reply.usage else -1
-            return (
-                _said(choice.message),
-                "length" if choice.finish_reason == "length" else "eos",
-                used,
-            )
-
-        return self._asked(call)
-
-    def _asked(self, call: Callable[[], Reply]) -> Reply:
-        import openai
-
-        problem = ""
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
+        attempt = 0
+        while True:
             try:
-                return call()
-            except openai.APIStatusError as error:
-                body = error.body.get("message") if isinstance(error.body, dict) else error.body
-                said = str(body or "").strip()[:300]
-                said = said.replace(self.key, "***") if self.key else said
-                problem = f"status {error.status_code}" + (f": {said}" if said else "")
-                if error.status_code not in RETRY_STATUS:
-                    raise Failed(problem) from error
-            except openai.APIConnectionError as error:
-                problem = type(error).__name__
-            except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
-                problem = f"unreadable reply ({type(error).__name__})"
-        raise Failed(f"{problem} after {self.retries + 1} attempts")
+                reply = self.client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": prompt}], **options
+                )
+                choice = reply.choices[0]
+                finish = "length" if choice.finish_reason == "length" else "eos"
+                used = reply.usage.completion_tokens if reply.usage else -1
+                return _said(choice.message), finish, used
+            except (OpenAIError, *UNREADABLE) as error:
+                if isinstance(error, OpenAIError) or attempt == self.retries:
+                    raise Failed(self._reason(error)) from error
+                attempt += 1  # the client repeats requests that fail, not replies of no use
+
+    def _reason(self, error: Exception) -> str:
+        from openai import APIStatusError
+
+        if not isinstance(error, APIStatusError):
+            return f"{type(error).__name__} after {self.retries + 1} attempts"
+        body = error.body.get("message") if isinstance(error.body, dict) else error.body
+        said = str(body or "").strip()[:300]
+        said = said.replace(self.key, "***") if self.key else said
+        return f"status {error.status_code}" + (f": {said}" if said else "")
 
 
 def _said(message) -> str:
     """Text of a message: its content, whole or in parts, or the refusal in its place."""
-    from dcr.lm.chat import strip_thinking
-
     parts = message.content or getattr(message, "refusal", None) or message.content
     if isinstance(parts, list):
         known = [p if isinstance(p, dict) else vars(p) for p in parts]
@@ -141,8 +119,6 @@ def generate_remote(  # noqa: PLR0913
     is the server's count, -1 where it gives none. `out` as in `generate`. Prompts that failed have
     no row. Raises DCRError for bad prompts or parameters, and for a server that answers nothing.
     """
-    from dcr.lm.generate import Answers, check_request
-
     prompts = prompts_of(prompts)
     check_request(options.max_new_tokens, options.temperature)
     server = server or Endpoint(options.endpoint, served)

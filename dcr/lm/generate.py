@@ -36,7 +36,6 @@ def generate(  # noqa: PLR0913
     temperature: float = 0.0,
     precision: str = "",
     out: str | Path | None = None,
-    max_length: int | None = None,
     steering: Steering | None = None,
 ) -> pd.DataFrame:
     """Answers to prompts (texts, or a prompt table): one row a prompt, columns `COLUMNS`.
@@ -65,7 +64,7 @@ def generate(  # noqa: PLR0913
     if not texts:
         return answers.frame()
     rows = encode_prompts(tokenizer, texts)
-    rows = fitted(model, rows, answers.todo, max_length, room=max_new_tokens)
+    rows = fitted(model, rows, answers.todo, room=max_new_tokens)
     thinks = render(tokenizer, texts[:1])[0].rstrip().endswith("<think>")  # opened by the template
     with in_precision(model, precision) if precision else contextlib.nullcontext(), torch.no_grad():
         started = steering.start(model, tokenizer, texts) if steering else Unsteered()

@@ -36,33 +36,26 @@ def load(
 
     name: "embedded", a local folder or a hub id (`revision`: commit, tag or branch; "": main as it
     is now). precision: see `resolve_precision`; weights are held in fp32 (bf16 is autocast, or
-    `in_precision`), but on a GPU in bf16 when they were published so. device: "auto" (cuda, then
-    mps, then cpu), or one of these, as "cuda:1". chat_template: "auto" (the tokenizer's own; the
-    Alpaca prompt for a model without one) or "alpaca". Raises DCRError for a wrong option, no
-    network, a gated model, an unknown architecture, or an unfit folder.
+    `in_precision`), but on a GPU in bf16 when they were published so. device: see `pick_device`.
+    chat_template: "auto" (the tokenizer's own; the Alpaca prompt for a model without one) or
+    "alpaca". Raises DCRError for a wrong option, and for what cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    if chat_template not in ("auto", "alpaca"):
-        raise DCRError(f"model.chat_template={chat_template!r} is unknown; use auto or alpaca.")
     device = pick_device(device)
     resolved = resolve_precision(precision, device)
     source, commit = locate(name, revision)
-    options = {"trust_remote_code": False, **({"revision": commit} if commit else {})}
-    try:
+    options = {"trust_remote_code": False, "revision": commit or "main"}
+    tokenizer = load_tokenizer(name, revision=commit, chat_template=chat_template)
+    with _explained(name):
         config = AutoConfig.from_pretrained(source, **options)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"unrecognized model type {config.model_type!r}")
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
         small = device.startswith("cuda") and resolved == "bf16" and config.dtype == torch.bfloat16
         model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES["bf16" if small else "fp32"], use_safetensors=True, **options
         )
-    except Exception as error:  # one clear message for whatever the hub client raises
-        raise DCRError(explain_load_error(name, error)) from error
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
-    _complete(model, tokenizer, name, chat_template)
+    _complete(model, tokenizer)
     return model.to(device).eval(), tokenizer
 
 
@@ -71,16 +64,25 @@ def load_tokenizer(name: str, *, revision: str = "", chat_template: str = "auto"
     from transformers import AutoTokenizer
 
     source, commit = locate(name, revision)
-    try:
-        options = {"trust_remote_code": False, "revision": commit or "main"}
+    options = {"trust_remote_code": False, "revision": commit or "main"}
+    with _explained(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:  # one clear message for whatever the hub client raises
-        raise DCRError(explain_load_error(name, error)) from error
     _give_template(tokenizer, name, chat_template)
     return tokenizer
 
 
+@contextlib.contextmanager
+def _explained(name: str, revision: str = "") -> Iterator[None]:
+    """One clear message for whatever the hub client raises."""
+    try:
+        yield
+    except Exception as error:
+        raise DCRError(explain_load_error(name, error, revision)) from error
+
+
 def _give_template(tokenizer, name: str, chat_template: str) -> None:
+    if chat_template not in ("auto", "alpaca"):
+        raise DCRError(f"model.chat_template={chat_template!r} is unknown; use auto or alpaca.")
     if chat_template == "alpaca" or not tokenizer.chat_template:
         if chat_template == "auto":
             log.warning("%s has no chat template: using the Alpaca prompt", name)
@@ -89,9 +91,8 @@ def _give_template(tokenizer, name: str, chat_template: str) -> None:
         tokenizer.chat_template = "{{ bos_token }}" * begins + ALPACA_TEMPLATE
 
 
-def _complete(model, tokenizer, name: str, chat_template: str) -> None:
-    """What may lack: a template, a pad id with an embedding, the turn's end among the stops."""
-    _give_template(tokenizer, name, chat_template)
+def _complete(model, tokenizer) -> None:
+    """What may lack: a pad id with an embedding, the turn's end among the stops."""
     tokenizer.padding_side = "left"
     pad = tokenizer.pad_token_id
     if pad is None or pad >= model.get_input_embeddings().num_embeddings:
@@ -104,8 +105,7 @@ def _complete(model, tokenizer, name: str, chat_template: str) -> None:
 def locate(name: str, revision: str = "") -> tuple[str, str]:
     """(folder or hub id, commit), for `from_pretrained`: a branch comes as its commit, for keys.
 
-    Raises DCRError for a folder that is not there or holds no whole model, and for a hub that does
-    not answer.
+    Raises DCRError for a folder that is missing or unfit, and for a hub that does not answer.
     """
     if name == "embedded":
         return str(embedded.ensure()), ""
@@ -117,11 +117,9 @@ def locate(name: str, revision: str = "") -> tuple[str, str]:
         raise DCRError(f"{name}: no such model folder. Give one with a saved model, or a hub id.")
     from transformers.utils.hub import cached_file
 
-    try:
+    with _explained(name, revision):
         file = cached_file(name, "config.json", revision=revision or "main")
-        return name, Path(str(file)).parent.name
-    except Exception as error:
-        raise DCRError(explain_load_error(name, error, revision)) from error
+    return name, Path(str(file)).parent.name
 
 
 def identity(name: str, revision: str = "") -> dict[str, str]:
@@ -137,27 +135,20 @@ def identity(name: str, revision: str = "") -> dict[str, str]:
 
 
 def _check_folder(path: Path) -> None:
+    """Raise DCRError for what the library does not say clearly."""
     names = {p.name for p in path.iterdir()}
     if "config.json" not in names and "adapter_config.json" in names:
         settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = settings.get("base_model_name_or_path")
         raise DCRError(
-            f"{path}: holds an adapter alone, of base model "
-            f"{settings.get('base_model_name_or_path')!r}. Merge it into that model (peft: "
-            "merge_and_unload, save_pretrained) and give the merged folder."
+            f"{path}: holds an adapter alone, of base model {base!r}. Merge it into that model "
+            "(peft: merge_and_unload, save_pretrained) and give the merged folder."
         )
     if "config.json" not in names:
         raise DCRError(f"{path}: has no config.json, so it holds no saved model.")
-    if not any(n.endswith(".safetensors") for n in names):
-        pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
-        what = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
-        raise DCRError(
-            f"{path}: holds {what}. Save the model as safetensors (save_pretrained); nothing else "
-            "is loaded."
-        )
     if not names & TOKENIZER_FILES:
         raise DCRError(
-            f"{path}: holds no tokenizer. Copy the tokenizer's files of its base model into it "
-            "(tokenizer.save_pretrained)."
+            f"{path}: holds no tokenizer. Save its base model's there (save_pretrained)."
         )
 
 
@@ -175,38 +166,32 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
     status = {getattr(getattr(e, "response", None), "status_code", 0) for e in chain}
     low = str(error).lower()
     if found(errors.RevisionNotFoundError):
-        return f"{name}: the hub has no revision {revision!r} of it. Give one that it has."
-    if found(errors.GatedRepoError) or status & {401, 403} or "gated repo" in low:
-        return (
-            f"{name}: the model is gated, private, or not on the hub under this name. Accept its "
-            "licence on its hub page and set HF_TOKEN, or give a local folder."
+        reason = f"the hub has no revision {revision!r} of it. Give one that it has."
+    elif found(errors.GatedRepoError) or status & {401, 403} or "gated repo" in low:
+        reason = (
+            "gated, private, or not on the hub under this name. Accept the licence on its hub page "
+            "and set HF_TOKEN, or give a local folder."
         )
-    if "model type" in low or "unrecognized" in low:
-        return (
-            f"{name}: this transformers version does not know the architecture; use a supported "
-            f"causal LM ({error})."
-        )
-    if not Path(name).is_dir() and "safetensors" in low:
-        return (
-            f"{name}: no safetensors weights found. Convert the model to safetensors first; "
-            "nothing else is loaded."
-        )
-    if found(
+    elif "model type" in low or "unrecognized" in low:
+        reason = f"this transformers version knows no causal LM of its architecture ({error})."
+    elif "file named model.safetensors" in low:
+        reason = "no safetensors weights found. Convert the model to safetensors first."
+    elif found(
         errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError
     ):
-        return (
-            f"{name}: not a local folder, and the Hugging Face hub cannot be reached. Check the "
-            "network, give a local folder, or use model.name=embedded."
+        reason = (
+            "no local folder, and the hub cannot be reached. Mend the network or give a folder."
         )
-    reason = (str(error).splitlines() or [""])[0][:300]
-    return f"{name}: could not be loaded ({type(error).__name__}: {reason})."
+    else:
+        said = str(error).partition("\n")[0][:300]
+        reason = f"could not be loaded ({type(error).__name__}: {said})."
+    return f"{name}: {reason}"
 
 
 def pick_device(device: str) -> str:
-    """The torch device that a wish comes to: "auto" is the process's GPU, then mps, then cpu.
+    """The device that a wish comes to; one that this machine lacks becomes the CPU, with a warning.
 
-    A device that this machine lacks becomes the CPU, with a warning. Raises DCRError for an unknown
-    name.
+    "auto": the process's GPU, then mps, then cpu. Raises DCRError for an unknown name.
     """
     gpus = torch.cuda.device_count()
     if device == "auto":
@@ -217,22 +202,22 @@ def pick_device(device: str) -> str:
     if kind not in ("cpu", "cuda", "mps") or not (number or "0").isdigit():
         raise DCRError(f"model.device={device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps.")
     there = {"cuda": int(number or 0) < gpus, "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, True):
-        log.warning("model.device=%s: this machine has none, so the CPU does the work", device)
-        return "cpu"
-    return device
+    if there.get(kind, True):
+        return device
+    log.warning("model.device=%s: this machine has none, so the CPU does the work", device)
+    return "cpu"
 
 
 def resolve_precision(wanted: str, device: str | torch.device) -> str:
-    """ "bf16" or "fp32"; "auto" is bf16 where the hardware multiplies it natively, else fp32.
+    """ "bf16" or "fp32"; "auto": the first where hardware multiplies it, else 2 to 24 times slower.
 
-    Elsewhere bf16 is the slower one (2 to 24 times on a CPU). Raises DCRError for another wish.
+    Raises DCRError for another wish.
     """
     if wanted not in ("auto", *DTYPES):
         raise DCRError(f"model.precision={wanted!r} is unknown; use auto, {' or '.join(DTYPES)}.")
-    if wanted == "auto":
-        return "bf16" if _multiplies_bf16(torch.device(device)) else "fp32"
-    return wanted
+    if wanted != "auto":
+        return wanted
+    return "bf16" if _multiplies_bf16(torch.device(device)) else "fp32"
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
@@ -262,10 +247,6 @@ def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
     Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
     """
     dtype = DTYPES[precision]
-    values = {
-        name: parameter.data.to(dtype)
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.dtype != dtype
-    }
-    with replaced(model, values):
+    floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    with replaced(model, {n: p.data.to(dtype) for n, p in floating.items() if p.dtype != dtype}):
         yield model

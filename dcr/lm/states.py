@@ -56,7 +56,6 @@ def hidden_states(  # noqa: PLR0913
     batch_size: int = 32,
     max_tokens_per_batch: int = 0,
     out: str | Path | None = None,
-    max_length: int | None = None,
     truncate: bool = False,
     layers_path: str = "",
 ) -> HiddenStates:
@@ -69,7 +68,7 @@ def hidden_states(  # noqa: PLR0913
     """
     prompts = prompts_of(prompts)
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
-    rows = fitted(model, rows, prompts, max_length, truncate=truncate)
+    rows = fitted(model, rows, prompts, truncate=truncate)
     stack, blocks = decoder_stack(model, layers_path), decoder_layers(model, layers_path)
     shape = (len(blocks) + 1, len(rows), model.config.get_text_config().hidden_size)
     key = content_key([rows, pooling, fingerprint(model, tokenizer)]) if out else ""

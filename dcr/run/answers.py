@@ -277,8 +277,7 @@ class Run(Training):
         def measure(model, tokenizer, texts, folder):
             path = self.config.model.layers_path
             few = texts[:-1], texts[-1:]
-            found = entk(model, tokenizer, *few, k=tokens, truncate=True, layers_path=path)
-            return np.block([[found.within_a, found.cross], [found.cross.T, found.within_b]])
+            return entk(model, tokenizer, *few, k=tokens, truncate=True, layers_path=path).norms
 
         folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=tokens)
         return np.load(folder / "values.npy")

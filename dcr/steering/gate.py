@@ -62,8 +62,10 @@ class Deciding(Steering):
 
 @dataclass(frozen=True)
 class Gate(Deciding):
-    """facts: layer, tokens [start, stop] (a slice of the prompt, averaged), threshold, refusal, and
-    what was measured; tensors: weight [hidden], bias []."""
+    """facts: layer, tokens [start, stop] (a slice of the prompt, averaged), threshold, refusal.
+
+    Beside them what was measured; tensors: weight [hidden], bias [].
+    """
 
     ANCHORS = ("pairs",)
     script = SCRIPT
@@ -144,8 +146,7 @@ def cells(prompts: pd.DataFrame) -> pd.Series:
 
 
 def nominal(prompts: pd.DataFrame, scores: np.ndarray, options: SteeringConfig) -> dict:
-    """The threshold that refuses the target share of toxic validation prompts, and what else it
-    refuses.
+    """The threshold that refuses the target share of toxic validation prompts, and what it does.
 
     Raises DCRError without toxic questions or imperatives.
     """
