@@ -104,7 +104,7 @@ def refusal_score(  # noqa: PLR0913
         )
     tree = _tree(tokenizer, openings)
     under = steering.start(model, tokenizer, texts) if steering else Unsteered()
-    passes = under.passes(model, rows)
+    passes = under.passes_over(model, rows)
 
     def read(batch: list[int]) -> np.ndarray:
         inputs = passes.inputs(batch, DynamicCache())  # which keeps what has left a layer's window

@@ -37,7 +37,7 @@ class Unsteered:
         lambda rows, first: contextlib.nullcontext()
     )
 
-    def passes(self, model, rows: Sequence[Sequence[int]]) -> Passes:
+    def passes_over(self, model, rows: Sequence[Sequence[int]]) -> Passes:
         """Passes over the prompts' rows; what they share is read now, and under steering."""
         with self.during(None, True):
             return Passes(model, rows, common_prefix(rows, keep=max(1, self.tail)))
@@ -74,7 +74,7 @@ class Decoder:
     ) -> None:
         self.model, self.rows, self.stops, self.options = model, rows, set(stops), options
         self.steering = started or Unsteered()
-        self.passes = self.steering.passes(model, rows)
+        self.passes = self.steering.passes_over(model, rows)
 
     def batches(
         self, which: Sequence[int], batch_size: int, max_tokens: int = 0

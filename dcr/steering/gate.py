@@ -182,9 +182,10 @@ def balanced_auroc(prompts: pd.DataFrame, scores: np.ndarray) -> float:
     toxic = rows[rows["label"] == "toxic"]
     harmless = rows[rows["label"] == "seemingly_toxic"]
     found = []
-    for _, positive in toxic.groupby("form"):
+    for form in [f for f in FORMS if (toxic["form"] == f).any()]:
+        positive = toxic[toxic["form"] == form]
         for _, negative in harmless.groupby([name, "form"]):
-            both = pd.concat([positive, negative])
+            both = pd.concat([positive, negative]).sort_index()
             truth = both["label"] == "toxic"
             found.append(roc_auc_score(truth, both["score"], sample_weight=both["weight"]))
     if not found:
