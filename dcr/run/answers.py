@@ -1,5 +1,4 @@
-"""What a run asks of what it trained: answers, verdicts, scores, hidden states, kernels, general
-ability."""
+"""What a run asks of what it trained: answers, verdicts, scores, states, kernels, ability."""
 
 from __future__ import annotations
 
@@ -12,17 +11,16 @@ import numpy as np
 import pandas as pd
 
 from dcr.data.files import content_key, read_jsonl, write_atomic
+from dcr.data.sets import first_requests, table_hash, test_prompts, validation_prompts
 from dcr.errors import DCRError
 from dcr.run.training import Point, Training
 
 
 class Run(Training):
-    """One configuration with one seed: trained methods (see `Training`) and what is asked of
-    them."""
+    """One configuration with one seed: trained methods and what is asked of them."""
 
     def complete(self, method: str) -> Iterator[str]:
-        """Train, ask and score all that a method's curve and frontier need; yields what was
-        done."""
+        """Make all that a method's curve and frontier need; yields what was done."""
         if self.config.generation.endpoint:  # a served model answers; nothing runs here
             self.verdicts(method)
             yield "judged"
@@ -39,22 +37,16 @@ class Run(Training):
     @cached_property
     def prompts(self) -> pd.DataFrame:
         """All test prompts."""
-        from dcr.data.sets import test_prompts
-
         return test_prompts(self.config, of=self.of)
 
     @cached_property
     def validation(self) -> pd.DataFrame:
         """The prompts on which thresholds and recipes are chosen."""
-        from dcr.data.sets import validation_prompts
-
         return validation_prompts(self.config, of=self.of)
 
     @cached_property
     def answered(self) -> pd.DataFrame:
         """The test prompts that are answered and judged; all are scored."""
-        from dcr.data.sets import first_requests
-
         sets = self.prompts.groupby("benchmark", sort=False)
         parts = [first_requests(rows, self.config.data.answered) for _, rows in sets]
         return pd.concat(parts, ignore_index=True)
@@ -62,8 +54,6 @@ class Run(Training):
     @cached_property
     def curve_prompts(self) -> pd.DataFrame:
         """The answered prompts asked at each point of a curve: the first of each benchmark."""
-        from dcr.data.sets import first_requests
-
         sets = [rows for _, rows in self.answered.groupby("benchmark", sort=False)]
         forms = 1 + self.config.evaluation.forms
         each = max(2, self.config.data.curve_limit // (forms * len(sets)))
@@ -87,10 +77,10 @@ class Run(Training):
     ) -> pd.DataFrame:
         """Answers to any prompts: prompt_id, method, seed, response, n_tokens, finish.
 
-        tokens: new tokens at most (0: the run's). Raises DCRError for a rule, which answers
-        nothing.
+        tokens: new tokens at most (0: the run's). Raises DCRError for a method without a served
+        model where the configuration names an endpoint.
         """
-        from dcr.data.sets import table_hash
+        from dcr.lm.endpoint import generate_remote
         from dcr.lm.generate import generate
 
         step, strength = point or Point()
@@ -116,8 +106,6 @@ class Run(Training):
         def build(folder: Path) -> dict:
             out = folder / "generations.jsonl"
             if options.endpoint:
-                from dcr.lm.endpoint import generate_remote
-
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
@@ -142,8 +130,7 @@ class Run(Training):
     def judged(
         self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0
     ) -> pd.DataFrame:
-        """Answers to any prompts with the configured judge's verdict and score; a rule has verdicts
-        alone."""
+        """`answers` with the configured judge's verdicts; a rule has verdicts alone."""
         from dcr.evaluate.judges import identity, judge
         from dcr.evaluate.rates import question_mark_rule
 
@@ -201,9 +188,7 @@ class Run(Training):
         precision: str = "",
         **settings: Any,
     ) -> Path:
-        """The artifact's folder of `measure(model, tokenizer, texts, folder=...)`; an array goes to
-        values.npy."""
-        from dcr.data.sets import table_hash
+        """Folder of `measure(model, tokenizer, folder)`; an array goes to values.npy."""
         from dcr.lm.load import in_precision
 
         owner, (step, _) = self._owner(method, step, 1.0)
@@ -212,7 +197,7 @@ class Run(Training):
         def build(folder: Path) -> dict:
             model, tokenizer = self.model(owner, step)
             with in_precision(model, precision or self.base_model.precision):
-                values = measure(model, tokenizer, prompts["text"].tolist(), folder=folder)
+                values = measure(model, tokenizer, folder)
             if isinstance(values, np.ndarray):
                 np.save(folder / "values.npy", values)
             return {"prompts": len(prompts), **self._facts(self.config)}
@@ -220,8 +205,7 @@ class Run(Training):
         return self.store.get(kind, self._name(owner, step, 1.0), key, build).path
 
     def scores(self, method: str) -> pd.DataFrame:
-        """prompt_id, method, seed, score over validation and test prompts; higher: more inclined to
-        refuse.
+        """prompt_id, method, seed, score (higher: more inclined to refuse); validation and test.
 
         A rule's verdict, a steering method's own score, else the refusal score.
         """
@@ -239,12 +223,11 @@ class Run(Training):
         """[n] refusal scores of any prompts (see `scores`)."""
         from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
 
-        steering = self.steering(method)
+        steering, texts = self.steering(method), prompts["text"].tolist()
 
-        def measure(model, tokenizer, texts, folder):
-            return np.asarray(
-                (steering.score if steering else refusal_score)(model, tokenizer, texts)
-            )
+        def measure(model, tokenizer, _folder):
+            score = steering.score if steering else refusal_score
+            return np.asarray(score(model, tokenizer, texts))
 
         settings = {"openings": PHRASES_VERSION, "steering": steering and steering.settings}
         folder = self._measured("score", method, prompts, measure, step, **settings)
@@ -257,12 +240,12 @@ class Run(Training):
         return expit(self.refusal(method, prompts, step))
 
     def states(self, method: str, prompts: pd.DataFrame, step: int = -1):
-        """`HiddenStates` of every layer at the last token of each prompt, [layers + 1, n, hidden]
-        fp32."""
+        """`HiddenStates` at each prompt's last token, [layers + 1, n, hidden] fp32."""
         from dcr.lm.states import HiddenStates, hidden_states
 
-        def measure(model, tokenizer, texts, folder):
-            path = self.config.model.layers_path
+        texts, path = prompts["text"].tolist(), self.config.model.layers_path
+
+        def measure(model, tokenizer, folder):
             hidden_states(model, tokenizer, texts, out=folder, truncate=True, layers_path=path)
 
         folder = self._measured("states", method, prompts, measure, step)
@@ -272,27 +255,24 @@ class Run(Training):
         """[n, n] norms ‖K(x', x)‖_F of the empirical tangent kernel on first tokens."""
         from dcr.analysis.kernel import entk
 
-        tokens = self.config.evaluation.kernel_tokens
+        k, path = self.config.evaluation.kernel_tokens, self.config.model.layers_path
+        *texts, last = prompts["text"]
 
-        def measure(model, tokenizer, texts, folder):
-            path = self.config.model.layers_path
-            few = texts[:-1], texts[-1:]
-            return entk(model, tokenizer, *few, k=tokens, truncate=True, layers_path=path).norms
+        def measure(model, tokenizer, _folder):
+            how = {"k": k, "truncate": True, "layers_path": path}
+            return entk(model, tokenizer, texts, [last], **how).norms
 
-        folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=tokens)
+        folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=k)
         return np.load(folder / "values.npy")
 
     def ability(self, method: str) -> pd.DataFrame:
-        """Per-item general ability: task, item, metric, hit (or loss and tokens of held-out
-        answers)."""
+        """Per item: task, item, metric, hit (or loss and tokens of held-out answers)."""
         from dcr.evaluate.ability import measure_items, task_facts
 
         options = self.config.evaluation
-        held_out = self.prompts[
-            (self.prompts["label"] == "general") & (self.prompts["response"] != "")
-        ]
+        held_out = self.prompts.query("label == 'general' and response != ''")
 
-        def measure(model, tokenizer, texts, folder):
+        def measure(model, tokenizer, folder):
             rows = measure_items(model, tokenizer, held_out, options, folder=folder)
             write_atomic(folder / "items.jsonl", rows.to_json(orient="records", lines=True))
 
@@ -301,15 +281,14 @@ class Run(Training):
         return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
 
     def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
-        """item, loss, tokens: how unlikely the base model finds a method's answers (empty ones left
-        out)."""
+        """item, loss, tokens: how unlikely the base model finds a method's (not empty) answers."""
         from dcr.evaluate.ability import answer_losses
 
         said = self.answers(method, prompts)
         said = said.rename(columns={"prompt_id": "id"})[["id", "response"]]
         rows = prompts.drop(columns="response", errors="ignore").merge(said, on="id")
 
-        def measure(model, tokenizer, texts, folder):
+        def measure(model, tokenizer, folder):
             found = answer_losses(model, tokenizer, rows)
             write_atomic(folder / "losses.jsonl", found.to_json(orient="records", lines=True))
 
