@@ -1,14 +1,14 @@
 """Configuration: frozen, strict pydantic models, profiles in YAML, dotted overrides.
 
 Nothing is coerced and nothing is guessed: an unknown name, a wrong type, a value outside its
-choices
-or bounds raises one DCRError that lists what is known.
+choices or bounds raises one DCRError that lists what is known.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,13 +34,14 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-Real = Annotated[float, BeforeValidator(_number)]
-Weight = Annotated[float, Ge(0), BeforeValidator(_number)]
-Rate = Annotated[float, Gt(0), BeforeValidator(_number)]
-Share = Annotated[float, Ge(0), Le(1), BeforeValidator(_number)]
+NUMBER, TUPLE = BeforeValidator(_number), BeforeValidator(_tuple)
+Real = Annotated[float, NUMBER]
+Weight = Annotated[float, Ge(0), NUMBER]
+Rate = Annotated[float, Gt(0), NUMBER]
+Share = Annotated[float, Ge(0), Le(1), NUMBER]
 Count = Annotated[int, Ge(0)]
 Size = Annotated[int, Ge(1)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+Names = Annotated[tuple[str, ...], TUPLE]
 
 
 class Section(BaseModel):
@@ -154,9 +155,7 @@ class AlignConfig(Section):
     above_layer: bool = False  # adapters only in the blocks from ℓ up
     max_length: Size = 256
     # steps whose weights are kept: log-spaced (0, 1, 2, 4, ...), the last, or these
-    checkpoints: Literal["log", "last"] | Annotated[tuple[Count, ...], BeforeValidator(_tuple)] = (
-        "log"
-    )
+    checkpoints: Literal["log", "last"] | Annotated[tuple[Count, ...], TUPLE] = "log"
     gradient_checkpointing: bool = False
     max_tokens_per_batch: Count = 0  # 0: from the device's memory
 
@@ -206,9 +205,9 @@ class SteeringConfig(Section):
     surgical_lambda: Real = 1.0
     surgical_candidates: Count = 48  # (layer, position) pairs tried; 0 tries all, as published
     # share of toxic validation prompts that the nominal threshold of gate and token refuses
-    target: Annotated[float, Gt(0), Le(1), BeforeValidator(_number)] = 0.8
+    target: Annotated[float, Gt(0), Le(1), NUMBER] = 0.8
     tied_iterations: Size = 4
-    strengths: Annotated[tuple[Weight, ...], BeforeValidator(_tuple)] = (0.0, 0.5, 1.0, 2.0)
+    strengths: Annotated[tuple[Weight, ...], TUPLE] = (0.0, 0.5, 1.0, 2.0)
 
 
 class Config(Section):
@@ -230,33 +229,33 @@ class Config(Section):
         return self.model_dump()
 
     def override(self, overrides: str | Mapping[str, object]) -> Config:
-        """A copy with dotted keys replaced: "refine.layer=0.4,align.epochs=2", or a mapping."""
+        """A copy with values replaced: "refine.layer=0.4,align.epochs=2", or a mapping.
+
+        A mapping has dotted keys, or sections with mappings of their own.
+        """
+        sections = [name for name, value in self if isinstance(value, Section)]
         changes: dict[str, Any] = {}
         for key, value in parse_overrides(overrides).items():
-            name, _, field = key.partition(".")
-            current = getattr(self, name) if name in type(self).model_fields else None
-            if isinstance(current, Section) and not field:
-                example = f"{name}.{next(iter(type(current).model_fields))}"
-                raise DCRError(f"{key}: {name} is a section; set one of its fields: {example}=...")
-            if field and not isinstance(current, Section):
-                known = [n for n, v in self if isinstance(v, Section)]
-                what = "a value" if current is not None else "unknown"
+            name, dot, field = key.partition(".")
+            if name in sections:
+                fields = {field: value} if dot else value
+                if not isinstance(fields, Mapping):
+                    example = next(iter(type(getattr(self, name)).model_fields))
+                    raise DCRError(
+                        f"{key}: {name} is a section; set one of its fields: {name}.{example}=..."
+                    )
+                changes[name] = {**changes.get(name, {}), **fields}
+            elif dot:
+                what = "a value" if name in type(self).model_fields else "unknown"
                 raise DCRError(
-                    f"{key}: {name!r} is {what}, not a section; sections: {', '.join(known)}."
-                    + near(name, known)
+                    f"{key}: {name!r} is {what}, not a section; sections: {', '.join(sections)}."
+                    + near(name, sections)
                 )
-            if field:
-                changes.setdefault(name, {})[field] = value
             else:
                 changes[name] = value
-        return self.replaced(
-            **{
-                n: getattr(self, n).replaced(**v)
-                if isinstance(getattr(self, n, None), Section)
-                else v
-                for n, v in changes.items()
-            }
-        )
+        for name in changes.keys() & set(sections):
+            changes[name] = getattr(self, name).replaced(**changes[name])
+        return self.replaced(**changes)
 
 
 def profiles() -> list[str]:
@@ -274,37 +273,23 @@ def load_config(
             + near(str(profile), profiles())
         )
     path = PROFILE_DIR / f"{profile}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    dotted = {
-        f"{key}.{field}" if field else key: part
-        for key, value in content.items()
-        for field, part in (value.items() if isinstance(value, Mapping) else [("", value)])
-    }
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
-        config = Config(profile=profile).override(dotted)
+        config = Config(profile=profile).override(content)
     except DCRError as error:
         raise DCRError(f"{path.name}: {error}") from None
     return config.replaced(seed=seed).override(overrides)
 
 
 def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
-    """ "a.b=1,c=[2,3]" → {"a.b": 1, "c": [2, 3]}; a mapping passes through.
-
-    Values are YAML; commas inside brackets and braces belong to the value.
-    """
+    """ "a.b=1,c=[2,3]" → {"a.b": 1, "c": [2, 3]}, values in YAML; a mapping passes through."""
     if isinstance(overrides, Mapping):
         return {str(key): value for key, value in overrides.items()}
     if not isinstance(overrides, str):
         raise DCRError(f"overrides must be text or a mapping, not {type(overrides).__name__}.")
-    parts, depth = [""], 0
-    for char in overrides:
-        depth += (char in "[{") - (char in "]}")
-        if char == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += char
+    parts = re.split(r",(?![^\[{]*[\]}])", overrides)  # commas outside brackets and braces
     result: dict[str, object] = {}
-    for part in filter(None, (p.strip() for p in parts)):
+    for part in filter(None, map(str.strip, parts)):
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
             raise DCRError(
@@ -320,19 +305,14 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
 
 def parse_seeds(seeds: str | int | Iterable[int]) -> tuple[int, ...]:
     """ "0-4", "0,2,5", 3 or [0, 1] → the seeds. Raises DCRError for anything else."""
-    if isinstance(seeds, bool) or not isinstance(seeds, (str, int, Iterable)):
+    one = isinstance(seeds, str) or not isinstance(seeds, Iterable)
+    parts: Iterable[object] = str(seeds).split(",") if one else seeds  # type: ignore[assignment]
+    found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part)) for part in parts]
+    ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
+    unique = tuple(dict.fromkeys(itertools.chain(*ranges)))
+    if not unique or None in found:
         raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
-    parts = seeds.split(",") if isinstance(seeds, str) else seeds
-    found: list[int] = []
-    for part in [parts] if isinstance(parts, int) else parts:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
-        if not match:
-            raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        found += range(first, last + 1)
-    if not found:
-        raise DCRError(f"seeds={seeds!r}: no seed; give e.g. 0, 0-4 or 0,2,5.")
-    return tuple(dict.fromkeys(found))
+    return unique
 
 
 @functools.cache

@@ -1,9 +1,9 @@
-"""Experiment: a profile, its seeds and methods in one run directory; its tables and figures by
-name."""
+"""Experiment: a profile, its seeds and methods in one run directory; tables, figures by name."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -15,6 +15,9 @@ import pandas as pd
 
 from dcr.config import Config, load_config, parse_seeds
 from dcr.data.files import write_atomic
+from dcr.data.ledger import ledger
+from dcr.data.sets import dropped, table_hash
+from dcr.data.sources import SOURCES, provenance
 from dcr.errors import DCRError
 from dcr.run import registry
 from dcr.run.answers import Run
@@ -31,8 +34,7 @@ REFERENCE = "reference"  # the profile whose tables are committed and read, neve
 
 
 def run_directory(profile: str, run_dir: str | Path = "") -> Path:
-    """Where a run stands: `run_dir`, else runs/<profile> of the checkout (or of the current
-    folder)."""
+    """`run_dir`, else runs/<profile> of the checkout (or of the current folder)."""
     if run_dir:
         return Path(run_dir).expanduser().absolute()
     root = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
@@ -42,8 +44,7 @@ def run_directory(profile: str, run_dir: str | Path = "") -> Path:
 class Experiment:
     """One configuration with one or more seeds in one run directory.
 
-    profile: a profile's name, or "reference" (the committed tables of the reference run, read
-    only).
+    profile: its name, or "reference" (the committed tables of the reference run, read only).
     overrides: "refine.layer=0.4,align.epochs=2" or a mapping. methods: default the profile's. A run
     directory that holds tables and no artifacts is read as well (`live` is False, `runs` empty).
     """
@@ -62,22 +63,21 @@ class Experiment:
         kept = _manifest(self.root)
         self.live = profile != REFERENCE and (not kept or bool(self.store.artifacts()))
         self._tables: dict[str, pd.DataFrame] = {}
+        self.runs: tuple[Run, ...] = ()
         if not self.live:
             if not kept:
                 raise DCRError(
                     f"{self.root} holds no tables of the reference run; give the checkout's "
                     "figures/reference as run_dir, or a profile that computes."
                 )
-            profile = kept["config"]["profile"]
-            self.config = Config(profile=profile).override(_dotted(kept["config"]))
+            self.config = Config().override(kept["config"])
             self.seeds, self.methods = tuple(kept["seeds"]), tuple(kept["methods"])
-            self.runs: tuple[Run, ...] = ()
             return
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise DCRError(
                 "an experiment runs in one process, not under accelerate launch; many cells go "
-                "through "
-                "the grid engine: dcr run --seeds 0-4 --engine ray (or --jobs N), or dcr grid."
+                "through the grid engine: dcr run --seeds 0-4 --engine ray (or --jobs N), or "
+                "dcr grid."
             )
         self.seeds = parse_seeds(seeds)
         self.config = load_config(profile, seed=self.seeds[0], overrides=overrides)
@@ -118,10 +118,9 @@ class Experiment:
     # ---- tables and figures --------------------------------------------------------------------
 
     def table(self, name: str) -> pd.DataFrame:
-        """The table, computed from what the run holds or makes and written to tables/<name>.csv; or
-        read.
+        """The table: computed, and written to tables/<name>.csv; or, where not `live`, read.
 
-        Raises DCRError for an unknown name, or one that was not made where tables are read only.
+        Raises DCRError for an unknown name, or a table to be read that was not made.
         """
         entry = registry.table_entry(name)
         if name not in self._tables:
@@ -149,14 +148,13 @@ class Experiment:
     # ---- the whole run -------------------------------------------------------------------------
 
     def complete(self, engine: str = "joblib", jobs: int = 1) -> Iterator[tuple[int, str, str]]:
-        """Make all that the methods' curves and frontiers need; yields (seed, method, why it
-        failed).
+        """Make all that curves and frontiers need; yields (seed, method, why it failed).
 
         engine, jobs: see `dcr.run.grid.run_all`.
         """
         self._first()
         task = functools.partial(_complete, self._asked)
-        cells = [(seed, method) for seed in self.seeds for method in self.methods]
+        cells = list(itertools.product(self.seeds, self.methods))
         for (seed, method), problem in run_all(task, cells, engine=engine, jobs=jobs):
             yield seed, method, problem
 
@@ -173,31 +171,22 @@ class Experiment:
         return found
 
     def artifacts(self) -> list[dict[str, Any]]:
-        """Every artifact of the run directory: kind, name, seed, seconds, peak_memory_mib,
-        started."""
+        """kind, name, seed, seconds, peak_memory_mib, started of all in the run directory."""
         shown = ("kind", "name", "seed", "seconds", "peak_memory_mib", "started")
-        found = (a.manifest for a in self.store.artifacts())
-        return [{k: content.get(k) for k in shown} for content in found]
+        return [{k: a.manifest.get(k) for k in shown} for a in self.store.artifacts()]
 
     def manifest(self) -> dict[str, Any]:
-        """What this run is, written to manifest.json: configuration, environment, data,
-        artifacts."""
-        from dcr.data.ledger import ledger
-        from dcr.data.sets import dropped, table_hash
-        from dcr.data.sources import SOURCES, provenance
-
+        """What this run is, written to manifest.json: configuration, machine, data, artifacts."""
         first = self._first()
         tables = {"test": first.prompts, "validation": first.validation}
         left_out = dropped(self.config, of=first.of)
         read = set(ledger(self.config, of=first.of)["table"]) & set(SOURCES)
-        base = first.base_model
         whole = {
             "config": self.config.to_dict(),
             "seeds": list(self.seeds),
             "methods": list(self.methods),
             "environment": environment(),
-            "model": base.key,
-            "rendering": base.facts()["rendering"],
+            **first.base_model.facts(),
             "data": {n: {"rows": len(t), "hash": table_hash(t)} for n, t in tables.items()},
             "dropped": {
                 "counts": left_out.groupby("table").size().to_dict(),
@@ -218,8 +207,7 @@ def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
 
 
 def verify(root: str | Path) -> pd.DataFrame:
-    """A row an artifact (its checksums) and a table (made again from artifacts alone): what,
-    status."""
+    """what, status of every artifact (checksums) and table (made again from artifacts alone)."""
     root = Path(root).expanduser().absolute()
     rows = [
         {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}
@@ -228,11 +216,12 @@ def verify(root: str | Path) -> pd.DataFrame:
     kept = _manifest(root)
     if not rows or not kept:
         raise DCRError(f"{root} holds no finished run: no manifest.json or no artifact.")
+    values = {k: v for k, v in kept["config"].items() if isinstance(v, dict)}
     experiment = Experiment(
         kept["config"]["profile"],
         seeds=kept["seeds"],
         run_dir=root,
-        overrides=_dotted(kept["config"]) | {"model.precision": kept["model"]["precision"]},
+        overrides={**values, "model.precision": kept["model"]["precision"]},
         methods=kept["methods"],
     )
     experiment.store.complete = True
@@ -253,12 +242,3 @@ def _manifest(root: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise DCRError(f"{path} is no manifest ({error}). Delete it.") from error
-
-
-def _dotted(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{field}" if field else section: value
-        for section, part in config.items()
-        for field, value in (part.items() if isinstance(part, dict) else [("", part)])
-        if section not in ("profile", "seed", "methods")
-    }

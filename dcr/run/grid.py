@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -75,12 +76,21 @@ class Grid:
         folder = root / "grid" / self.name
         return folder / f"{slug}-s{cell.seed}-{phase}-{content_key(parts)}.json"
 
+    def row(self, root: Path, cell: Cell, phase: str) -> dict[str, Any]:
+        """A cell's row of a phase; empty where there is none."""
+        path = self.row_path(root, cell, phase)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def write(self, root: Path, cell: Cell, phase: str, row: Mapping[str, object]) -> None:
+        """Keep a cell's row of a phase."""
+        text = json.dumps(row, ensure_ascii=False, indent=1, default=float)
+        write_atomic(self.row_path(root, cell, phase), text)
+
 
 def load_grid(
     source: str | Path, *, profile: str = "", overrides: str | Mapping[str, object] = ""
 ) -> Grid:
-    """The grid of a YAML file, or one that ships with the kit, by name; `overrides` go on top of
-    `base`.
+    """The grid of a YAML file, or one of the kit by name; `overrides` go on top of `base`.
 
     Raises DCRError for a missing file, an unknown key or method, an empty grid, a wrong override.
     """
@@ -97,11 +107,11 @@ def load_grid(
         raise DCRError(f"{path}: not YAML ({' '.join(str(error).split())[:120]}).") from None
     if not isinstance(content, Mapping):
         raise DCRError(f"{path}: a grid maps {', '.join(KEYS)} to values.")
-    if unknown := sorted({str(k) for k in content} - set(KEYS)):
-        raise DCRError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}.")
     for key in ("grid", "recipes", "base"):
         if not isinstance(content.get(key) or {}, Mapping):
             raise DCRError(f"{path}: {key} must map names to values.")
+    if unknown := [key for key in content if key not in KEYS]:
+        raise DCRError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}.")
     align = content.get("align", "none")
     number = isinstance(align, int) and not isinstance(align, bool) and align >= 0
     if align not in ("none", "all") and not number:
@@ -110,7 +120,7 @@ def load_grid(
     name = profile or content.get("profile") or path.stem
     grid = Grid(path.stem, name, base, tuple(_cells(path, content)), align)
     for cell in grid.cells:  # a misspelt parameter is told before anything runs
-        grid.config(cell).override(methods_file()[cell.method].get("overrides", {}))
+        grid.config(cell)
     return grid
 
 
@@ -148,22 +158,20 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
 def run_grid(
     grid: Grid, root: str | Path, *, engine: str = "joblib", jobs: int = 1, retry: bool = False
 ) -> pd.DataFrame:
-    """Run what is missing of a grid; its table, a row a cell (see `collect`), goes to
-    tables/<name>.csv.
+    """Run what is missing of a grid; its table (see `collect`) goes to tables/<name>.csv.
 
     A cell that fails keeps its error as its row; `retry` runs such cells again.
     """
     root = Path(root).expanduser().absolute()
+    again = (None, "failed") if retry else (None,)
     for phase in PHASES:
         cells = grid.cells if phase == "screen" else _chosen(grid, root)
-        rows = {c.name + str(c.seed): _read(grid.row_path(root, c, phase)) for c in cells}
-        kept = {n for n, row in rows.items() if row and not (retry and row["status"] == "failed")}
-        todo = [c for c in cells if c.name + str(c.seed) not in kept]
+        todo = [c for c in cells if grid.row(root, c, phase).get("status") in again]
         task = functools.partial(_run_cell, grid, root, phase)
         for cell, error in run_all(task, todo, engine=engine, jobs=jobs):
             if error:
                 log.warning("grid %s: %s, %s failed: %s", grid.name, cell.name, phase, error)
-                _write(grid, root, phase, cell, {"status": "failed", "error": error})
+                grid.write(root, cell, phase, {"status": "failed", "error": error})
     table = collect(grid, root)
     write_atomic(root / "tables" / f"{grid.name}.csv", table.to_csv(index=False))
     return table
@@ -175,10 +183,8 @@ def run_all(
     """`task` of every item, in any order: (item, "" or why it failed), as they end.
 
     engine joblib: `jobs` processes of this machine (1: this one). engine ray: a cluster (address
-    from
-    RAY_ADDRESS, else one of this machine), one GPU a task where there are any; the run directory
-    must
-    be on a disk that all see.
+    from RAY_ADDRESS, else one of this machine), one GPU a task where there are any; the run
+    directory must be on a disk that all see.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if engine == "ray":
@@ -187,34 +193,31 @@ def run_all(
         raise DCRError(f"engine={engine!r} is unknown; use joblib or ray.")
     elif jobs == 1 or len(items) < 2:
         for item in items:
-            yield item, _guarded(task, item)
+            yield _guarded(task, item)
     else:
         yield from _through_joblib(task, items, jobs)
 
 
-def _guarded(task: Callable[[T], object], item: T) -> str:
+def _guarded(task: Callable[[T], object], item: T) -> tuple[T, str]:
     try:
         task(item)
     except Exception as error:  # which recipes cannot be run is a finding
         log.debug(traceback.format_exc())
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _numbered(task: Callable[[T], object], number: int, item: T) -> tuple[int, str]:
-    return number, _guarded(task, item)
+        return item, f"{type(error).__name__}: {error}"
+    return item, ""
 
 
 def _through_joblib(task: Callable[[T], object], items: Sequence[T], jobs: int):
     from joblib import Parallel, delayed
 
-    left = dict(enumerate(items))
+    left = list(items)
     workers = Parallel(n_jobs=jobs, return_as="generator_unordered")
     try:
-        for number, error in workers(delayed(_numbered)(task, *pair) for pair in left.items()):
-            yield left.pop(number), error
+        for item, error in workers(delayed(_guarded)(task, item) for item in items):
+            left.remove(item)
+            yield item, error
     except Exception as error:  # joblib's own: a worker died, and the others with it
-        for item in left.values():
+        for item in left:
             yield item, f"a worker process died ({type(error).__name__}), perhaps out of memory"
 
 
@@ -234,7 +237,7 @@ def _through_ray(task: Callable[[T], object], items: Sequence[T]):
             (done, *_), _ = ray.wait(list(running))
             item = running.pop(done)
             try:
-                yield item, ray.get(done)
+                yield ray.get(done)
             except ray.exceptions.RayError as error:
                 said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))[:300]
                 yield item, f"the worker died ({type(error).__name__}): {said}"
@@ -246,41 +249,33 @@ def _through_ray(task: Callable[[T], object], items: Sequence[T]):
 
 
 def _run_cell(grid: Grid, root: Path, phase: str, cell: Cell) -> None:
-    clock, every = time.monotonic(), [grid.config(c).replaced(seed=0) for c in grid.cells]
+    clock = time.monotonic()
+    every = [grid.config(c).replaced(seed=0) for c in grid.cells]
     run = CellRun(cell.method, grid.config(cell), cell.recipe, Store(root), of=every)
     found = screened(run) if phase == "screen" else outcome(run)
     found[f"{phase}_seconds"] = round(time.monotonic() - clock, 1)
-    _write(grid, root, phase, cell, {"status": "done", "error": "", **found})
-
-
-def _write(grid: Grid, root: Path, phase: str, cell: Cell, row: Mapping[str, object]) -> None:
-    text = json.dumps(row, ensure_ascii=False, indent=1, default=float)
-    write_atomic(grid.row_path(root, cell, phase), text)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    grid.write(root, cell, phase, {"status": "done", "error": "", **found})
 
 
 def _chosen(grid: Grid, root: Path) -> list[Cell]:
-    """The cells to align: none, all that passed the screen, or (seeds together) the best n by
-    `probe_auroc`."""
-    read = [(c, _read(grid.row_path(root, c, "screen"))) for c in grid.cells]
-    passed = [(c, r) for c, r in read if r and r["status"] == "done"]
-    if grid.align in ("none", "all"):
-        return [c for c, _ in passed] if grid.align == "all" else []
-    values = pd.DataFrame({"name": c.name, "value": r["probe_auroc"]} for c, r in passed)
-    if values.empty:
+    """The cells to align: none, all that passed the screen, or the n names best in `probe_auroc`
+    (mean over seeds)."""
+    if grid.align == "none":
         return []
-    mean = values.groupby("name", sort=False)["value"].mean()
-    best = set(mean.sort_values(ascending=False, kind="stable").index[: int(grid.align)])
-    return [c for c, _ in passed if c.name in best]
+    screens = [grid.row(root, c, "screen") for c in grid.cells]
+    passed = [c for c, row in zip(grid.cells, screens, strict=True) if row.get("status") == "done"]
+    if grid.align == "all":
+        return passed
+    found: dict[str, list[float]] = {c.name: [] for c in passed}
+    for cell in passed:
+        found[cell.name].append(grid.row(root, cell, "screen")["probe_auroc"])
+    best = sorted(found, key=lambda name: -np.mean(found[name]))[: int(grid.align)]
+    return [c for c in passed if c.name in best]
 
 
 def collect(grid: Grid, root: str | Path) -> pd.DataFrame:
     """One row a cell from what is there: profile, cell, method, seed, status {done, failed,
-    missing},
-    error, its overrides, the screen's measures and, where aligned, the outcome's.
+    missing}, error, its overrides, the screen's measures and, where aligned, the outcome's.
     """
     rows = []
     for cell in grid.cells:
@@ -288,6 +283,6 @@ def collect(grid: Grid, root: str | Path) -> pd.DataFrame:
         row |= {"method": cell.method, "seed": cell.seed, "status": "missing", "error": ""}
         row |= cell.recipe
         for phase in PHASES:
-            row |= _read(grid.row_path(Path(root), cell, phase)) or {}
+            row |= grid.row(Path(root), cell, phase)
         rows.append(row)
     return pd.DataFrame(rows)

@@ -2,9 +2,8 @@
 
 `<run>/<kind>/<name>-<key>/` with a `manifest.json` written last. Work happens in `….partial`, which
 survives a kill so that long stages resume in it; a finished artifact appears by rename, whole or
-not
-at all, and its checksums are read again before it is used. A lock an artifact lets many processes
-share one folder; the system releases it when its holder dies.
+not at all, and its checksums are read again before it is used. A lock an artifact lets many
+processes share one folder; the system releases it when its holder dies.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -33,15 +32,12 @@ from dcr.data.files import content_key, measured_peak, sha256_of, write_atomic
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
-PACKAGES = ("dcr-kit", "torch", "transformers", "peft", "accelerate", "datasets", "numpy") + (
-    "pytorch-metric-learning",
-    "scikit-learn",
-    "pandas",
-    "lm-eval",
-)
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM} | {
-    errno.ENOTDIR,
-    errno.EEXIST,
+PACKAGES = (
+    "dcr-kit torch transformers peft accelerate datasets numpy pytorch-metric-learning "
+    "scikit-learn pandas lm-eval"
+).split()
+UNWRITABLE = {
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST".split()
 }
 
 
@@ -67,9 +63,8 @@ def environment() -> dict:
 def _git_commit() -> str:
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        options: Any = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
+        return subprocess.check_output(command, **options).strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
@@ -78,20 +73,15 @@ def _git_commit() -> str:
 
 
 def is_main() -> bool:
-    """Whether this is the process that keeps what several of one `accelerate launch` make
-    together."""
+    """Whether this process keeps what several of one `accelerate launch` make together."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
-T = TypeVar("T")
-
-
-def _together(result: T) -> T:
+def _wait_for_all() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
-    return result
 
 
 @dataclass(frozen=True)
@@ -106,8 +96,7 @@ class Artifact:
         return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
 
     def broken(self) -> str:
-        """What is wrong with its files ("" if nothing): missing, or other content than when it was
-        finished."""
+        """What is wrong with its files: missing, or changed since they were finished; else ""."""
         try:
             manifest = self.manifest
             outputs = manifest["outputs"].items()
@@ -157,7 +146,8 @@ class Store:
         if not is_main():  # a further process of one training builds along and keeps nothing
             work.mkdir(parents=True, exist_ok=True)
             build(work)
-            return _together(Artifact(path))
+            _wait_for_all()
+            return Artifact(path)
         with writing(path), self.lock(path):
             if self._usable(path):
                 return self._noted(self.reused, kind, path, "reused (another process finished it)")
@@ -165,7 +155,8 @@ class Store:
             started, clock = time.gmtime(), time.monotonic()
             with measured_peak() as peak:
                 extra = build(work) or {}
-            outputs = sorted(p for p in work.rglob("*") if p.is_file())
+            files = {p.relative_to(work).as_posix(): p for p in work.rglob("*") if p.is_file()}
+            files.pop("manifest.json", None)
             manifest = {
                 "kind": kind,
                 "name": name,
@@ -175,11 +166,7 @@ class Store:
                 "seconds": round(time.monotonic() - clock, 2),
                 **peak.mib(),
                 **extra,
-                "outputs": {
-                    p.relative_to(work).as_posix(): sha256_of(p)
-                    for p in outputs
-                    if p.name != "manifest.json"
-                },
+                "outputs": {name: sha256_of(files[name]) for name in sorted(files)},
             }
             manifest["checksum"] = _digest(json.loads(json.dumps(manifest)))
             write_atomic(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
@@ -187,12 +174,11 @@ class Store:
                 shutil.rmtree(path)
             os.replace(work, path)
             self._sound.add(path)
-        _together(None)
+        _wait_for_all()
         return self._noted(self.computed, kind, path, f"computed in {manifest['seconds']} s")
 
     def _usable(self, path: Path) -> bool:
-        """Whether the artifact is finished, and its files are what they were (read once a
-        session)."""
+        """Whether it is finished and its files are what they were (read once a session)."""
         if path in self._sound and path.is_dir():
             return True
         if not (path / "manifest.json").is_file():
@@ -252,13 +238,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _unwritable(error: BaseException | None, path: Path) -> str:
-    """Why nothing could be written there, if that is what `error` or one behind it says; else
-    ""."""
+    """Why nothing could be written there, if `error` or one behind it says that; else ""."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             about = Path(str(error.filename or path))
+            reason = os.strerror(error.errno or 0)
             if about == path or path.parent in about.parents or about in path.parents:
-                return os.strerror(error.errno)
+                return reason
         if "No space left" in str(error):  # what safetensors and torch say of it
             return "No space left on device"
         error = error.__cause__ or error.__context__
