@@ -13,7 +13,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix
 from dcr.lm.chat import ALPACA_TEMPLATE, encode_prompts
 from dcr.train import align as alignment
-from dcr.train.adapters import reopen, save_trained
+from dcr.train.adapters import reopen
 from dcr.train.align import AnswerModel, load_step, recorded_steps
 from dcr.train.examples import Examples, decision_tokens
 from dcr.train.sampling import length_grouped_batches
@@ -178,7 +178,7 @@ def test_recording_steps_changes_nothing_and_steps_reload(tmp_path):
     recorded = aligned(work_dir=tmp_path, merge=False)
     assert recorded.steps == [0, 1, 2, 4, 6]
     last = {n: p for n, p in weights(recorded.model).items() if "lora" in n}
-    save_trained(recorded.model, tmp_path / "model")
+    recorded.model.save_pretrained(tmp_path / "model")
     again = reopen(make_model(), tmp_path / "model")
     load_step(again, tmp_path, 6)
     assert all(torch.equal(last[n], w) for n, w in weights(again).items() if "lora" in n)

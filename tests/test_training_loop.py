@@ -20,7 +20,7 @@ from tiny_training import ALIGN, GENERAL, LAUNCH, REFINE, aligned, mix, refined,
 from dcr.data.files import measured_peak, read_jsonl
 from dcr.errors import DCRError
 from dcr.train import align as alignment
-from dcr.train import loop
+from dcr.train import loop, record
 from dcr.train.adapters import Lora, train_blocks
 from dcr.train.align import AlignTrainer, AnswerModel
 from dcr.train.examples import Examples
@@ -141,8 +141,8 @@ def test_a_small_stage_behind_a_big_one_needs_less_memory():
 @pytest.fixture
 def every_step(monkeypatch):
     """A resume point behind every step."""
-    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(loop, "SAVE_SHARE", float("inf"))
+    monkeypatch.setattr(record, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(record, "SAVE_SHARE", float("inf"))
 
 
 def test_nan_stops_with_its_step_and_names_the_last_good_point(tmp_path, monkeypatch, every_step):
@@ -203,7 +203,7 @@ sys.path.insert(0, {tests!r})
 from test_training_loop import *
 begin = loop.Recorder.on_step_begin
 loop.Recorder.on_step_begin = lambda self, *a, **k: (time.sleep(0.15), begin(self, *a, **k))[1]
-loop.SAVE_SECONDS = 0.3
+record.SAVE_SECONDS = 0.3
 print("ready", flush=True)
 long_stage({stage!r}, {folder!r})
 """

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from dcr.config import Config
+from dcr.evaluate.frontier import auroc
+from dcr.evaluate.rates import HEADLINE, rates
 from dcr.run.answers import Run
 from dcr.run.models import Base
 from dcr.run.store import Store
@@ -27,8 +30,7 @@ class CellRun(Run):
         self.method, self._recipe = method, recipe
 
     def recipe(self, method: str) -> Config:
-        """The method's configuration with the cell's overrides on top; other methods as they
-        are."""
+        """The method's configuration with the cell's overrides on top; others' as they are."""
         recipe = super().recipe(method)
         return recipe.override(self._recipe) if method == self.method else recipe
 
@@ -41,23 +43,19 @@ def screened(run: CellRun) -> dict[str, float]:
     averaged, forms equal. general_drift: ‖h − h₀‖²/‖h₀‖² of general prompts' last hidden state.
     """
     from dcr.analysis.probes import cosine_structure, fit_probe, is_toxic
-    from dcr.evaluate.frontier import auroc
 
     method, layer = run.method, run.layer(run.method)
     general = run.validation["label"] == "general"
     asked = run.validation[~general].reset_index(drop=True)
     states = run.states(method, asked, 0)
     cosines = cosine_structure(states, asked, [layer]).set_index("pair")["cosine"]
-    found = {"layer": layer, "cross_similarity": cosines["cross"]}
-    found["within_similarity"] = (cosines["toxic-toxic"] + cosines["seemingly-seemingly"]) / 2
+    within = (cosines["toxic-toxic"] + cosines["seemingly-seemingly"]) / 2
+    found = {"layer": layer, "cross_similarity": cosines["cross"], "within_similarity": within}
     for name, recipe in (("probe_auroc", method), ("harm_auroc", "DCR-matched")):
         sets = run.sets(recipe)
         rows = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
         probe = fit_probe(run.states(method, rows, 0).layer(layer), is_toxic(rows))
-        score = probe.decision_function(states.layer(layer))
-        scores = pd.DataFrame({"prompt_id": asked["id"], "score": score}).assign(method="", seed=0)
-        read = auroc(asked, scores).query("source == 'mean' and toxic_form == 'balanced'")
-        found[name] = read["auroc"].iloc[0]
+        found[name] = _auroc(asked, probe.decision_function(states.layer(layer)))
     if general.any() and "refine" in run.stages(method):
         rows = run.validation[general].reset_index(drop=True)
         after, before = (run.states(m, rows, 0).values[-1] for m in (method, "base"))
@@ -69,25 +67,21 @@ def outcome(run: CellRun) -> dict[str, float]:
     """After alignment, on validation prompts: compliance and DSR (sets and forms equal), general
     prompts answered, AUROC of the refusal score (harmless sources averaged, forms equal).
     """
-    from dcr.evaluate.frontier import auroc
-    from dcr.evaluate.rates import rates
-
     method, asked = run.method, run.validation
     rows = rates(asked, run.judged(method, asked))
     found = {}
-    for name, label, metric in (
-        ("compliance", "seemingly_toxic", "compliance"),
-        ("dsr", "toxic", "dsr"),
-        ("general_compliance", "general", "compliance"),
-    ):
-        mine = rows[(rows["label"] == label) & (rows["metric"] == metric)]
-        whole = mine[(mine["benchmark"] == "mean") & (mine["version"] == "both")]
+    names = {"seemingly_toxic": "compliance", "toxic": "dsr", "general": "general_compliance"}
+    whole = rows[(rows["benchmark"] == "mean") & (rows["version"] == "both")]
+    for label, name in names.items():
+        mine = whole[(whole["label"] == label) & (whole["metric"] == HEADLINE[label])]
+        value = mine.set_index("form")["value"]
         for form in ("balanced", "question", "imperative"):
-            value = whole.loc[whole["form"] == form, "value"]
-            if len(value):
-                found[name if form == "balanced" else f"{name} {form}"] = float(value.iloc[0])
-    scores = pd.DataFrame({"prompt_id": asked["id"], "score": run.refusal(method, asked)})
-    read = auroc(asked, scores.assign(method="", seed=0))
-    read = read.query("source == 'mean' and toxic_form == 'balanced'")
-    found["refusal_auroc"] = float(read["auroc"].iloc[0])
-    return found
+            if form in value:
+                found[name if form == "balanced" else f"{name} {form}"] = float(value[form])
+    return found | {"refusal_auroc": _auroc(asked, run.refusal(method, asked))}
+
+
+def _auroc(prompts: pd.DataFrame, scores: np.ndarray) -> float:
+    table = pd.DataFrame({"prompt_id": prompts["id"], "score": scores}).assign(method="", seed=0)
+    read = auroc(prompts, table).query("source == 'mean' and toxic_form == 'balanced'")
+    return float(read["auroc"].iloc[0])

@@ -31,8 +31,7 @@ class Base:
 
     @cached_property
     def key(self) -> dict[str, Any]:
-        """Checksums of the model's, tokenizer's and template's files (on the hub: the commit),
-        precision, device."""
+        """Checksums of its files (on the hub: the commit), precision, device, template."""
         from dcr import __version__
         from dcr.lm.load import identity
 
@@ -46,13 +45,11 @@ class Base:
         }
 
     def loaded(self) -> tuple[nn.Module, Any]:
-        """(model, tokenizer), the same objects at every call in this process. Never write into
-        them."""
+        """(model, tokenizer), the same objects at every call: never write into them."""
         return _loaded(content_key(self.key), self.config, self.key.get("commit", ""))
 
     def facts(self) -> dict[str, Any]:
-        """What every manifest says about the model: identity, precision, device, a rendered
-        prompt."""
+        """What every manifest says about the model: its key and a rendered prompt."""
         return {"model": self.key, "rendering": self.rendering}
 
     @cached_property
@@ -68,9 +65,9 @@ class Base:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(key: str, config: ModelConfig, commit: str):
-    from dcr.lm import load as models
+    from dcr.lm.load import load
 
-    return models.load(
+    return load(
         config.name,
         revision=commit or config.revision,
         precision=config.precision,
@@ -80,8 +77,7 @@ def _loaded(key: str, config: ModelConfig, commit: str):
 
 
 def shared_copy(model: nn.Module, own: Collection[str] | None = ()) -> nn.Module:
-    """A model of its own on the tensors of `model`: parameters named in `own` (None: all) are
-    copied.
+    """A copy of `model` in which only the parameters named in `own` (None: all) are copied.
 
     The others share their memory with `model` and must not be written in place.
     """
@@ -93,9 +89,8 @@ def shared_copy(model: nn.Module, own: Collection[str] | None = ()) -> nn.Module
 
 
 def put_on(model: nn.Module, path: Path, step: int = -1) -> nn.Module:
-    """`model` with what a stage's or a fit's artifact at `path` changes, adapters merged, at a
-    recorded step."""
-    from dcr.train.adapters import apply_trained, merged, reopen
+    """`model` with what an artifact at `path` changes (at a recorded step), adapters merged."""
+    from dcr.train.adapters import merged, reopen
     from dcr.train.align import load_step
 
     if (path / TENSORS).exists():
@@ -105,10 +100,9 @@ def put_on(model: nn.Module, path: Path, step: int = -1) -> nn.Module:
         for name, value in load_file(path / TENSORS).items():
             own[name].data.copy_(value)
         return model
-    if step < 0:
-        return apply_trained(model, path / "model")
     trained = reopen(model, path / "model")
-    load_step(trained, path, step)
+    if step >= 0:
+        load_step(trained, path, step)
     return merged(trained)
 
 
@@ -116,17 +110,15 @@ def changed_by(path: Path) -> list[str]:
     """Names of the model's parameters that an artifact changes."""
     from safetensors import safe_open
 
-    files = [*path.glob(TENSORS), *path.glob("model/*.safetensors")]
     names: list[str] = []
-    for file in files:
+    for file in (*path.glob(TENSORS), *path.glob("model/*.safetensors")):
         with safe_open(file, "pt") as content:
             names += content.keys()
     return [re.sub(r"^base_model\.model\.|\.lora_[AB](?=\.weight$)", "", n) for n in names]
 
 
 def machine() -> dict:
-    """What a bug report needs: environment, device, precision, folders. No variable's value, no
-    secret."""
+    """What a bug report needs: environment, device, precision, folders. No secret."""
     from dcr import __version__
     from dcr.data.sources import data_dir
 

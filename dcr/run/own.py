@@ -1,5 +1,4 @@
-"""Your own model and data: refine and align in one call, and any method as a plain transformers
-folder."""
+"""Your own model and data: refine and align in one call; a method as a transformers folder."""
 
 from __future__ import annotations
 
@@ -16,12 +15,15 @@ import pandas as pd
 
 from dcr.config import Config
 from dcr.data.files import write_atomic
+from dcr.data.read import prompts_of
+from dcr.data.sets import TrainingSets
+from dcr.data.sources import SOURCES
 from dcr.errors import DCRError
-from dcr.run.models import Base
+from dcr.run.models import TENSORS, Base
 from dcr.run.store import Store, environment, is_main, writing
 from dcr.run.training import Training
 
-LICENCES = {"embedded": "apache-2.0"}
+EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 INTENDED = (
     "Research on over-refusal: a model that is to refuse harmful requests and answer harmless ones "
     "that look harmful. Not a safety guarantee and not for deployment as it is; judge it on your "
@@ -42,11 +44,8 @@ class OwnData(Training):
         """The one recipe: the configuration as it is."""
         return {"stages": self.own_stages}
 
-    def sets(self, method: str):
-        """The user's tables; the mix of stage 2 is the general and the toxic one, with their
-        answers."""
-        from dcr.data.sets import TrainingSets
-
+    def sets(self, method: str) -> TrainingSets:
+        """The user's tables; stage 2's mix is the general and the toxic one, with their answers."""
         parts = {"general": "general", "toxic": "safe"}
         mix = [self.tables[n].assign(part=p) for n, p in parts.items() if n in self.tables]
         toxic, seemingly = self.tables["toxic"], self.tables["seemingly_toxic"]
@@ -64,15 +63,14 @@ def align_own(  # noqa: PLR0913 (the public call)
     refine_first: bool = True,
     seed: int = 0,
     overrides: str | Mapping[str, object] = "",
-) -> Path:  # noqa: PLR0913
+) -> Path:
     """Stage 1 (unless `refine_first` is off) and stage 2 on the user's tables; a plain model folder
     in `out`.
 
     Tables: paths, frames, lists or hub ids (see `dcr.data.read.prompts_of`); toxic and general need
     answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that an
-    interrupted
-    call goes on. Under `accelerate launch` each process takes its share. Raises DCRError for bad
-    tables or a folder that cannot be written or holds something already.
+    interrupted call goes on. Under `accelerate launch` each process takes its share. Raises
+    DCRError for bad tables or a folder that cannot be written or holds something already.
     """
     given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
     stages = ["refine", "align"] if refine_first else ["align"]
@@ -88,7 +86,7 @@ def refine_own(  # noqa: PLR0913 (the public call)
     model: str = "embedded",
     seed: int = 0,
     overrides: str | Mapping[str, object] = "",
-) -> Path:  # noqa: PLR0913
+) -> Path:
     """Stage 1 alone on the user's tables; otherwise as `align_own`, and no table needs answers."""
     given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
     given = {n: t for n, t in given.items() if t is not None and not (isinstance(t, str) and not t)}
@@ -103,8 +101,6 @@ def _own(
     seed: int,
     overrides: str | Mapping[str, object],
 ) -> Path:
-    from dcr.data.read import prompts_of
-
     out = Path(out).expanduser().absolute()
     config = Config(profile="own", seed=seed)  # no profile: profiles carry limits of our runs
     config = config.override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
@@ -115,17 +111,17 @@ def _own(
     if not is_main():  # it trains along; the first process locks, keeps and saves
         run.weights("own")
         return out
+    data = [
+        {"role": n, "source": Path(t).name if isinstance(t, (str, Path)) else n, "licence": "yours"}
+        | {"rows": len(tables[n])}
+        for n, t in given.items()
+    ]
+    method = "DCR" if len(stages) == 2 else stages[0]
+    facts = {"method": f"{method}, own data", "config": config, "data": data}
     check_out(out)
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
         trained, tokenizer = run.model("own")
-        names = {n: Path(t).name if isinstance(t, (str, Path)) else n for n, t in given.items()}
-        data = [
-            {"role": n, "source": names[n], "rows": len(t), "licence": "yours"}
-            for n, t in tables.items()
-        ]
-        method = {1: stages[0], 2: "DCR"}[len(stages)]
-        facts = {"method": f"{method}, own data", "config": config, "data": data}
         save_plain(trained, tokenizer, out, facts)
         shutil.rmtree(work, ignore_errors=True)
     return out
@@ -134,9 +130,8 @@ def _own(
 def export(experiment, method: str, out: str | Path) -> Path:
     """A method (first seed) as a plain folder: safetensors, tokenizer, chat template, model card.
 
-    A steered or gated method comes as the model that it acts on, with `steering.safetensors`, its
-    settings and a script that uses them. Raises DCRError for a rule, or a folder that holds
-    something.
+    A steering method comes as the model that it acts on, with `steering.safetensors`, its settings
+    and a script that uses them. Raises DCRError for a rule, or a folder that holds something.
     """
     run, out = experiment.runs[0], Path(out).expanduser().absolute()
     if "rule" in run.stages(method):
@@ -144,38 +139,35 @@ def export(experiment, method: str, out: str | Path) -> Path:
     check_out(out)
     model, tokenizer = run.model(method)
     facts = {"method": method, "config": run.recipe(method), "data": data_facts(run, method)}
-    steering, extra = run.steering(method), {}
-    if steering is not None:
-        content = {"kind": run.entry(method)["steering"], **run.fitted(method).manifest["fit"]}
+    extra: dict[str, str | bytes] = {}
+    if steering := run.steering(method):
+        fit = run.fitted(method)
+        content = {"kind": run.entry(method)["steering"], **fit.manifest["fit"]}
         extra["steering.json"] = json.dumps(content, indent=1)
-        extra["steering.safetensors"] = (
-            run.fitted(method).path / "tensors.safetensors"
-        ).read_bytes()
+        extra["steering.safetensors"] = (fit.path / TENSORS).read_bytes()
         extra["use.py"] = steering.script
     return save_plain(model, tokenizer, out, facts, extra)
 
 
 def data_facts(run: Training, method: str) -> list[dict]:
     """Role, source, rows and licence of every set a method trained on."""
-    from dcr.data.sources import SOURCES
-
     stages, sets = run.stages(method), run.sets(method)
     on = run.entry(method).get("steers")
-    tables = data_facts(run, on) if on else []
-    parts = [("stage 1, toxic", sets.toxic), ("stage 1, seemingly toxic", sets.seemingly_toxic)]
-    found = parts if "refine" in stages else []
+    facts = data_facts(run, on) if on else []
+    parts = []
+    if "refine" in stages:
+        parts += [
+            ("stage 1, toxic", sets.toxic),
+            ("stage 1, seemingly toxic", sets.seemingly_toxic),
+        ]
     if "align" in stages:
-        found += [(f"stage 2, {part}", rows) for part, rows in sets.mix.groupby("part", sort=False)]
-    return tables + [
-        {
-            "role": role,
-            "source": source,
-            "rows": len(part),
-            "licence": SOURCES[source].licence if source in SOURCES else "Apache-2.0 (this kit)",
-        }
-        for role, rows in found
-        for source, part in rows.groupby("source", sort=False)
-    ]
+        parts += [(f"stage 2, {part}", rows) for part, rows in sets.mix.groupby("part", sort=False)]
+    for role, rows in parts:
+        for source, n in rows.groupby("source", sort=False).size().items():
+            known = SOURCES.get(str(source))
+            licence = known.licence if known else "Apache-2.0 (this kit)"
+            facts.append({"role": role, "source": source, "rows": n, "licence": licence})
+    return facts
 
 
 def check_out(out: Path) -> None:
@@ -193,8 +185,7 @@ def check_out(out: Path) -> None:
 def save_plain(
     model, tokenizer, out: Path, facts: Mapping[str, Any], extra: Mapping[str, str | bytes] = {}
 ) -> Path:
-    """Save an ordinary transformers model with a card; it loads, and stops, with transformers
-    alone."""
+    """Save a model with a card; it loads, and stops, with transformers alone."""
     from dcr.lm.chat import stop_tokens
 
     partial = out.with_name(out.name + ".partial")
@@ -226,20 +217,18 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     config: Config = facts["config"]
-    base, local = config.model.name, Path(config.model.name).exists()
+    base = config.model.name
+    if local := Path(base).exists():
+        base = Path(base).name
+    own = base == "embedded"
     about = ModelCardData(
         language="en",
-        license=LICENCES.get(base, "other"),
+        license="apache-2.0" if own else "other",
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct"
-        if base == "embedded"
-        else None
-        if local
-        else base,
+        base_model=EMBEDDED if own else None if local else base,
         tags=["over-refusal", "safety", "dcr"],
     )
-    shown = Path(base).name if local else base
     rows = [
         f"| {markdown(d['role'])} | {markdown(d['source'])} | {d['rows']} | "
         f"{markdown(d['licence'])} |"
@@ -249,15 +238,13 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
     parts = [
         f"---\n{about.to_yaml()}\n---",
         f"# {markdown(name)}",
-        f"Base model: {markdown(shown)}. Method: {markdown(facts['method'])}.",
+        f"Base model: {markdown(base)}. Method: {markdown(facts['method'])}.",
         f"## Intended use\n\n{INTENDED}",
-        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is "
-        "in the "
-        "tokenizer. A folder with `use.py` acts at inference time: that script shows how.",
+        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`; the chat template is in "
+        "the tokenizer. A folder with `use.py` acts at inference time: that script shows how.",
         "## Data\n\n| role | source | rows | licence |\n|---|---|---|---|\n" + "\n".join(rows),
-        "## Licences\n\nThe base model's licence holds for these weights; the data's licences "
-        "are in "
-        "the table above. A non-commercial licence there (CC-BY-NC) binds what is made from it.",
+        "## Licences\n\nThe base model's licence holds for these weights; the data's licences are "
+        "in the table above. A non-commercial licence there (CC-BY-NC) binds what is made from it.",
         f"## Parameters\n\n```json\n{parameters}\n```",
         f"Environment: {markdown(json.dumps(environment()))}",
     ]

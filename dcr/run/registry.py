@@ -1,9 +1,7 @@
-"""Two registries: a table is `experiment -> DataFrame`, a figure is `DataFrame -> Figure`, under
-one name.
+"""Two registries under one name: tables, `experiment -> DataFrame`; figures, `DataFrame -> Figure`.
 
 Notebooks, report, README and tests go through these; nothing else knows the names. Modules that
-register are named as entry points of the group "dcr.registry", so a package outside can add its
-own.
+register are entry points of the group "dcr.registry", so a package outside can add its own.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ def table(name: str, *, notebook: str = "") -> Callable[[F], F]:
 
 
 def figure(name: str, *, caption: str) -> Callable[[F], F]:
-    """Register `DataFrame -> Figure` under the name of its table. Raises DCRError for a taken
-    name."""
+    """Register `DataFrame -> Figure` under its table's name. Raises DCRError for a taken one."""
 
     def register(draw: F) -> F:
         _add(FIGURES, name, Drawing(draw, caption), draw)
@@ -83,8 +80,7 @@ def _add(registry: dict, name: str, entry: object, function: Callable) -> None:
 @functools.cache
 def load_all() -> None:
     """Import every module that registers tables and figures."""
-    names = dict.fromkeys((*OWN, *(e.value for e in entry_points(group=GROUP))))
-    for name in names:
+    for name in (*OWN, *(entry.value for entry in entry_points(group=GROUP))):
         import_module(name)
 
 

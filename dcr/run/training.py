@@ -137,7 +137,7 @@ class Training:
         stage: str,
         method: str,
         tables: Mapping[str, pd.DataFrame],
-        train: Callable[..., tuple[nn.Module, dict]],
+        train: Callable[..., tuple[Any, dict]],
         **more: Any,
     ) -> Artifact:
         """The artifact of `train(base model, tokenizer, options) -> (what to keep, facts)`."""
@@ -152,14 +152,12 @@ class Training:
         }
 
         def build(folder: Path) -> dict:
-            from dcr.train.adapters import save_trained
-
             options = {"config": config, "seed": self.seed, "work_dir": folder, "merge": False}
             options["precision"] = self.base_model.precision
             options["layers_path"] = recipe.model.layers_path
             model, facts = train(*self.base(), options)
             if is_main():
-                save_trained(model, folder / "model")
+                model.save_pretrained(folder / "model")
                 for path in (*folder.glob("checkpoint-*"), *folder.glob("broken-*")):
                     shutil.rmtree(path, ignore_errors=True)  # a finished stage resumes no more
             return {**facts, **self._facts(recipe, tables)}

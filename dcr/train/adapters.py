@@ -29,13 +29,7 @@ class Lora:
 
 
 def train_blocks(
-    model: Any,
-    first: int,
-    last: int,
-    lora: Lora,
-    *,
-    precision: str = "fp32",
-    layers_path: str = "",
+    model: Any, first: int, last: int, lora: Lora, *, precision: str = "fp32", layers_path: str = ""
 ) -> Any:
     """Freeze `model` except for blocks first..last-1: an adapter on them, or their weights.
 
@@ -59,9 +53,9 @@ def train_blocks(
         for n, m in blocks[i].named_modules()
         if is_linear(m)
     ]
-    wanted = [n for n in linear if not lora.targets or n.rsplit(".", 1)[-1] in lora.targets]
+    known = sorted({n.rsplit(".", 1)[-1] for n in linear})
+    wanted = [n for n in linear if n.rsplit(".", 1)[-1] in (lora.targets or known)]
     if not wanted:
-        known = sorted({n.rsplit(".", 1)[-1] for n in linear})
         raise DCRError(
             f"lora_targets={list(lora.targets)} match no linear layer in blocks {first}.."
             f"{last - 1}; known: {', '.join(known)}."
@@ -87,25 +81,14 @@ def merged(model: Any) -> Any:
     return model.eval().requires_grad_(True)  # a frozen LM head would also decode at half the speed
 
 
-def save_trained(model: Any, folder: Path) -> None:
-    """Save a PEFT model's adapter, or a whole model, as safetensors."""
-    model.save_pretrained(folder)
-
-
 def reopen(model: Any, folder: Path) -> Any:
-    """`model` with what `save_trained` kept put on top; an adapter is not folded in."""
-    folder = Path(folder)
+    """`model` with what `save_pretrained` kept put on top; an adapter is not folded in."""
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, folder)
     kept = type(model).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     return kept.to(model.device)
-
-
-def apply_trained(model: Any, folder: Path) -> Any:
-    """`model` with what `save_trained` kept: adapter folded in, or whole weights. Eval mode."""
-    return merged(reopen(model, folder))
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

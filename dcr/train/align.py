@@ -7,10 +7,9 @@ its log odds to those of a frozen probe.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logit
 from dcr.lm.load import resolve_precision
 from dcr.train.adapters import Lora, load_trained_state, merged, train_blocks, trained_state
 from dcr.train.examples import Examples
-from dcr.train.loop import StageTrainer, planned
+from dcr.train.loop import StageTrainer
 from dcr.train.losses import SummedCrossEntropy, chunk_rows, routing
-from dcr.train.sampling import length_grouped_batches
+from dcr.train.plan import planned
+from dcr.train.sampling import length_grouped_batches, training_steps
 
 STEPS_FOLDER = "steps"
 
@@ -76,11 +76,9 @@ def align(  # noqa: PLR0913
         first = resolve_layer(layer, n_blocks)
     precision = resolve_precision(precision, str(model.device))
     rows = Examples(mix, tokenizer, config)
-    per_step = config.accumulation
-    epochs = config.epochs * len(rows.ids) / (config.batch_size * per_step)
-    n = (config.max_steps or max(1, math.ceil(epochs))) * per_step
-    batches = length_grouped_batches(rows.lengths, config.batch_size, n, seed)
-    steps = [batches[i : i + per_step] for i in range(0, n, per_step)]
+    size = config.batch_size
+    draw = partial(length_grouped_batches, rows.lengths, size, seed=seed)
+    steps = training_steps(config, len(rows.ids), size, draw)
     recorded = recorded_steps(config.checkpoints, len(steps))
     made_from = {"model": fingerprint(model, tokenizer), "layer": first, "mix": rows.facts()}
     fields = {"title": "align", "config": config, "seed": seed, "precision": precision}
@@ -173,33 +171,29 @@ class StepRecorder(TrainerCallback):
         self.trainer, self.steps = trainer, set(steps)
         self.folder = trainer.plan.folder / STEPS_FOLDER
 
-    def on_train_begin(self, args, state, control, **_) -> None:
-        """Begin, or go on from what an interrupted training wrote."""
-        self._record(state)
-
     def on_step_end(self, args, state, control, **_) -> None:
-        """Do what is due behind this step."""
-        self._record(state)
-
-    def _record(self, state) -> None:
+        """Write the weights of this step, if it is one of those."""
         if state.global_step not in self.steps or not state.is_world_process_zero:
             return
         self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{state.global_step:06d}.safetensors"
+        temporary = path.with_suffix(".tmp")
         try:
-            save_file(trained_state(self.trainer.stage.model), path.with_suffix(".tmp"))
+            save_file(trained_state(self.trainer.stage.model), temporary)
         except (OSError, SafetensorError) as error:
-            path.with_suffix(".tmp").unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise DCRError(
                 f"{path}: could not be written ({error}). Free space and call again; training "
                 "goes on from the last resume point."
             ) from error
-        os.replace(path.with_suffix(".tmp"), path)
+        temporary.replace(path)
+
+    on_train_begin = on_step_end
 
 
 def load_step(trainable: nn.Module, folder: Path, step: int) -> None:
     """Put the weights recorded at `step` into the (unmerged) trained model."""
-    path = Path(folder) / STEPS_FOLDER / f"{step:06d}.safetensors"
+    path = folder / STEPS_FOLDER / f"{step:06d}.safetensors"
     if not path.exists():
         known = sorted(int(p.stem) for p in path.parent.glob("*.safetensors"))
         raise DCRError(f"{path}: step {step} was not recorded; recorded: {known}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback
 
 from dcr.analysis.probes import fit_probe
-from dcr.data.files import append_jsonl, read_jsonl
+from dcr.data.files import append_jsonl
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, padded, token_batches
 from dcr.lm.blocks import pool, truncated_forward
 from dcr.lm.chat import encode_prompts
 from dcr.lm.load import autocast
-from dcr.train.loop import Plan, StageTrainer, write_lines
+from dcr.train.loop import StageTrainer
 from dcr.train.losses import ContrastiveLoss, drift
+from dcr.train.plan import Plan
 
 TOXIC, SEEMINGLY_TOXIC, GENERAL = 1, 0, 2
 CLASS = {"toxic": TOXIC, "seemingly_toxic": SEEMINGLY_TOXIC, "general": GENERAL}
@@ -60,16 +62,12 @@ class StageOneModel(nn.Module):
         the backward pass: the loss sees all hidden states, the memory one part."""
         lengths = [len(row) for row in rows]
         device = next(self.model.parameters()).device
-        fits = len(rows) * max(lengths) <= max_tokens
         size = ROWS_AT_ONCE if device.type == "cpu" else 0
         batches = token_batches(lengths, size, max_tokens)
-        if fits or not torch.is_grad_enabled():
-            parts = [self._states([rows[i] for i in batch], device) for batch in batches]
-        else:
-            parts = [
-                checkpoint(self._states, [rows[i] for i in batch], device, use_reentrant=False)
-                for batch in batches
-            ]
+        run = self._states
+        if torch.is_grad_enabled() and len(rows) * max(lengths) > max_tokens:
+            run = functools.partial(checkpoint, self._states, use_reentrant=False)
+        parts = [run([rows[i] for i in batch], device) for batch in batches]
         place = torch.tensor([i for batch in batches for i in batch]).argsort()
         return torch.cat(parts)[place.to(device)]  # back in the order of `rows`
 
@@ -97,12 +95,11 @@ def reference_states(stage: StageOneModel, rows: PromptRows) -> Tensor:
 
     The adapter is disabled (all parameters: read before the first step): no second copy is kept.
     """
-    plain = getattr(stage.model, "disable_adapter", contextlib.nullcontext)
-    which = torch.nonzero(rows.classes == GENERAL)[:, 0].tolist()
-    with plain():
-        states = pooled_states(stage, rows, which)
+    general = rows.classes == GENERAL
+    with getattr(stage.model, "disable_adapter", contextlib.nullcontext)():
+        states = pooled_states(stage, rows, torch.nonzero(general)[:, 0].tolist())
     full = torch.zeros(len(rows.ids), states.shape[1])
-    full[which] = states
+    full[general] = states
     return full
 
 
@@ -195,10 +192,7 @@ class HeldOutWatcher(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_) -> None:
         """Begin, or go on from what an interrupted training wrote."""
-        self.rows = [r for r in read_jsonl(self.path) if r["step"] <= state.global_step]
-        self.trainer.accelerator.wait_for_everyone()  # all have read before one writes
-        if args.should_save:
-            write_lines(self.path, self.rows)
+        self.rows = self.trainer.resumed(self.path)
         if not self.rows:
             self.measure(0)
 

@@ -62,37 +62,36 @@ class Examples:
         self.decision = decision_tokens(tokenizer) if config.decision else None
         if self.decision:
             tokens = self._decisions(table, self.decision)
-            ids = [
-                row[:start] + [token] + row[start:]
-                for row, start, token in zip(ids, starts, tokens, strict=True)
-            ]
+            for row, start, token in zip(ids, starts, tokens, strict=True):
+                row.insert(start, token)
         targets = pd.to_numeric(table.get("target", pd.Series(np.nan, table.index)))
         if config.routing and (not self.decision or targets.isna().all()):
             raise DCRError(
                 'align.routing needs align.decision="words" and a column "target" in the mix: the '
                 "log odds of refusing that a probe gives each prompt."
             )
-        taught = [s < config.max_length for s in starts]
-        self.dropped, self.truncated = (
-            taught.count(False),
-            sum(len(row) > config.max_length and t for row, t in zip(ids, taught, strict=True)),
-        )
-        if not any(taught):
+        limit = config.max_length
+        taught = [
+            i for i, start in enumerate(starts) if start < limit
+        ]  # some of the answer is left
+        self.dropped = len(ids) - len(taught)
+        self.truncated = sum(len(ids[i]) > limit for i in taught)
+        if not taught:
             raise DCRError(
-                f"align.max_length={config.max_length} cuts off every answer: the shortest prompt "
+                f"align.max_length={limit} cuts off every answer: the shortest prompt "
                 f"has {min(starts)} tokens. Raise it."
             )
-        self.ids = [r[: config.max_length] for r, t in zip(ids, taught, strict=True) if t]
-        self.heads = [s for s, t in zip(starts, taught, strict=True) if t]  # tokens of the prompt
+        self.ids = [ids[i][:limit] for i in taught]
+        self.heads = [starts[i] for i in taught]  # tokens of the prompt
         self.starts = self.heads if config.labels == "completion" else [1] * len(self.ids)
-        self.targets = torch.tensor(targets[taught].to_numpy(), dtype=torch.float32)
+        self.targets = torch.tensor(targets.iloc[taught].to_numpy(), dtype=torch.float32)
         self.lengths = [len(row) for row in self.ids]
         if self.truncated or self.dropped:
             log.warning(
                 "align: of %d examples %d are longer than align.max_length=%d tokens and were cut "
                 "(they do not teach the stop token), and %d were dropped: nothing of their answer "
                 "is left",
-                *(len(ids), self.truncated, config.max_length, self.dropped),
+                *(len(ids), self.truncated, limit, self.dropped),
             )
 
     @staticmethod

@@ -7,8 +7,8 @@ head are not executed at all, so they cannot move (τ_ℓ = 0) and cost nothing.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,14 @@ from dcr.train.contrast import (
     StageOneModel,
     reference_states,
 )
-from dcr.train.loop import planned
-from dcr.train.sampling import batch_plan, batches_per_epoch, contrastive_batches, shuffled_labels
+from dcr.train.plan import planned
+from dcr.train.sampling import (
+    batch_plan,
+    batches_per_epoch,
+    contrastive_batches,
+    shuffled_labels,
+    training_steps,
+)
 
 log = logging.getLogger("dcr")
 
@@ -103,11 +109,8 @@ def refine(  # noqa: PLR0913
     if config.pairing == "sham":
         seen = train.assign(label=shuffled_labels(train["label"], seed))
     batches = batch_plan(config)
-    per_step = config.accumulation
-    epochs = config.epochs * batches_per_epoch(seen, batches) / per_step
-    n = (config.max_steps or max(1, math.ceil(epochs))) * per_step
-    drawn = contrastive_batches(seen, batches, n_batches=n, seed=seed)
-    steps = [drawn[i : i + per_step] for i in range(0, n, per_step)]
+    draw = partial(contrastive_batches, seen, batches, seed=seed)
+    steps = training_steps(config, batches_per_epoch(seen, batches), 1, draw)
     made_from = {"model": fingerprint(model, tokenizer), "prompts": table.to_dict("records")}
     fields = {"title": "refine", "config": config, "seed": seed, "precision": precision}
     with planned(work_dir, made_from, steps=steps, **fields) as plan:

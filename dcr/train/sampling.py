@@ -6,6 +6,7 @@ drawn from (seed, epoch) alone. No global random state is touched.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dcr.config import RefineConfig
+from dcr.config import AlignConfig, RefineConfig
 from dcr.errors import DCRError
+
+
+def training_steps(
+    config: RefineConfig | AlignConfig, rows: int, size: int, draw: Callable[[int], list]
+) -> list[list[list[int]]]:
+    """The batches of every optimiser step: `max_steps` of them, else what `epochs` take.
+
+    rows / size: batches an epoch. draw: n -> n batches.
+    """
+    k = config.accumulation
+    n = config.max_steps or max(1, math.ceil(config.epochs * rows / (size * k)))
+    batches = draw(n * k)
+    return [batches[i : i + k] for i in range(0, n * k, k)]
 
 
 @dataclass(frozen=True)
@@ -59,19 +73,15 @@ def batches_per_epoch(table: pd.DataFrame, plan: BatchPlan) -> int:
 
 
 def contrastive_batches(
-    table: pd.DataFrame, plan: BatchPlan, *, n_batches: int, seed: int
+    table: pd.DataFrame, plan: BatchPlan, n_batches: int, *, seed: int
 ) -> list[list[int]]:
     """`n_batches` lists of row numbers of `table` (columns label, form, pair_id), by epochs.
 
     With `balance_forms` questions and imperatives come equally often in both classes; matched puts
     both members of a pair in one batch. Raises DCRError for a class that is missing or too small.
     """
-    batches: list[list[int]] = []
-    epoch = 0
-    while len(batches) < n_batches:
-        batches += epoch_batches(table, plan, seed=seed, epoch=epoch)
-        epoch += 1
-    return batches[:n_batches]
+    epochs = (epoch_batches(table, plan, seed=seed, epoch=i) for i in itertools.count())
+    return list(itertools.islice(itertools.chain.from_iterable(epochs), n_batches))
 
 
 def epoch_batches(
