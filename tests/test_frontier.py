@@ -12,14 +12,13 @@ from sklearn.metrics import roc_auc_score
 from test_rates import verdicts, world
 
 from dcr.errors import DCRError
-from dcr.evaluate.frontier import (
+from dcr.evaluate.auroc import (
     agreement_with_verdicts,
     auroc,
     auroc_by_source,
     auroc_differences,
-    compliance_at,
-    differences,
 )
+from dcr.evaluate.frontier import compliance_at, differences
 from dcr.evaluate.rates import question_mark_rule, rates
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dcr.config import Config
-from dcr.evaluate.frontier import auroc
+from dcr.evaluate.auroc import auroc
 from dcr.evaluate.rates import HEADLINE, rates
 from dcr.run.answers import Run
 from dcr.run.models import Base

@@ -15,8 +15,8 @@ import pandas as pd
 from dcr import data
 from dcr.errors import DCRError
 from dcr.evaluate import rates
+from dcr.evaluate.auroc import auroc_differences
 from dcr.evaluate.cells import BALANCED_FORMS
-from dcr.evaluate.frontier import auroc_differences
 from dcr.evaluate.judges import calibration
 from dcr.evaluate.rates import CORRECTED
 from dcr.run.experiment import Experiment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from dcr.analysis.probes import fit_probe, is_toxic
+from dcr.evaluate import auroc as ranks
 from dcr.evaluate import frontier as scored
 from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
@@ -38,14 +39,14 @@ def frontier_differences(experiment: Experiment) -> pd.DataFrame:
 @table("auroc_by_source", notebook=NOTEBOOK)
 def auroc_by_source(experiment: Experiment) -> pd.DataFrame:
     """AUROC of every method's refusal score by harmless source and forms; sources never pooled."""
-    return scored.auroc_by_source(experiment.prompts, scores(experiment))
+    return ranks.auroc_by_source(experiment.prompts, scores(experiment))
 
 
 @table("score_agreement", notebook=NOTEBOOK)
 def score_agreement(experiment: Experiment) -> pd.DataFrame:
     """How well each method's refusal score orders its own generated verdicts, by class."""
     read, said = scores(experiment), verdicts(experiment)
-    return scored.agreement_with_verdicts(experiment.answered, read, said)
+    return ranks.agreement_with_verdicts(experiment.answered, read, said)
 
 
 @table("gap", notebook=NOTEBOOK)
@@ -63,7 +64,7 @@ def gap(experiment: Experiment) -> pd.DataFrame:
     )
     parts = []
     for reader, stage, methods, read in readers:
-        rows = scored.auroc(held, stacked(experiment, read, methods))
+        rows = ranks.auroc(held, stacked(experiment, read, methods))
         mean = rows[(rows["source"] == "mean") & (rows["toxic_form"] == "balanced")]
         parts.append(mean.assign(reader=reader, stage=stage))
     whole = pd.concat(parts, ignore_index=True)

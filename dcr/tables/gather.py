@@ -8,7 +8,7 @@ import pandas as pd
 
 from dcr.data.sets import first_requests
 from dcr.errors import DCRError
-from dcr.evaluate.frontier import auroc
+from dcr.evaluate.auroc import auroc
 from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
 

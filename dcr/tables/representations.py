@@ -13,7 +13,7 @@ from dcr.analysis import probes
 from dcr.analysis.kernel import class_matrix
 from dcr.analysis.proposition import bound_check, bound_pairs
 from dcr.data.forms import swap_table
-from dcr.evaluate.frontier import auroc
+from dcr.evaluate.auroc import auroc
 from dcr.evaluate.intervals import mean_interval
 from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
