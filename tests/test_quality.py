@@ -143,9 +143,7 @@ def test_both_orders_ties_retries_and_failures(server, tmp_path, monkeypatch):
 
 
 def test_an_endpoint_that_is_down_leaves_pairs_unscored():
-    table = compare_answers(
-        PAIRS.head(2), endpoint="http://127.0.0.1:9/v1", model="m", retries=0, timeout=2
-    )
+    table = compare_answers(PAIRS.head(2), endpoint="http://127.0.0.1:9/v1", model="m", retries=0)
     assert (
         table["outcome"].tolist() == ["unscored"] * 2
         and table["error"].tolist() == ["APIConnectionError"] * 2

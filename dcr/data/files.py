@@ -77,8 +77,8 @@ def read_jsonl(path: Path) -> list[dict]:
 
     Raises DCRError naming a line that is no JSON.
     """
-    rows = []
-    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
+    rows: list[dict] = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line else []
@@ -143,9 +143,8 @@ def measured_peak() -> Iterator[Peak]:
 
 def cache_dir() -> Path:
     """The kit's cache: `DCR_CACHE_DIR`, else the platform's user cache."""
-    return (
-        Path(os.environ.get("DCR_CACHE_DIR") or user_cache_dir("dcr-kit")).expanduser().absolute()
-    )
+    folder = os.environ.get("DCR_CACHE_DIR") or user_cache_dir("dcr-kit")
+    return Path(folder).expanduser().absolute()
 
 
 def sha256_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from dcr.config import Config, load_config, methods_file, profiles
@@ -72,17 +73,14 @@ def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
     for one in (*base, *(c.override(m) for c in base[1:] or base for m in methods)):
         for name, role, label in _named(one):
             uses.setdefault(name, {}).setdefault(role, set()).add(label)
-    tables = {name: (_shares(name, roles), _label(name, roles)) for name, roles in uses.items()}
-    code = sorted(p for p in Path(__file__).parent.rglob("*.*") if p.suffix in (".py", ".yaml"))
-    code += sorted((Path(__file__).parent / "bundled").glob("*.jsonl"))
-    key = content_key(
-        {
-            "tables": sorted(tables.items()),
-            "files": {name: _fingerprint(name) for name in tables},
-            "code": [checksum(path) for path in code],
-        }
-    )
-    return _kept(key, tuple(sorted(tables.items()))).copy()
+    tables = tuple((n, _shares(n, roles), _label(n, roles)) for n, roles in sorted(uses.items()))
+    code = [p for p in Path(__file__).parent.rglob("*.*") if p.suffix in (".py", ".yaml", ".jsonl")]
+    key = {
+        "tables": tables,
+        "files": {name: _fingerprint(name) for name in uses},
+        "code": [checksum(path) for path in sorted(code)],
+    }
+    return _kept(content_key(key), tables).copy()
 
 
 def _named(config: Config) -> list[tuple[str, str, str]]:
@@ -160,7 +158,7 @@ def _made(tables: tuple) -> pd.DataFrame:
         for split, shares in BUNDLED_ROLES.items():
             part = rows[rows["split"] == split]
             parts.append((part, shares, part["topic"]))
-    for name, (pairs, label) in tables:
+    for name, pairs, label in tables:
         rows = load(name) if name in SOURCES else prompts_of(name, label=label)
         if (bare := rows["label"] == "").any():
             raise DCRError(
@@ -181,13 +179,9 @@ def _made(tables: tuple) -> pd.DataFrame:
     # Every request takes the first of the roles that its prompts were dealt.
     leaders = every["request"].map(pd.Series(dealt).groupby(every["request"]).idxmin()).tolist()
     roles = [ROLES[dealt[lead]] for lead in leaders]
-    fits = [role in shares for role, shares in zip(roles, allowed, strict=True)]
-    why = [
-        "" if fit else f"its request has the role {role} as {every['id'].iat[lead]}"
-        for fit, role, lead in zip(fits, roles, leaders, strict=True)
-    ]
-    every["role"] = [role if fit else "" for role, fit in zip(roles, fits, strict=True)]
-    every["why"] = why
+    fits = np.array([role in shares for role, shares in zip(roles, allowed, strict=True)])
+    why = "its request has the role " + pd.Series(roles) + " as " + every["id"].iloc[leaders].array
+    every["role"], every["why"] = np.where(fits, roles, ""), why.mask(fits, "")
     return every[[*COLUMNS, *EXTRA]]
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,8 @@ def prompts_of(
     prompts: a list, tuple, array or Series of texts; a list of rows; a DataFrame; a
         `datasets.Dataset`; the path of a table (`SUFFIXES`, also .gz); or a hub table as
         "owner/name:config@revision#split".
-    what: its name in messages and ids.
+    what: its name in messages and ids. answers: every row must have a response.
     label: the class it is given as; of a table with several classes only its rows are taken.
-    answers: every row must have a response.
     Raises DCRError naming the file or parameter, the row and the mend.
     """
     rows, where, origin = _rows_of(prompts, what)
@@ -90,18 +89,15 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
             f"{what}: {kind.__name__} holds no prompts. Give a list of texts or of rows, a Series, "
             f"a DataFrame, a datasets.Dataset or a path.{hint}"
         )
-    return as_rows(value, what, "item"), what, what
+    return _as_rows(value, what, "item"), what, what
 
 
 def _records(frame: pd.DataFrame, where: object) -> list[Row]:
-    values = frame.astype(object).itertuples(index=False, name=None)
-    return _named([str(c) for c in frame.columns], values, where)
-
-
-def _named(names: list[str], values: Iterable[Sequence], where: object) -> list[Row]:
+    names = [str(c) for c in frame.columns]
     if len(set(names)) < len(names):
         raise DCRError(f"{where}: a column stands twice ({', '.join(names)}). Rename one.")
-    return [dict(zip(names, row, strict=True)) for row in values]
+    rows: list[Any] = frame.astype(object).set_axis(names, axis=1).to_dict("records")
+    return rows
 
 
 def _with_class_names(data: Any) -> pd.DataFrame:
@@ -138,10 +134,7 @@ def short(error: Exception) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a table file by its suffix (any case; .gz is unpacked).
-
-    Raises DCRError with file, row and mend.
-    """
+    """The rows of a table file by its suffix (any case; .gz is unpacked). Raises DCRError."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         raise DCRError(f"{path}: suffix {suffix!r} is unknown; use {', '.join(SUFFIXES)}.")
@@ -162,7 +155,7 @@ def read_rows(path: Path) -> list[Row]:
         return _csv(text, path, "\t" if suffix == ".tsv" else "")
     if suffix == ".txt":
         return [{"text": line} for line in NEWLINE.split(text) if line.strip()]
-    return as_rows(_json(text, path), path, "row")
+    return _as_rows(_json(text, path), path, "row")
 
 
 def _decoded(raw: bytes, path: Path) -> str:
@@ -197,7 +190,7 @@ def _csv(text: str, path: Path, delimiter: str) -> list[Row]:
                 f"{path}: row {number} has {'more' if len(line) > len(names) else 'fewer'} fields "
                 f"than the header ({', '.join(names)}). Quote fields that hold a {delimiter!r}."
             )
-    return _named(names, lines[1:], path)
+    return _records(pd.DataFrame(lines[1:], columns=names, dtype=object), path)
 
 
 def _json(text: str, path: Path) -> list:
@@ -223,8 +216,8 @@ def _json(text: str, path: Path) -> list:
     return items
 
 
-def as_rows(items: Sequence, where: object, unit: str) -> list[Row]:
-    """Items that are all texts, or all rows, as rows. Raises DCRError for the first other one."""
+def _as_rows(items: Sequence, where: object, unit: str) -> list[Row]:
+    """Items that are all texts, or all rows, as rows."""
     texts = len(items) > 0 and isinstance(items[0], str)
     for number, item in enumerate(items):
         if not isinstance(item, str if texts else dict):

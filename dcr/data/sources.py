@@ -115,15 +115,15 @@ def _verified(name: str, download: bool = True) -> tuple[Path, dict]:
     return found
 
 
+_checksums: dict[tuple, str] = {}
+
+
 def checksum(path: Path) -> str:
     """sha256 of a file, read again only when it has changed."""
-    stat = path.stat()
-    return _checksum(path, stat.st_mtime_ns, stat.st_size)
-
-
-@cache
-def _checksum(path: Path, changed: int, size: int) -> str:
-    return sha256_of(path)
+    key = (path, path.stat().st_mtime_ns, path.stat().st_size)
+    if key not in _checksums:
+        _checksums[key] = sha256_of(path)
+    return _checksums[key]
 
 
 def path_of(name: str, *, download: bool = True) -> Path:
@@ -132,7 +132,7 @@ def path_of(name: str, *, download: bool = True) -> Path:
 
 
 def _download(entry: Source, target: Path) -> None:
-    """Fetch one source's file, whole or not at all. Raises DCRError when it cannot be had."""
+    """Fetch one source's file, whole or not at all."""
     place = "{repository} at {revision}".format(**entry.hub) if entry.hub else entry.url
     if entry.derived:
         raise DCRError(
@@ -187,22 +187,20 @@ def provenance(names: Iterable[str]) -> list[dict]:
     rows = []
     for name in names:
         path, version = _verified(name)
-        receipt = _receipt(path).read_text() if _receipt(path).is_file() else ""
-        read = "part" if version["file"] != SOURCES[name].file else receipt
-        about = {"name": name, "file": version["file"], "sha256": checksum(path)}
-        rows.append(about | {"read": read})
+        read = _receipt(path).read_text() if _receipt(path).is_file() else ""
+        if version["file"] != SOURCES[name].file:
+            read = "part"
+        row = {"name": name, "file": version["file"], "sha256": checksum(path), "read": read}
+        rows.append(row)
     return rows
 
 
 def list_sources() -> pd.DataFrame:
     """Every source: name, label, roles, rows, licence, present, file, citation."""
-    plain = ("name", "label", "rows", "licence", "file", "citation")
-    rows = []
-    for entry in SOURCES.values():
-        roles = ", ".join(f"{role} {share:g}" for role, share in entry.roles.items())
-        about = {name: getattr(entry, name) for name in plain}
-        rows.append(about | {"roles": roles, "present": _found(entry) is not None})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(map(vars, SOURCES.values()))
+    shares = [", ".join(f"{r} {s:g}" for r, s in roles.items()) for roles in table["roles"]]
+    table = table.assign(roles=shares, present=[bool(_found(e)) for e in SOURCES.values()])
+    return table[["name", "label", "rows", "licence", "file", "citation", "roles", "present"]]
 
 
 def verify(names: list[str] | None = None) -> pd.DataFrame:

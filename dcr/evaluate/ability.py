@@ -160,10 +160,8 @@ def measure_items(
         losses = answer_losses(model, tokenizer, held_out)
         parts.append(losses.assign(task=task, metric=metric))
     if tasks := options.capability_tasks:
-        place = Path(folder) / "tasks"
-        parts.append(
-            run_harness(model, tokenizer, tasks, limit=options.capability_limit, folder=place)
-        )
+        limit, place = options.capability_limit, Path(folder) / "tasks"
+        parts.append(run_harness(model, tokenizer, tasks, limit=limit, folder=place))
     if not parts:
         raise DCRError(
             "general ability: no held-out answers and no evaluation.capability_tasks; name one."
@@ -199,16 +197,15 @@ def ability_rows(
             raise DCRError(f"general ability: {task} was not measured for {against!r}; measure it.")
         for method, (seeds, mine) in values.items():
             a, b = same_seeds(values, method, against)
-            read = {
-                "value": (mine, SHARE),
-                "change": (a - b, SIGNED if method != against else None),
-            }
+            signed = SIGNED if method != against else None
             row = {"method": method, "task": task, "metric": metric}
-            for name, (each, bounds) in read.items():
+            for ends, each, bounds in (
+                (("value", "low", "high"), mine, SHARE),
+                (("change", "change_low", "change_high"), a - b, signed),
+            ):
                 draws = weights @ each.astype(float) / total
                 found = interval(draws, len(names), None if text else bounds)
-                for end in ("value", "low", "high"):
-                    key = end if name == "value" else f"change_{end}".removesuffix("_value")
-                    row[key] = float(np.exp(found[end]) if text else found[end])
+                read = (found[end] for end in ("value", "low", "high"))
+                row |= {k: float(np.exp(v) if text else v) for k, v in zip(ends, read, strict=True)}
             rows.append({**row, "n": len(names), "seeds": len(seeds)})
     return pd.DataFrame(rows)

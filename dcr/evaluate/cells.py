@@ -15,9 +15,7 @@ COLUMNS = ("id", "label", "form", "benchmark", "version", "request")
 BALANCED_FORMS = ("question", "imperative")
 APART = ("xstest",)  # the paper trains and tests on it: shown, in no mean
 ROLES = ("validation", "test")
-Values = dict[
-    str, tuple[list[int], np.ndarray]
-]  # method: (seeds, values [prompts or draws, seeds])
+Values = dict[str, tuple[list[int], np.ndarray]]  # method: (seeds, [prompts or draws, seeds])
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def robustness(
 ) -> pd.DataFrame:
     """method, label, wrapper, value, low, high, change, change_low, change_high, n, seeds.
 
-    value is the refusal rate.     prompts: the tables of `wrap` below one another; `change` is
-    paired with the same prompts as they stand (wrapper "plain").
+    value is the refusal rate. prompts: the tables of `wrap` below one another; `change` is paired
+    with the same prompts as they stand (wrapper "plain").
     """
     rows = []
     said = aligned(prompts, verdicts, "verdict", ("id", "label", "request", "plain", "wrapper"))
@@ -100,11 +100,10 @@ def length_agreement(
         weights = request_weights(requests, n_boot)
         n = effective_n(weights[0], requests)
         found = interval(_kappa(a, b, weights)[:, None], n, SIGNED)
-        numbers = {"kappa": "value", "low": "low", "high": "high"}
-        counts = {"missed": int((b & ~a).sum()), "taken_back": int((a & ~b).sum())}
-        same = float((part["verdict_short"] == part["verdict_long"]).mean())
-        read = {k: float(found[v]) for k, v in numbers.items()}
-        rows.append({"method": method, "n": len(part), **read, "same": same, **counts})
+        row = {"method": method, "n": len(part), "kappa": float(found["value"])}
+        row |= {end: float(found[end]) for end in ("low", "high")}
+        row["same"] = float((part["verdict_short"] == part["verdict_long"]).mean())
+        rows.append(row | {"missed": int((b & ~a).sum()), "taken_back": int((a & ~b).sum())})
     return pd.DataFrame(rows)
 
 
@@ -129,17 +128,7 @@ def changes(prompts: pd.DataFrame, verdicts: pd.DataFrame, against: str = "STL")
     wanted = prompts["label"].map(WANTED).to_numpy()[:, None]
     right = {m: (v == wanted).mean(1) > 0.5 for m, (_, v) in said.items()}
     shown = {m: pd.DataFrame(v).mode(axis=1)[0].to_numpy() for m, (_, v) in said.items()}
-    columns = [
-        "method",
-        "label",
-        "benchmark",
-        "category",
-        "form",
-        "id",
-        "change",
-        "before",
-        "after",
-    ]
+    columns = "method label benchmark category form id change before after".split()
     tables = [pd.DataFrame(columns=columns)]
     for method in (m for m in said if m != against):
         change = right[method].astype(int) - right[against].astype(int)
@@ -158,8 +147,6 @@ def examples(
     verdicts: prompt_id, method, verdict, response. Toxic prompts and their answers are never shown.
     """
     harmless = prompts[prompts["label"] != "toxic"]
-    chosen = verdicts[verdicts["verdict"] == verdict]
-    table = harmless.merge(
-        chosen.rename(columns={"response": "answer"}), left_on="id", right_on="prompt_id"
-    )
+    chosen = verdicts[verdicts["verdict"] == verdict].rename(columns={"response": "answer"})
+    table = harmless.merge(chosen, left_on="id", right_on="prompt_id")
     return table[["method", "benchmark", "category", "form", "text", "answer"]]

@@ -54,12 +54,11 @@ def compare_answers(
     endpoint: str,
     model: str,
     retries: int = 3,
-    timeout: float = 60.0,
     out: str | Path | None = None,
 ) -> pd.DataFrame:
     """prompt_id, first, second, outcome {win, loss, tie, unscored}, error of each pair.
 
-    pairs: prompt_id, text, answer, against.     endpoint: base URL of an OpenAI-compatible server
+    pairs: prompt_id, text, answer, against. endpoint: base URL of an OpenAI-compatible server
     (".../v1"). A request that fails after `retries` is `unscored` and the run goes on. `out`
     (JSONL) resumes; a file begun with another judge, prompt or answers is refused. Raises DCRError
     for no pairs, repeated ids, or no endpoint or model.
@@ -77,12 +76,10 @@ def compare_answers(
             "pairwise judge: evaluation.quality_endpoint and quality_model must both be set."
         )
     asked = content_key(pairs[["prompt_id", "text", "answer", "against"]].values.tolist())
-    rows = resume(
-        out,
-        {"endpoint": endpoint, "model": model, "prompt_version": PROMPT_VERSION, "answers": asked},
-    )
+    about = {"endpoint": endpoint, "model": model, "prompt_version": PROMPT_VERSION}
+    rows = resume(out, about | {"answers": asked})
     key = os.environ.get(KEY_VARIABLE) or "none"
-    client = OpenAI(base_url=endpoint, api_key=key, max_retries=retries, timeout=timeout)
+    client = OpenAI(base_url=endpoint, api_key=key, max_retries=retries, timeout=60.0)
 
     def ask(text: str, a: str, b: str) -> tuple[str, str]:
         content = PROMPT.format(prompt=text, a=a, b=b)
@@ -100,10 +97,8 @@ def compare_answers(
 
     left = pairs[~pairs["prompt_id"].isin([r["prompt_id"] for r in rows])]
     for row in tqdm(left.to_dict("records"), desc="pairwise judge", unit="pair", leave=False):
-        (first, one), (second, two) = (
-            ask(row["text"], row[a], row[b])
-            for a, b in (("answer", "against"), ("against", "answer"))
-        )
+        first, one = ask(row["text"], row["answer"], row["against"])
+        second, two = ask(row["text"], row["against"], row["answer"])
         read = {"first": first, "second": second, "outcome": combine(first, second)}
         rows.append({"prompt_id": row["prompt_id"], **read, "error": one or two})
         if out is not None:
@@ -200,15 +195,13 @@ def _reference_free(prompts: pd.DataFrame, texts: np.ndarray, ended: np.ndarray)
 def _won(prompts, texts, pair, options, out: Path) -> dict[str, float]:
     """`win_rate` over the pairs of all seeds that both ran."""
     (seeds, mine), (others, base) = (texts[m] for m in pair)
-    shared = [s for s in seeds if s in others] or [seeds[0]]
+    endpoint, model = options.quality_endpoint, options.quality_model
+    out.mkdir(parents=True, exist_ok=True)
     tables = []
-    for seed in shared:
+    for seed in [s for s in seeds if s in others] or [seeds[0]]:
         other = base[:, others.index(seed) if seed in others else 0]
         columns = {"answer": mine[:, seeds.index(seed)], "against": other}
         pairs = pd.DataFrame({"prompt_id": prompts["id"], "text": prompts["text"], **columns})
-        name = content_key([options.quality_model, options.quality_endpoint, pairs.values.tolist()])
-        endpoint, model = options.quality_endpoint, options.quality_model
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / f"{name}.jsonl"
+        target = out / f"{content_key([model, endpoint, pairs.values.tolist()])}.jsonl"
         tables.append(compare_answers(pairs, endpoint=endpoint, model=model, out=target))
     return win_rate(pd.concat(tables, ignore_index=True))
