@@ -259,8 +259,8 @@ class Run(Training):
         *texts, last = prompts["text"]
 
         def measure(model, tokenizer, _folder):
-            how = {"k": k, "truncate": True, "layers_path": path}
-            return entk(model, tokenizer, texts, [last], **how).norms
+            found = entk(model, tokenizer, texts, [last], k=k, truncate=True, layers_path=path)
+            return found.norms
 
         folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=k)
         return np.load(folder / "values.npy")
