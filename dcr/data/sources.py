@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,9 @@ import pandas as pd
 import yaml
 
 from dcr.data.files import cache_dir, sha256_of, write_atomic
-from dcr.data.read import SUFFIXES, Row, as_table, read_rows, short
+from dcr.data.read import as_table
+from dcr.data.rows import SUFFIXES, read_rows, short
+from dcr.data.shapes import SHAPES
 from dcr.errors import DCRError
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -252,7 +254,7 @@ def parse(entry: Source, path: Path) -> pd.DataFrame:
         if any(row.get(k) != v for k, v in entry.keep.items()):
             continue
         try:
-            made = SHAPES[entry.shape](row, entry)
+            made = SHAPES[entry.shape](row, entry.columns)
         except KeyError as missing:
             found = ", ".join(row)
             raise DCRError(
@@ -263,46 +265,3 @@ def parse(entry: Source, path: Path) -> pd.DataFrame:
             key += f"-{one['model']}" if "model" in one else ""
             rows.append({**one, "id": key, "source": entry.source or entry.name})
     return as_table(rows, path, label=entry.label, origin=entry.name)
-
-
-def _plain(row: Row, entry: Source) -> list[Row]:
-    columns = {"text": "text"} | entry.columns
-    # A part or a copy may lack the category.
-    return [{o: row.get(t, "") if o == "category" else row[t] for o, t in columns.items()}]
-
-
-def _alpaca(row: Row, entry: Source) -> list[Row]:
-    parts = [str(row["instruction"]), str(row.get("input") or "").strip()]
-    return [{"text": "\n\n".join(filter(None, parts)), "response": row["output"]}]
-
-
-def _red_team(row: Row, entry: Source) -> list[Row]:
-    first = str(row["transcript"]).split("Assistant:")[0].replace("Human:", "").strip()
-    tags = row.get("tags") or [""]
-    return [{"text": first, "category": str(tags[0])}] if first else []
-
-
-def _completions(row: Row, entry: Source) -> list[Row]:
-    label = "toxic" if row["type"].startswith("contrast") else "seemingly_toxic"
-    marks = ("completion", "annotation_1", "annotation_2", "agreement", "final_label")
-    about = {"text": row["prompt"], "category": row["type"], "label": label}
-    return [about | {k: row[k] for k in marks}]
-
-
-def _user_study(row: Row, entry: Source) -> list[Row]:
-    """A row a model: model, completion, answers = share of people who say that it answers."""
-    tail = " answer rate"
-    about = {"text": row["input"], "category": row["classification"]}
-    return [
-        about | {"model": m, "completion": row[m], "answers": float(row[m + tail])}
-        for m in (c.removesuffix(tail) for c in row if c.endswith(tail))
-    ]
-
-
-SHAPES: dict[str, Callable[[Row, Source], list[Row]]] = {
-    "": _plain,
-    "alpaca": _alpaca,
-    "red_team": _red_team,
-    "completions": _completions,
-    "user_study": _user_study,
-}

@@ -1,13 +1,11 @@
-"""What a run asks of what it trained: answers, verdicts, scores, states, kernels, ability."""
+"""What a run asks of what it trained: answers to prompts, and verdicts on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dcr.data.files import content_key, read_jsonl, write_atomic
@@ -16,21 +14,8 @@ from dcr.errors import DCRError
 from dcr.run.training import Point, Training
 
 
-class Run(Training):
-    """One configuration with one seed: trained methods and what is asked of them."""
-
-    def complete(self, method: str) -> Iterator[str]:
-        """Make all that a method's curve and frontier need; yields what was done."""
-        if self.config.generation.endpoint:  # a served model answers; nothing runs here
-            self.verdicts(method)
-            yield "judged"
-            return
-        yield from super().complete(method)
-        for point in self.points(method):
-            self.verdicts(method, *point)
-        yield "judged"
-        self.scores(method)
-        yield "scored"
+class Answers(Training):
+    """The asking half of a run: prompts, answers to them and verdicts on those."""
 
     # ---- prompts: the same for every seed and method -------------------------------------------
 
@@ -61,7 +46,7 @@ class Run(Training):
 
     # ---- answers and verdicts ------------------------------------------------------------------
 
-    def _owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
+    def owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
         """The method and point that a point is the same as, so that nothing is asked twice."""
         if self.config.generation.endpoint:
             return method, Point(step, strength)
@@ -123,7 +108,7 @@ class Run(Training):
             facts["truncated"] = int((rows["finish"] == "length").sum())
             return {**facts, **self._facts(self.config)}
 
-        artifact = self.store.get("generate", self._name(method, step, strength), key, build)
+        artifact = self.store.get("generate", self.name_of(method, step, strength), key, build)
         rows = pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))
         return rows.assign(method=method, seed=self.seed)
 
@@ -146,14 +131,15 @@ class Run(Training):
             text = rows.to_json(orient="records", lines=True, force_ascii=False)
             write_atomic(folder / "verdicts.jsonl", text)
 
-        artifact = self.store.get("judge", self._name(method, *(point or Point())), key, build)
+        artifact = self.store.get("judge", self.name_of(method, *(point or Point())), key, build)
         verdicts = pd.DataFrame(read_jsonl(artifact.path / "verdicts.jsonl"))
         return answers.merge(verdicts, on="prompt_id", validate="one_to_one", how="right").assign(
             method=method, seed=self.seed
         )
 
     @staticmethod
-    def _name(method: str, step: int, strength: float) -> str:
+    def name_of(method: str, step: int, strength: float) -> str:
+        """What artifacts of a point are called."""
         at = f"@{step}" if step >= 0 else ""
         return method + at + (f"x{strength:g}" if strength != 1 else "")
 
@@ -170,127 +156,8 @@ class Run(Training):
     ) -> pd.DataFrame:
         if "rule" in self.stages(method):
             return ask(method, self.answered)
-        owner, point = self._owner(method, step, strength)
+        owner, point = self.owner(method, step, strength)
         rows = ask(owner, self.answered if point == Point() else self.curve_prompts, point)
         if (step, strength) != Point() and point == Point():
             rows = rows[rows["prompt_id"].isin(self.curve_prompts["id"])].reset_index(drop=True)
         return rows.assign(method=method)
-
-    # ---- what is read off a model --------------------------------------------------------------
-
-    def _measured(
-        self,
-        kind: str,
-        method: str,
-        prompts: pd.DataFrame,
-        measure: Callable[..., Any],
-        step: int = -1,
-        precision: str = "",
-        **settings: Any,
-    ) -> Path:
-        """Folder of `measure(model, tokenizer, folder)`; an array goes to values.npy."""
-        from dcr.lm.load import in_precision
-
-        owner, (step, _) = self._owner(method, step, 1.0)
-        key = {"weights": self.weights_key(owner, step), "prompts": table_hash(prompts), **settings}
-
-        def build(folder: Path) -> dict:
-            model, tokenizer = self.model(owner, step)
-            with in_precision(model, precision or self.base_model.precision):
-                values = measure(model, tokenizer, folder)
-            if isinstance(values, np.ndarray):
-                np.save(folder / "values.npy", values)
-            return {"prompts": len(prompts), **self._facts(self.config)}
-
-        return self.store.get(kind, self._name(owner, step, 1.0), key, build).path
-
-    def scores(self, method: str) -> pd.DataFrame:
-        """prompt_id, method, seed, score (higher: more inclined to refuse); validation and test.
-
-        A rule's verdict, a steering method's own score, else the refusal score.
-        """
-        from dcr.evaluate.rates import question_mark_rule
-
-        prompts = pd.concat([self.validation, self.prompts], ignore_index=True)
-        if "rule" in self.stages(method):
-            rows = question_mark_rule(prompts)[["prompt_id", "score"]]
-        else:
-            values = self.refusal(method, prompts)
-            rows = pd.DataFrame({"prompt_id": prompts["id"], "score": values})
-        return rows.assign(method=method, seed=self.seed)
-
-    def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
-        """[n] refusal scores of any prompts (see `scores`)."""
-        from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
-
-        steering, texts = self.steering(method), prompts["text"].tolist()
-
-        def measure(model, tokenizer, _folder):
-            score = steering.score if steering else refusal_score
-            return np.asarray(score(model, tokenizer, texts))
-
-        settings = {"openings": PHRASES_VERSION, "steering": steering and steering.settings}
-        folder = self._measured("score", method, prompts, measure, step, **settings)
-        return np.load(folder / "values.npy")
-
-    def refusal_probability(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
-        """[n] the score as a probability, in [0, 1]."""
-        from scipy.special import expit
-
-        return expit(self.refusal(method, prompts, step))
-
-    def states(self, method: str, prompts: pd.DataFrame, step: int = -1):
-        """`HiddenStates` at each prompt's last token, [layers + 1, n, hidden] fp32."""
-        from dcr.lm.states import HiddenStates, hidden_states
-
-        texts, path = prompts["text"].tolist(), self.config.model.layers_path
-
-        def measure(model, tokenizer, folder):
-            hidden_states(model, tokenizer, texts, out=folder, truncate=True, layers_path=path)
-
-        folder = self._measured("states", method, prompts, measure, step)
-        return HiddenStates(np.load(folder / "values.npy", mmap_mode="r"), "last")
-
-    def kernel(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
-        """[n, n] norms ‖K(x', x)‖_F of the empirical tangent kernel on first tokens."""
-        from dcr.analysis.kernel import entk
-
-        k, path = self.config.evaluation.kernel_tokens, self.config.model.layers_path
-        *texts, last = prompts["text"]
-
-        def measure(model, tokenizer, _folder):
-            found = entk(model, tokenizer, texts, [last], k=k, truncate=True, layers_path=path)
-            return found.norms
-
-        folder = self._measured("kernel", method, prompts, measure, step, "fp32", k=k)
-        return np.load(folder / "values.npy")
-
-    def ability(self, method: str) -> pd.DataFrame:
-        """Per item: task, item, metric, hit (or loss and tokens of held-out answers)."""
-        from dcr.evaluate.ability import measure_items, task_facts
-
-        options = self.config.evaluation
-        held_out = self.prompts.query("label == 'general' and response != ''")
-
-        def measure(model, tokenizer, folder):
-            rows = measure_items(model, tokenizer, held_out, options, folder=folder)
-            write_atomic(folder / "items.jsonl", rows.to_json(orient="records", lines=True))
-
-        tasks = {"tasks": task_facts(options), "limit": options.capability_limit}
-        folder = self._measured("ability", method, held_out, measure, asked=tasks)
-        return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
-
-    def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
-        """item, loss, tokens: how unlikely the base model finds a method's (not empty) answers."""
-        from dcr.evaluate.ability import answer_losses
-
-        said = self.answers(method, prompts)
-        said = said.rename(columns={"prompt_id": "id"})[["id", "response"]]
-        rows = prompts.drop(columns="response", errors="ignore").merge(said, on="id")
-
-        def measure(model, tokenizer, folder):
-            found = answer_losses(model, tokenizer, rows)
-            write_atomic(folder / "losses.jsonl", found.to_json(orient="records", lines=True))
-
-        folder = self._measured("losses", "base", rows, measure)
-        return pd.DataFrame(read_jsonl(folder / "losses.jsonl"))

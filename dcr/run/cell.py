@@ -10,8 +10,8 @@ import pandas as pd
 from dcr.config import Config
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.rates import HEADLINE, rates
-from dcr.run.answers import Run
 from dcr.run.models import Base
+from dcr.run.readings import Run
 from dcr.run.store import Store
 
 

@@ -20,9 +20,9 @@ from dcr.data.sets import dropped, table_hash
 from dcr.data.sources import SOURCES, provenance
 from dcr.errors import DCRError
 from dcr.run import registry
-from dcr.run.answers import Run
-from dcr.run.grid import run_all
+from dcr.run.engine import run_all
 from dcr.run.models import Base
+from dcr.run.readings import Run
 from dcr.run.store import Store, environment
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Experiment:
     def complete(self, engine: str = "joblib", jobs: int = 1) -> Iterator[tuple[int, str, str]]:
         """Make all that curves and frontiers need; yields (seed, method, why it failed).
 
-        engine, jobs: see `dcr.run.grid.run_all`.
+        engine, jobs: see `dcr.run.engine.run_all`.
         """
         self._first()
         task = functools.partial(_complete, self._asked)

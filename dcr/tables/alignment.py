@@ -11,8 +11,8 @@ from dcr.analysis.kernel import class_matrix
 from dcr.config import methods_file
 from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.rates import rates
-from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
+from dcr.run.readings import Run
 from dcr.run.registry import table
 from dcr.run.training import Point
 from dcr.tables.gather import followed_prompts, methods_of, stacked

@@ -6,8 +6,8 @@ import pandas as pd
 
 from dcr.analysis.probes import map_2d
 from dcr.evaluate.intervals import mean_over_seeds
-from dcr.run.answers import Run
 from dcr.run.experiment import Experiment
+from dcr.run.readings import Run
 from dcr.run.registry import table
 from dcr.tables.gather import followed_prompts, methods_of, needed, stacked
 
