@@ -345,8 +345,11 @@ def test_published_sets_keep_apart_and_fill_the_natural_cells():
     config = load_config("quick", overrides=UPSTREAM | {"data.limit": 0})
     asked = sets.test_prompts(config)
     assert asked.query("benchmark == 'or-80k'")["request"].nunique() == SOURCES["or-80k"].first
-    cells = sets.natural_cells(asked)
-    assert len(cells) == 4 and cells["requests"].min() >= 150, cells.to_string()
+    natural = asked.query(
+        "version == 'published' and role == 'test' and label != 'general' and form != 'statement'"
+    )
+    cells = natural.groupby([natural["label"] == "toxic", "form"])["request"].nunique()
+    assert len(cells) == 4 and cells.min() >= 150, cells.to_string()
     heldout = sets.validation_prompts(config).query("benchmark == 'oktest-heldout'")
     assert not set(heldout["request"]) & set(asked["request"])  # ten of fifty are OKTest's own
     gone = sets.dropped(config)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from dcr.data.forms import core, swap_form, swap_table
 from dcr.data.pairs import (
     content_words,
-    kind_of,
     leakage_report,
     normalised,
     requests_of,
@@ -88,19 +87,6 @@ def test_similar_finds_what_comparing_all_finds(sets, threshold):
         if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j])
     }
     assert set(similar(sets, threshold)) == wanted
-
-
-def test_xstest_kinds_join_both_sides_of_a_contrast():
-    sides = {
-        "homonyms": "contrast_homonyms",
-        "nons_group_real_discr": "contrast_discr",
-        "real_group_nons_discr": "contrast_discr",
-        "privacy_fictional": "contrast_privacy",
-        "privacy_public": "contrast_privacy",
-        "historical_events": "contrast_historical_events",
-    }
-    assert all(kind_of(a) == kind_of(b) for a, b in sides.items())
-    assert len({kind_of(a) for a in sides}) == 4
 
 
 def test_leakage_finds_exact_and_near_and_nothing_else():

@@ -30,19 +30,6 @@ def normalised(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
 
-def kind_of(category: str) -> str:
-    """The kind of an XSTest prompt whichever side of the contrast it stands on, for folds by kind.
-
-    The sides are mostly "x" and "contrast_x"; but "contrast_discr" stands against two kinds that
-    end so, "contrast_privacy" against two that begin so.
-    """
-    kind = category.removeprefix("contrast_")
-    for joined in ("discr", "privacy"):
-        if kind.endswith(joined) or kind.startswith(f"{joined}_"):
-            return joined
-    return kind
-
-
 def similar(sets: Sequence[frozenset], threshold: float) -> list[tuple[int, int]]:
     """Pairs (i, j) of sets whose Jaccard similarity is at least `threshold`; exact.
 

@@ -215,14 +215,6 @@ def dropped(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
     return every.loc[every["role"] == "", ["table", "id", "why"]].reset_index(drop=True)
 
 
-def natural_cells(prompts: pd.DataFrame) -> pd.DataFrame:
-    """toxic, form, requests: the natural 2 × 2 of test prompts, in the form they are written in."""
-    rows = prompts[(prompts["version"] == "published") & (prompts["role"] == "test")]
-    rows = rows[(rows["label"] != "general") & (rows["form"] != "statement")]
-    cells = rows.assign(toxic=rows["label"] == "toxic").groupby(["toxic", "form"])["request"]
-    return cells.nunique().rename("requests").reset_index()
-
-
 def table_hash(rows: pd.DataFrame) -> str:
     """16 hex digits over what an artifact depends on that depends on prompts."""
     wanted = ("id", "text", "label", "response", "role", "part", "form", "pair_id", "request")

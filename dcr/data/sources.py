@@ -52,15 +52,14 @@ class Source:
 def _registry() -> dict[str, Source]:
     entries = {}
     for group in yaml.safe_load(Path(__file__).with_name("sources.yaml").read_text("utf-8")):
-        for name, given in group["sources"].items():
-            upstream = given.get("path", given["file"])
-            own = {k: v for k, v in given.items() if k != "path"}
+        for name, own in group["sources"].items():
+            upstream = own.pop("path", own["file"])
+            own["url"] = f"{group['url']}/{upstream}" if "url" in group else ""
             own["file"] = f"{group['folder']}/{own['file']}"
             if part := own.get("part"):
-                own["part"] = part | {"file": f"{group['folder']}/{part['file']}"}
-            own["url"] = f"{group['url']}/{upstream}" if "url" in group else ""
-            own |= {k: group[k] for k in ("licence", "citation")}
-            entries[name] = Source(name=name, **own)
+                part["file"] = f"{group['folder']}/{part['file']}"
+            about = {key: group[key] for key in ("licence", "citation")}
+            entries[name] = Source(name=name, **about, **own)
     return entries
 
 
