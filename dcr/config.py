@@ -321,9 +321,9 @@ def methods_file() -> dict[str, dict]:
     return yaml.safe_load((PROFILE_DIR / "methods.yaml").read_text(encoding="utf-8"))
 
 
-def near(name: str, known: list[str]) -> str:
+def near(name: str, known: Iterable[str]) -> str:
     """ " Did you mean 'x'?" where a known name is close, else ""."""
-    close = difflib.get_close_matches(name, known, 1)
+    close = difflib.get_close_matches(name, list(known), 1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

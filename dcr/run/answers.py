@@ -106,7 +106,7 @@ class Answers(Training):
             )
             facts = {"prompts": len(rows), "new_tokens": int(rows["n_tokens"].sum())}
             facts["truncated"] = int((rows["finish"] == "length").sum())
-            return {**facts, **self._facts(self.config)}
+            return {**facts, **self.facts(self.config)}
 
         artifact = self.store.get("generate", self.name_of(method, step, strength), key, build)
         rows = pd.DataFrame(read_jsonl(artifact.path / "generations.jsonl"))

@@ -52,7 +52,7 @@ class Run(Answers):
                 values = measure(model, tokenizer, folder)
             if isinstance(values, np.ndarray):
                 np.save(folder / "values.npy", values)
-            return {"prompts": len(prompts), **self._facts(self.config)}
+            return {"prompts": len(prompts), **self.facts(self.config)}
 
         return self.store.get(kind, self.name_of(owner, step, 1.0), key, build).path
 

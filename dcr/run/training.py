@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from torch import nn
 
-from dcr.config import Config, methods_file, near
+from dcr.config import methods_file
 from dcr.data.files import read_jsonl
-from dcr.data.sets import TrainingSets, anchors, table_hash, training_sets, validation_prompts
+from dcr.data.sets import anchors, table_hash, validation_prompts
 from dcr.errors import DCRError
-from dcr.run.models import TENSORS, Base, changed_by, put_on, shared_copy
-from dcr.run.store import Artifact, Store, is_main
+from dcr.run.models import TENSORS, changed_by, put_on, shared_copy
+from dcr.run.recipes import Recipes
+from dcr.run.store import Artifact, is_main
 
 
 class Point(NamedTuple):
@@ -25,49 +26,10 @@ class Point(NamedTuple):
     strength: float = 1.0
 
 
-class Training:
-    """The training half of a run: one configuration with one seed in one run directory."""
-
-    def __init__(self, config: Config, store: Store, base: Base, of: Sequence[Config] = ()) -> None:
-        self.config, self.store, self.base_model, self.seed = config, store, base, config.seed
-        self.of = list(of) or [config.replaced(seed=0)]  # what shares one ledger of prompts
-        self._steering: dict[str, Any] = {}
-        self._sets: dict[str, TrainingSets] = {}
-
-    # ---- recipes and data ----------------------------------------------------------------------
-
-    def entry(self, method: str) -> dict[str, Any]:
-        """The method's entry in methods.yaml. Raises DCRError listing the known ones."""
-        known = methods_file()
-        if method not in known:
-            raise DCRError(
-                f"method {method!r} is unknown; known: {', '.join(known)}."
-                + near(method, list(known))
-            )
-        return known[method]
-
-    def recipe(self, method: str) -> Config:
-        """The configuration of one method: the run's with the method's overrides on top."""
-        return self.config.override(self.entry(method).get("overrides", {}))
-
-    def stages(self, method: str) -> list[str]:
-        """What a method runs, of refine, align, steer, edit, rule."""
-        return list(self.entry(method).get("stages", []))
-
-    def sets(self, method: str) -> TrainingSets:
-        """The training sets of a method's recipe."""
-        if method not in self._sets:
-            self._sets[method] = training_sets(self.recipe(method), of=self.of)
-        return self._sets[method]
+class Training(Recipes):
+    """The training half of a run: what methods train and fit, and the models that come of it."""
 
     # ---- models --------------------------------------------------------------------------------
-
-    @property
-    def depth(self) -> int:
-        """Number of decoder blocks."""
-        from dcr.lm.blocks import decoder_layers
-
-        return len(decoder_layers(self.base()[0], self.config.model.layers_path))
 
     def layer(self, method: str = "DCR") -> int:
         """ℓ of a method as a number of blocks: its stage 1's, else its recipe's."""
@@ -89,10 +51,6 @@ class Training:
 
         key = {"base": self.base_model.key, "prompts": table_hash(prompts)}
         return self.store.get("layer", "auto", key, build).manifest["layer"]
-
-    def base(self) -> tuple[nn.Module, Any]:
-        """(model, tokenizer) of the base model, shared: never write into its weights in place."""
-        return self.base_model.loaded()
 
     def model(self, method: str, step: int = -1) -> tuple[nn.Module, Any]:
         """(model, tokenizer) of a method after alignment step `step`, adapters merged.
@@ -124,14 +82,6 @@ class Training:
 
     # ---- stages --------------------------------------------------------------------------------
 
-    def _facts(self, config: Config, tables: Mapping[str, pd.DataFrame] | None = None) -> dict:
-        """What a manifest says beside the dependencies; sources only of what is trained on."""
-        facts = {"config": config.to_dict(), "seed": self.seed, **self.base_model.facts()}
-        if tables is None:
-            return facts
-        sources = {source for rows in tables.values() for source in rows["source"]}
-        return facts | {"in_distribution": sorted(sources)}
-
     def _stage(
         self,
         stage: str,
@@ -160,7 +110,7 @@ class Training:
                 model.save_pretrained(folder / "model")
                 for path in (*folder.glob("checkpoint-*"), *folder.glob("broken-*")):
                     shutil.rmtree(path, ignore_errors=True)  # a finished stage resumes no more
-            return {**facts, **self._facts(recipe, tables)}
+            return {**facts, **self.facts(recipe, tables)}
 
         return self.store.get(stage, method, dependencies, build)
 
@@ -235,16 +185,10 @@ class Training:
         }
 
         def build(folder: Path) -> dict:
-            fit = kind.fit(
-                *self.model(on),
-                tables,
-                validation,
-                recipe.steering,
-                seed=self.seed,
-                layers_path=recipe.model.layers_path,
-            )
+            how = {"seed": self.seed, "layers_path": recipe.model.layers_path}
+            fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
             save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
-            return {"fit": fit.facts, **self._facts(recipe, tables)}
+            return {"fit": fit.facts, **self.facts(recipe, tables)}
 
         return self.store.get("fit", method, dependencies, build)
 
@@ -257,14 +201,12 @@ class Training:
 
         from dcr.steering import KINDS
 
-        artifact = self.fitted(method)
-        if artifact.path.name not in self._steering:  # one object, so that a prompt is read once
-            self._steering[artifact.path.name] = KINDS[name].load(
-                artifact.manifest["fit"],
-                load_file(artifact.path / TENSORS),
-                layers_path=self.config.model.layers_path,
-            )
-        steering = self._steering[artifact.path.name]
+        fit = self.fitted(method)
+        if fit.path not in self._steering:  # one object, so that a prompt is read once
+            facts, tensors = fit.manifest["fit"], load_file(fit.path / TENSORS)
+            path = self.config.model.layers_path
+            self._steering[fit.path] = KINDS[name].load(facts, tensors, layers_path=path)
+        steering = self._steering[fit.path]
         return steering if strength == 1 else steering.at(strength)
 
     # ---- what was trained ----------------------------------------------------------------------
@@ -307,6 +249,5 @@ class Training:
     def points(self, method: str) -> list[Point]:
         """A method's curve: its recorded steps, or its steering's strengths (1.0 among them)."""
         if "steer" in self.stages(method):
-            strengths = sorted({1.0, *self.config.steering.strengths})
-            return [Point(strength=s) for s in strengths]
+            return [Point(strength=s) for s in sorted({1.0, *self.config.steering.strengths})]
         return [Point(step) for step in self.steps(method)]

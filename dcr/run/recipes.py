@@ -1,0 +1,67 @@
+"""What a method is in a run: its entry in methods.yaml, its recipe, its sets, its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from dcr.config import Config, methods_file, near
+from dcr.data.sets import TrainingSets, training_sets
+from dcr.errors import DCRError
+from dcr.run.models import Base
+from dcr.run.store import Store
+
+
+class Recipes:
+    """One configuration with one seed in one run directory, and every method's recipe in it."""
+
+    def __init__(self, config: Config, store: Store, base: Base, of: Sequence[Config] = ()) -> None:
+        self.config, self.store, self.base_model, self.seed = config, store, base, config.seed
+        self.of = list(of) or [config.replaced(seed=0)]  # what shares one ledger of prompts
+        self._sets: dict[str, TrainingSets] = {}
+        self._steering: dict[Path, Any] = {}  # loaded, by the folder of their fit
+
+    def entry(self, method: str) -> dict[str, Any]:
+        """The method's entry in methods.yaml. Raises DCRError listing the known ones."""
+        known = methods_file()
+        if method not in known:
+            listed = ", ".join(known)
+            raise DCRError(f"method {method!r} is unknown; known: {listed}." + near(method, known))
+        return known[method]
+
+    def recipe(self, method: str) -> Config:
+        """The configuration of one method: the run's with the method's overrides on top."""
+        return self.config.override(self.entry(method).get("overrides", {}))
+
+    def stages(self, method: str) -> list[str]:
+        """What a method runs, of refine, align, steer, edit, rule."""
+        return list(self.entry(method).get("stages", []))
+
+    def sets(self, method: str) -> TrainingSets:
+        """The training sets of a method's recipe."""
+        if method not in self._sets:
+            self._sets[method] = training_sets(self.recipe(method), of=self.of)
+        return self._sets[method]
+
+    def base(self) -> tuple[nn.Module, Any]:
+        """(model, tokenizer) of the base model, shared: never write into its weights in place."""
+        return self.base_model.loaded()
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder blocks."""
+        from dcr.lm.blocks import decoder_layers
+
+        return len(decoder_layers(self.base()[0], self.config.model.layers_path))
+
+    def facts(self, config: Config, tables: Mapping[str, pd.DataFrame] | None = None) -> dict:
+        """What a manifest says beside the dependencies; sources only of what is trained on."""
+        facts = {"config": config.to_dict(), "seed": self.seed, **self.base_model.facts()}
+        if tables is None:
+            return facts
+        sources = {source for rows in tables.values() for source in rows["source"]}
+        return facts | {"in_distribution": sorted(sources)}
