@@ -25,10 +25,12 @@ def copied(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "a model 401 ü")
 
 
-def test_local_folder_round_trip(copied):
+def test_local_folder_round_trip(copied, caplog):
+    caplog.set_level("INFO", "dcr")
     model, tokenizer = load(str(copied), device="cpu")
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and model.dtype == torch.float32
     torch.testing.assert_close(model.lm_head.weight, make_model(layers=3).lm_head.weight)
+    assert f"on cpu, in {module.resolve_precision('auto', 'cpu')}" in caplog.text
 
 
 def test_folders_are_told_apart(copied):

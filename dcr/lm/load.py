@@ -56,6 +56,7 @@ def load(
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     _complete(model, tokenizer)
+    log.info("%s: on %s, in %s", name, device, resolved)
     return model.to(device).eval(), tokenizer
 
 
