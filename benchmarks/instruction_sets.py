@@ -65,7 +65,8 @@ def worker() -> None:
     classes = {"toxic": sets.toxic, "seemingly_toxic": sets.seemingly_toxic}
     stage = config.refine.replaced(**two, eval_steps=2)
     model = refine(model, tokenizer, **classes, config=stage, precision=precision).model
-    align(model, tokenizer, sets.mix, config=config.align.replaced(**two), precision=precision)
+    stage = config.align.replaced(**two, checkpoints="last")
+    align(model, tokenizer, sets.mix, config=stage, precision=precision)
     found |= {"step of stage 1": seconds[1], "step of stage 2": seconds[3]}
     print(json.dumps(found))
 
