@@ -72,7 +72,7 @@ def trace(
     def enter(_module, args, kwargs):
         hidden, *rest = args or (kwargs["hidden_states"],)
         options = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        entering.append(hidden)
+        entering.append(hidden.detach() if entering else hidden)  # one graph is kept, not all
         arguments.append((tuple(rest), options))
         return (hidden.detach(), *rest), options
 

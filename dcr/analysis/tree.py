@@ -127,11 +127,8 @@ class Packed:
         if len(reading) < len(self.rows):
             kept = [i for i, row in enumerate(self.rows) if row in reading]
             self.cache.batch_select_indices(torch.tensor(kept, device=device))
-            self.rows, self.real, self.position = (
-                list(reading),
-                self.real[kept],
-                self.position[kept],
-            )
+            self.rows, self.real = list(reading), self.real[kept]
+            self.position = self.position[kept]
         (n, seq), width = self.real.shape, max(map(len, reading.values()))
         ids = np.zeros((n, width), dtype=np.int64)
         position = np.repeat(self.real.sum(1)[:, None], width, 1)

@@ -64,10 +64,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 def common_prefix(
     rows: Sequence[Sequence[int]], *, keep: int = 1, at_least: int = MIN_SHARED
 ) -> int:
-    """Number of first tokens that all rows share, each keeping its last `keep` to itself.
-
-    0 where there are fewer than `at_least`: running them once does not pay.
-    """
+    """Number of first tokens that all rows share, but for the last `keep`; 0 below `at_least`."""
     if len(rows) < 2:
         return 0
     shared = len(os.path.commonprefix([list(row) for row in rows]))
@@ -76,10 +73,7 @@ def common_prefix(
 
 
 def can_share(stack) -> bool:
-    """Whether `stack` can go on from another row's cache.
-
-    It needs plain attention in every block, and no gradient checkpointing (which drops caches).
-    """
+    """Whether `stack` goes on from another row's cache: plain attention, not checkpointed."""
     kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()
     checkpointed = stack.training and getattr(stack, "is_gradient_checkpointing", False)
     return set(kinds) <= PLAIN_ATTENTION and not checkpointed

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -73,17 +74,14 @@ def resolve_layer(layer: int | float, n_layers: int) -> int:
 
     Hidden state ℓ is the output of the ℓ-th block (`hidden_states[ℓ]`), before any final norm.
     """
-    if isinstance(layer, bool) or not isinstance(layer, (int, float)):
+    number = isinstance(layer, (int, float)) and not isinstance(layer, bool)
+    index = round(layer * n_layers) if number and 0 < layer < 1 else layer
+    if not number or index != int(index) or not 1 <= index <= n_layers:
         raise DCRError(
-            f"refine.layer={layer!r}: give a whole number of blocks or a fraction of depth."
+            f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give a "
+            f"whole number 1..{n_layers} or a fraction of depth between 0 and 1."
         )
-    index = round(layer * n_layers) if isinstance(layer, float) and 0 < layer < 1 else int(layer)
-    if isinstance(layer, float) and layer >= 1 and layer != index or not 1 <= index <= n_layers:
-        raise DCRError(
-            f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give "
-            f"1..{n_layers} or a fraction between 0 and 1."
-        )
-    return index
+    return int(index)
 
 
 @contextlib.contextmanager
@@ -187,16 +185,13 @@ def head_logits(model: nn.Module, hidden: Tensor, override: str = "") -> Tensor:
     """
     stack = decoder_stack(model, override)
     own = _unwrapped(model)
-    ready = _StackOutput(hidden[None])  # [1, n, hidden]
+    ready = _StackOutput(last_hidden_state=hidden[None])  # [1, n, hidden]
     with mock.patch.object(stack, "forward", lambda *_, **__: ready):
         return own(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
-class _StackOutput:
-    """What a decoder stack returns, with nothing in it but its hidden states."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
+class _StackOutput(SimpleNamespace):
+    """What a decoder stack returns, with nothing in it but its `last_hidden_state`."""
 
     def __getitem__(self, _index: int) -> Tensor:
         return self.last_hidden_state

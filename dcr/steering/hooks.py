@@ -79,10 +79,7 @@ class Steering:
 
     @classmethod
     def fit(cls, *material: Any, **options: Any) -> Self:
-        """A fit from what `Material` holds, in its order.
-
-        Raises DCRError for prompts that do not do.
-        """
+        """A fit from what `Material` holds, in its order. Raises DCRError for unfit prompts."""
         on = Material(*material, **options)
         return cls(*cls.fitted(on), layers_path=on.layers_path)
 
