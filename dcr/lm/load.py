@@ -104,10 +104,7 @@ def _complete(model, tokenizer) -> None:
 
 
 def locate(name: str, revision: str = "") -> tuple[str, str]:
-    """(folder or hub id, commit), for `from_pretrained`: a branch comes as its commit, for keys.
-
-    Raises DCRError for a folder that is missing or unfit, and for a hub that does not answer.
-    """
+    """(folder or hub id, its commit or ""). Raises DCRError for an unfit folder, a silent hub."""
     if name == "embedded":
         return str(embedded.ensure()), ""
     path = Path(name).expanduser()
