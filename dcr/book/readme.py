@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -53,8 +54,8 @@ def readme(*, check: bool = False) -> Path:
     return path
 
 
-def _span(row: pd.Series, value: str, low: str = "low", high: str = "high") -> str:
-    return f"{row[value]:.2f} [{row[low]:.2f}, {row[high]:.2f}]"
+def _span(row: Mapping[str, Any], value: str) -> str:
+    return f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
@@ -71,14 +72,15 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
 
 def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     """Compliance at one DSR of the best method, the gate and STL; AUROC on unseen sources."""
-    at = read("frontier").query("target == @TARGET").set_index("method")
+    at = read("frontier").query("target == @TARGET").sort_values("compliance", ascending=False)
     ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
-    ranked = ranked.set_index("method")
-    rows = [m for m in dict.fromkeys((at["compliance"].idxmax(), "Gate", "STL")) if m in at.index]
+    by_method = {row["method"]: row for row in at.to_dict("records")}
+    aurocs = {row["method"]: row for row in ranked.to_dict("records")}
+    shown = [m for m in dict.fromkeys((*at["method"][:1], "Gate", "STL")) if m in by_method]
     parts = [
-        f"{m} answers {_span(at.loc[m], 'compliance')} of seemingly toxic prompts (DSR "
-        f"{at.loc[m, 'dsr']:.2f}; AUROC on unseen sources {_span(ranked.loc[m], 'auroc')})"
-        for m in rows
+        f"{m} answers {_span(by_method[m], 'compliance')} of seemingly toxic prompts (DSR "
+        f"{by_method[m]['dsr']:.2f}; AUROC on unseen sources {_span(aurocs[m], 'auroc')})"
+        for m in shown
     ]
     return (
         f"With thresholds set on validation prompts for a DSR of {TARGET:.2f}, forms equal: "
