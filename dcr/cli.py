@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dcr.errors import DCRError
+from dcr.errors import DCRError, printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False
@@ -30,6 +30,23 @@ Jobs = Annotated[int, typer.Option(help="Processes at once (joblib).")]
 Table = Annotated[str, typer.Option(help="CSV, JSONL, Parquet or hub id with a column text.")]
 Answered = Annotated[str, typer.Option(help="The same with a column response.")]
 Model = Annotated[str, typer.Option(help="embedded, a folder or a hub id.")]
+
+
+class Printable(logging.Formatter):
+    """Log lines of which none holds an escape that the terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, line by line."""
+        return _safe(super().format(record))
+
+
+def _safe(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def show(text: str) -> None:
+    """Print a table: for a terminal without what it would obey, for a file as it is."""
+    sys.stdout.write((_safe(text) if sys.stdout.isatty() else text).rstrip("\n") + "\n")
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -53,11 +70,13 @@ def run_command(
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
     )
-    failed = [f"{m}, seed {s}: {why}" for s, m, why in experiment.complete(engine, jobs) if why]
-    if failed:
-        raise DCRError("not all could be run. " + "; ".join(failed))
+    failed: dict[str, list[str]] = {}
+    for seed, method, why in experiment.complete(engine, jobs):
+        failed.setdefault(why, []).append(f"{method}, seed {seed}")
+    if reasons := [f"{'; '.join(cells)}: {why}" for why, cells in failed.items() if why]:
+        raise DCRError(f"not all could be run. {' '.join(reasons)}")
     for name, problem in experiment.make_tables().items() if tables else ():
-        typer.echo(f"{name}: {problem or 'written'}")
+        show(f"{name}: {problem or 'written'}")
     experiment.manifest()
     typer.echo(f"{experiment.root}: {experiment.store.summary()}")
 
@@ -77,7 +96,7 @@ def table_command(
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
     )
-    typer.echo(experiment.table(name).to_csv(index=False), nl=False)
+    show(experiment.table(name).to_csv(index=False))
 
 
 @app.command("figures")
@@ -135,7 +154,7 @@ def grid_command(
 
     loaded = load_grid(grid, profile=profile, overrides=overrides)
     rows = run_grid(loaded, run_dir, engine=engine, jobs=jobs, retry=retry)
-    typer.echo(rows.to_string(index=False, float_format="%.3f", na_rep=""))
+    show(rows.to_string(index=False, float_format="%.3f", na_rep=""))
 
 
 @app.command("align")
@@ -202,7 +221,7 @@ def verify_command(run: Annotated[Path, typer.Argument(help="A run directory.")]
     from dcr.run.experiment import verify
 
     rows = verify(run)
-    typer.echo(rows.to_string(index=False))
+    show(rows.to_string(index=False))
     if not (rows["status"] == "ok").all():
         raise typer.Exit(1)
 
@@ -264,7 +283,9 @@ def _stop(_signal: int, _frame: object) -> None:
 
 def main() -> None:
     """Entry point: one clear line for a DCRError (exit status 2) or a stop (130)."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Printable("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for noisy in ("httpx", "papermill", "traitlets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Waiting threads that spin take the cores of whatever else runs here.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dcr.errors import DCRError
@@ -39,8 +39,8 @@ Real = Annotated[float, NUMBER]
 Weight = Annotated[float, Ge(0), NUMBER]
 Rate = Annotated[float, Gt(0), NUMBER]
 Share = Annotated[float, Ge(0), Le(1), NUMBER]
-Count = Annotated[int, Ge(0)]
-Size = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(0), Lt(2**32)]  # what generators take as a seed
+Size = Annotated[int, Ge(1), Lt(2**32)]
 Names = Annotated[tuple[str, ...], TUPLE]
 
 
@@ -297,7 +297,7 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
             )
         try:
             result[key] = yaml.safe_load(value) if value else ""
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:120]
             raise DCRError(f"override {key}={value!r} cannot be read as YAML: {reason}.") from None
     return result
@@ -341,5 +341,7 @@ def _sentence(cls: type[Section], values: Mapping, error: ValidationError) -> st
         if e["loc"][0] == field
     )
     value = values.get(field)
+    if isinstance(value, int) and value >= 2**64:
+        return f"{name} is a number of {value.bit_length()} bits: should be less than {2**32}."
     choices = re.findall(r"'([^']+)'", " ".join(wanted))
     return f"{name}={value!r}: should be {' or '.join(wanted)}." + near(str(value), choices)

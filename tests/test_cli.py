@@ -3,8 +3,9 @@ report needs."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -42,31 +43,6 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path):
     assert "\n" not in line and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["run", "--overrides", "refine.loss=foo"], "refine.loss='foo': should be"),
-        (["run", "--overrides", "align.checkpoints=[0,8"], "cannot be read as YAML"),
-        (["run", "--seeds", "a"], "seeds='a'"),
-        (["run", "--methods", "DRC"], "Did you mean 'DCR'"),
-        (["run", "--engine", "slurm"], "use joblib or ray"),
-        (["table", "plain"], "unknown|missing|holds no tables"),
-        (["grid", "serch", "--run-dir", "x"], "Did you mean 'search'"),
-        (["verify", "nowhere"], "holds no finished run"),
-        (["info", "--profile", "quick", "--overrides", "a.b=1"], "sections: model"),
-        (["data", "fetch", "nothing"], "'nothing': no such data source"),
-    ],
-)
-def test_bad_arguments(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    if arguments[0] == "run":
-        arguments = [*arguments, "--run-dir", "run"]
-    found = ask(*arguments)
-    assert isinstance(found.exception, DCRError) and found.exit_code
-    assert re.search(message, str(found.exception))
-    assert not list(tmp_path.iterdir())
-
-
 def test_info_is_what_a_bug_report_needs_and_no_secret(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     found = ask("info", "--profile", "quick")
@@ -91,6 +67,24 @@ def test_threads_wait_quietly_and_what_mps_lacks_runs_on_the_cpu(own):
         [sys.executable, "-c", code, *ours], capture_output=True, text=True, env=rest | own
     )
     assert done.stdout.split() == [*(ours | own).values(), "False"], done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_nothing_that_is_shown_moves_the_terminal(monkeypatch, capsys):
+    """Escapes in names, logs and tables: as text, but in what is written to a file."""
+    bad, text = "a\x1b[2J\u202eb", "a\\x1b[2J\\u202eb"
+    assert f"{text} holds no finished run" in str(ask("verify", bad).exception)
+    record = logging.LogRecord("dcr", logging.INFO, "", 0, f"{bad}\nsecond", (), None)
+    assert cli.Printable("%(message)s").format(record) == f"{text}\nsecond"
+    cli.show(f"method\n{bad}\n")
+    assert capsys.readouterr().out == f"method\n{bad}\n"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    cli.show(f"method\n{bad}\n")
+    assert sys.stdout.getvalue() == f"method\n{text}\n"
 
 
 def test_run_table_and_verify(folder, tmp_path, monkeypatch):
@@ -126,7 +120,12 @@ def test_a_stop_ends_within_seconds_and_says_how_to_go_on(folder, tmp_path, kind
     overrides = TINY.replace("align.max_steps=2", "align.max_steps=100000")
     command = [sys.executable, "-m", "dcr.cli", "run", "--methods", "STL", "--no-tables"]
     command += ["--run-dir", str(tmp_path), "--overrides", f"{overrides},model.name={folder}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in the foreground
+    )
     while not list(tmp_path.glob("align/*.partial/history.jsonl")):
         time.sleep(0.1)
         assert process.poll() is None, process.stderr.read()

@@ -61,43 +61,57 @@ def test_values_are_read_as_their_type(overrides, value):
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        ("refine.loss=foo", "refine.loss='foo': should be 'circle', 'supcon', 'infonce'"),
-        ("refine.loss=cirle", "Did you mean 'circle'"),
-        ("refine.layer=middle", "refine.layer='middle': should be integer or number or 'auto'"),
-        ("refine.layer=0", "refine.layer=0"),
-        ("refine.layer=1.5", "less than or equal to 1"),
-        ("refine.layer=true", "refine.layer=True"),
-        ("refine.batch_size=-3", "refine.batch_size=-3: should be greater than"),
-        ("refine.toxic_share=1.2", "less than or equal to 1"),
-        ("refine.lr=.inf", "finite"),
-        ("refine.lr=.nan", "finite"),
-        ("refine.lr=fast", "should be number"),
-        ("align.schedule=triangle", "should be 'constant', 'linear' or 'cosine'"),
-        ("align.labels=some", "'completion' or 'all'"),
-        ("align.checkpoints=often", "'log' or 'last' or list"),
-        ("align.checkpoints=[0,-1]", "greater than or equal to 0"),
-        ("align.checkpoints=[0,8", "cannot be read as YAML"),
-        ("align.above_layer=1", "should be boolean"),
-        ("align.batch_size=1.5", "should be integer"),
-        ("align.batch_size=true", "should be integer"),
-        ("generation.dtype=int8", "generation.dtype: unknown parameter; known here: max_new"),
-        ("model.precision=int8", "'auto', 'bf16' or 'fp32'"),
-        ("model.name=3", "should be string"),
-        ("data.limit=2020-01-01", "should be integer"),
-        ("data.benchmarks=oktest", "should be list"),
-        ("data.validation=[1]", "should be string"),
-        ("seed=-1", "seed=-1"),
-        ("refine.layr=1", "unknown parameter.*known here.*layer.*Did you mean 'layer'"),
-        ("refin.layer=1", "'refin' is unknown.*Did you mean 'refine'"),
-        ("profil=x", "Did you mean 'profile'"),
-        ("refine=3", "is a section"),
-        ("seed.x=3", "is a value, not a section"),
-        ("nonsense", "has no '='"),
-    ],
-)
+WRONG = [
+    ("refine.loss=foo", "refine.loss='foo': should be 'circle', 'supcon', 'infonce'"),
+    ("refine.loss=cirle", "Did you mean 'circle'"),
+    ("refine.layer=middle", "refine.layer='middle': should be integer or number or 'auto'"),
+    ("refine.layer=0", "refine.layer=0"),
+    ("refine.layer=1.5", "less than or equal to 1"),
+    ("refine.layer=true", "refine.layer=True"),
+    ("refine.batch_size=-3", "refine.batch_size=-3: should be greater than"),
+    ("refine.toxic_share=1.2", "less than or equal to 1"),
+    ("refine.lr=.inf", "finite"),
+    ("refine.lr=.nan", "finite"),
+    ("refine.lr=fast", "should be number"),
+    ("align.schedule=triangle", "should be 'constant', 'linear' or 'cosine'"),
+    ("align.labels=some", "'completion' or 'all'"),
+    ("align.checkpoints=often", "'log' or 'last' or list"),
+    ("align.checkpoints=[0,-1]", "greater than or equal to 0"),
+    ("align.checkpoints=[0,8", "cannot be read as YAML"),
+    ("align.above_layer=1", "should be boolean"),
+    ("align.batch_size=1.5", "should be integer"),
+    ("align.batch_size=true", "should be integer"),
+    ("generation.dtype=int8", "generation.dtype: unknown parameter; known here: max_new"),
+    ("model.precision=int8", "'auto', 'bf16' or 'fp32'"),
+    ("model.name=3", "should be string"),
+    ("data.limit=2020-01-01", "should be integer"),
+    ("data.benchmarks=oktest", "should be list"),
+    ("data.validation=[1]", "should be string"),
+    ("seed=-1", "seed=-1"),
+    ("refine.layr=1", "unknown parameter.*known here.*layer.*Did you mean 'layer'"),
+    ("refin.layer=1", "'refin' is unknown.*Did you mean 'refine'"),
+    ("profil=x", "Did you mean 'profile'"),
+    ("refine=3", "is a section"),
+    ("seed.x=3", "is a value, not a section"),
+    ("nonsense", "has no '='"),
+    ("align.checkpoints=" + "[" * 3000, "cannot be read as YAML"),
+    ("seed=0x" + "f" * 4000, "seed is a number of 16000 bits: should be"),
+    ("align.lr=!!python/name:os.system", "cannot be read as YAML"),
+    ("model.name=[a, b]", "should be string"),
+    ("generation.served=[a]", "should be"),
+    ("generation.served={a: 1}", "should be string"),
+    ("refine.lr=", "should be number"),
+    ("=1", "unknown"),
+    ("refine.=1", "is a section"),
+    (".lr=1", "unknown"),
+    ("refine.lr.x=1", "unknown parameter"),
+    ("model=a", "is a section"),
+    ("methods=base", "should be list"),
+    ("profile=3", "should be string"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", WRONG)
 def test_wrong_overrides_are_refused_with_what_is_known(overrides, message):
     with pytest.raises(DCRError, match=message):
         load_config("quick", overrides=overrides)
@@ -120,8 +134,11 @@ def test_unknown_profile_lists_the_known_ones():
         load_config("quikc")
 
 
+override_texts = st.text(alphabet="refineal.=,[]{}:'\"0189-!&*%@\n\\ \t", max_size=40)
+
+
 @settings(max_examples=150, deadline=None)
-@given(st.text(alphabet="refineal.=,[]{}:'\"0189-!&*%@\n\\ \t", max_size=40))
+@given(override_texts)
 def test_any_text_as_overrides_raises_nothing_but_ours(text):
     for overrides in (text, f"refine.loss={text}", f"align.checkpoints={text}"):
         try:

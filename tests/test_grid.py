@@ -58,19 +58,23 @@ def test_a_grid_is_every_combination_and_the_recipes_of_every_seed(tmp_path, fol
     assert len({grid.row_path(tmp_path, c, "screen") for c in grid.cells}) == 10
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ({"grids": {}}, "unknown key 'grids'; known: profile"),
-        ({}, "neither grid nor recipes"),
-        ({"grid": {"refine.layer": 2}}, "grid.refine.layer must be a list"),
-        ({"grid": [1]}, "grid must map"),
-        ({"recipes": {"x": {"method": "DRC"}}}, "x: method 'DRC' is unknown"),
-        ({"recipes": {"x": {"refine.loss": "foo"}}}, "refine.loss='foo': should be"),
-        ({"recipes": {"x": {}}, "align": -1}, "align=-1"),
-        ({"recipes": {"x": {}}, "profile": "quikc"}, "Did you mean 'quick'"),
-    ],
-)
+WRONG = [
+    ({"grids": {}}, "unknown key 'grids'; known: profile"),
+    ({}, "neither grid nor recipes"),
+    ({"grid": {"refine.layer": 2}}, "grid.refine.layer must be a list"),
+    ({"grid": [1]}, "grid must map"),
+    ({"recipes": {"x": {"method": "DRC"}}}, "x: method 'DRC' is unknown"),
+    ({"recipes": {"x": {"refine.loss": "foo"}}}, "refine.loss='foo': should be"),
+    ({"recipes": {"x": True}}, "recipes.x must map"),
+    ({"recipes": {3: {}}}, "recipes must map names"),
+    ({"grid": {3: [1]}}, "grid must map names"),
+    ({"recipes": {"x": {}}, "seeds": ["a"]}, "seeds=.'a'.: give e.g."),
+    ({"recipes": {"x": {}}, "align": -1}, "align=-1"),
+    ({"recipes": {"x": {}}, "profile": "quikc"}, "Did you mean 'quick'"),
+]
+
+
+@pytest.mark.parametrize("content, message", WRONG)
 def test_a_wrong_grid_is_told_before_anything_runs(tmp_path, folder, content, message):
     with pytest.raises(DCRError, match=message):
         load_grid(written(tmp_path, folder, **content))
@@ -79,7 +83,10 @@ def test_a_wrong_grid_is_told_before_anything_runs(tmp_path, folder, content, me
 def test_a_file_that_is_no_grid(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
-    for name, message in (("broken", "not YAML"), ("list", "a grid maps"), ("gone", "no such")):
+    (tmp_path / "date.yaml").write_text("align: 2020-13-45")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    wrong = {"broken": "not YAML", "date": "not YAML", "deep": "not YAML"}
+    for name, message in {**wrong, "list": "a grid maps", "gone": "no such"}.items():
         with pytest.raises(DCRError, match=message):
             load_grid(tmp_path / f"{name}.yaml")
     with pytest.raises(DCRError, match="serch: no such grid.*Did you mean 'search'"):

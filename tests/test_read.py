@@ -318,10 +318,3 @@ def test_no_value_brings_another_error(value):
         prompts_of(value)
     except DCRError:
         pass
-
-
-@pytest.mark.slow
-@settings(max_examples=60_000, **FUZZ)
-@given(suffixes, contents)
-def test_no_file_brings_another_error_for_minutes(tmp_path, suffix, content):
-    check(tmp_path, suffix, content)

@@ -81,6 +81,9 @@ def test_a_failed_build_leaves_no_artifact_but_keeps_its_work(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(RuntimeError):
         store.get("stage", "a", {}, fail)
+    with pytest.raises(ZeroDivisionError):
+        store.get("stage", "b", {}, lambda folder: 1 / 0)
+    assert [p.suffix for p in (tmp_path / "stage").iterdir()] == [".partial"]
     seen = []
     store.get("stage", "a", {}, lambda folder: seen.extend(p.name for p in folder.iterdir()))
     assert seen == ["half.txt"] and not stray(tmp_path)

@@ -40,13 +40,19 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, fsync, rename: readers see the old content or the new, never half."""
-    path = Path(path)
+    """Write beside `path`, fsync, rename: readers see the old content or the new, never half.
+
+    A file that holds the content already is left as it is, so that it may be read-only.
+    """
+    path, content = Path(path), content.encode() if isinstance(content, str) else content
+    with contextlib.suppress(OSError):
+        if path.stat().st_size == len(content) and path.read_bytes() == content:
+            return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _writing(path):
         try:
             with open(temporary, "wb") as handle:
-                handle.write(content.encode() if isinstance(content, str) else content)
+                handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(temporary, path)

@@ -83,7 +83,7 @@ def _to_imperative(text: str) -> str:
 
 def _to_question(text: str) -> str:
     body = text.rstrip(".!:;\"' ").strip()
-    if form_of(text) == "statement":
+    if form_of(text) == "statement" or not body:
         return f"{body}. Can you help with that?"
     *before, last = _SENTENCE_END.split(body)
     if before and not _STARTS_STATEMENT.match(last) and not _UNMARKED.match(last):

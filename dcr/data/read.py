@@ -62,7 +62,7 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
     if isinstance(value, Path):
         return read_rows(value), str(value), value.name.split(".")[0]
     if isinstance(value, str):
-        if value.lower().removesuffix(".gz").endswith(SUFFIXES):
+        if value.lower().removesuffix(".gz").endswith(SUFFIXES) or _is_file(value):
             return _rows_of(Path(value).expanduser(), what)
         if match := HUB.fullmatch(value):
             return _from_hub(match), value, match["stem"]
@@ -83,6 +83,13 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
             f"a DataFrame, a datasets.Dataset or a path.{hint}"
         )
     return as_rows(value, what, "item"), what, what
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a text that can be no name
+        return False
 
 
 def _with_class_names(data: Any) -> pd.DataFrame:

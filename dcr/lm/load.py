@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,13 @@ def load(
     with _explained(name):
         config = AutoConfig.from_pretrained(source, **options)
         small = device.startswith("cuda") and resolved == "bf16" and config.dtype == torch.bfloat16
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES["bf16" if small else "fp32"], use_safetensors=True, **options
+        options |= {"use_safetensors": True, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES["bf16" if small else "fp32"], **options
         )
+        model, found = loaded
+        if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random
+            raise ValueError(f"its weights lack or misfit {len(lacking)} tensors: {lacking[0]}")
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     _complete(model, tokenizer)
@@ -136,11 +141,11 @@ def _check_folder(path: Path) -> None:
     """Raise DCRError for what the library does not say clearly."""
     names = {p.name for p in path.iterdir()}
     if "config.json" not in names and "adapter_config.json" in names:
-        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        base = settings.get("base_model_name_or_path")
+        settings = (path / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
+        base = re.search(r'"base_model_name_or_path":\s*"([^"]*)"', settings)
         raise DCRError(
-            f"{path}: holds an adapter alone, of base model {base!r}. Merge it into that model "
-            "(peft: merge_and_unload, save_pretrained) and give the merged folder."
+            f"{path}: holds an adapter alone, of base model {base and base[1]!r}. Merge it into "
+            "that model (peft: merge_and_unload, save_pretrained) and give the merged folder."
         )
     if "config.json" not in names:
         raise DCRError(f"{path}: has no config.json, so it holds no saved model.")

@@ -39,6 +39,8 @@ def run_all(
 def _guarded(task: Callable[[T], object], item: T) -> tuple[T, str]:
     try:
         task(item)
+    except DCRError as error:
+        return item, str(error)
     except Exception as error:  # which recipes cannot be run is a finding
         log.debug(traceback.format_exc())
         return item, f"{type(error).__name__}: {error}"

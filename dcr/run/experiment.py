@@ -23,7 +23,7 @@ from dcr.run import registry
 from dcr.run.engine import run_all
 from dcr.run.models import Base
 from dcr.run.readings import Run
-from dcr.run.store import Store, environment
+from dcr.run.store import Store, environment, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +152,9 @@ class Experiment:
 
         engine, jobs: see `dcr.run.engine.run_all`.
         """
-        self._first()
+        _ = self._first().base_model.key  # a wrong model is told once, before anything is made
+        with writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
         task = functools.partial(_complete, self._asked)
         cells = list(itertools.product(self.seeds, self.methods))
         for (seed, method), problem in run_all(task, cells, engine=engine, jobs=jobs):
@@ -237,8 +239,13 @@ def verify(root: str | Path) -> pd.DataFrame:
 
 
 def _manifest(root: Path) -> dict[str, Any]:
-    path = root / "manifest.json"
+    path, wanted = root / "manifest.json", {"config", "seeds", "methods", "model"}
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
         raise DCRError(f"{path} is no manifest ({error}). Delete it.") from error
+    if not (isinstance(kept, dict) and wanted <= set(kept)):
+        raise DCRError(f"{path} is no manifest of a run ({', '.join(sorted(wanted))}). Delete it.")
+    return kept

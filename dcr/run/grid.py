@@ -30,7 +30,15 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from dcr.config import PROFILE_DIR, Config, load_config, methods_file, near, parse_overrides
+from dcr.config import (
+    PROFILE_DIR,
+    Config,
+    load_config,
+    methods_file,
+    near,
+    parse_overrides,
+    parse_seeds,
+)
 from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
 from dcr.run.cell import CellRun, outcome, screened
@@ -101,12 +109,15 @@ def load_grid(
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DCRError(f"{path}: not YAML ({' '.join(str(error).split())[:120]}).") from None
     if not isinstance(content, Mapping):
         raise DCRError(f"{path}: a grid maps {', '.join(KEYS)} to values.")
-    for key in ("grid", "recipes", "base"):
-        if not isinstance(content.get(key) or {}, Mapping):
+    recipes = content.get("recipes") or {}
+    parts = {key: content.get(key) for key in ("grid", "recipes", "base")}
+    parts |= {f"recipes.{n}": r for n, r in recipes.items()} if isinstance(recipes, dict) else {}
+    for key, part in parts.items():
+        if not isinstance(part or {}, dict) or not all(isinstance(k, str) for k in part or ()):
             raise DCRError(f"{path}: {key} must map names to values.")
     if unknown := [key for key in content if key not in KEYS]:
         raise DCRError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(KEYS)}.")
@@ -137,11 +148,11 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
     named = [
         (" ".join(f"{k.split('.')[-1]}={v}" for k, v in p.items()), p) for p in products if axes
     ]
-    named += [(str(n), dict(r or {})) for n, r in (content.get("recipes") or {}).items()]
+    named += [(name, r or {}) for name, r in (content.get("recipes") or {}).items()]
     if not named:
         raise DCRError(f"{path}: neither grid nor recipes; there is nothing to run.")
     known = list(methods_file())
-    for (name, recipe), seed in itertools.product(named, content.get("seeds") or [0]):
+    for (name, recipe), seed in itertools.product(named, parse_seeds(content.get("seeds") or 0)):
         method = str(recipe.get("method", content.get("method", "DCR")))
         if method not in known:
             raise DCRError(

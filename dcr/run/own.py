@@ -111,6 +111,7 @@ def _own(
     method = "DCR" if len(stages) == 2 else stages[0]
     facts = {"method": f"{method}, own data", "config": config, "data": data}
     check_out(out)
+    run.base()  # a model that cannot be loaded is told before anything is written
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
         trained, tokenizer = run.model("own")

@@ -153,8 +153,13 @@ class Store:
                 return self._noted(self.reused, kind, path, "reused (another process finished it)")
             work.mkdir(exist_ok=True)
             started, clock = time.gmtime(), time.monotonic()
-            with measured_peak() as peak:
-                extra = build(work) or {}
+            try:
+                with measured_peak() as peak:
+                    extra = build(work) or {}
+            except BaseException:
+                with contextlib.suppress(OSError):  # where it holds work, that stays
+                    work.rmdir()
+                raise
             files = {p.relative_to(work).as_posix(): p for p in work.rglob("*") if p.is_file()}
             files.pop("manifest.json", None)
             manifest = {
@@ -197,7 +202,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self, path: Path) -> Iterator[None]:
-        """Hold `path` alone among processes; the lock file goes away after success."""
+        """Hold `path` alone among processes; the lock file goes away, unless one is killed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(path.name + ".lock")
         lock = FileLock(file)
@@ -208,8 +213,9 @@ class Store:
             lock.acquire()
         try:
             yield
-            file.unlink(missing_ok=True)
         finally:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)  # who waits sees it, and takes a new one
             lock.release()
 
     def artifacts(self) -> list[Artifact]:
