@@ -55,8 +55,12 @@ for content, message in test_grid.WRONG:
 HALF = b"half a file"
 for name, files, message in (
     ("half weights", {"model.safetensors": HALF}, "model.safetensors|could not be loaded"),
-    ("pickled weights", {"model.safetensors": None, "pytorch_model.bin": HALF}, "only pickled"),
-    ("no weights", {"model.safetensors": None}, "holds no weights"),
+    (
+        "pickled weights",
+        {"model.safetensors": None, "pytorch_model.bin": HALF},
+        "no safetensors weights found",
+    ),
+    ("no weights", {"model.safetensors": None}, "no safetensors weights found"),
     ("no tokenizer", {"tokenizer.json": None}, "holds no tokenizer"),
     ("broken tokenizer", {"tokenizer.json": b"{"}, "could not be loaded"),
     ("no config", {"config.json": None}, "has no config.json"),
