@@ -108,7 +108,7 @@ for name, files, command, message in (
     ("figures of nothing", {}, "figures r --out new", "no tables here"),
     ("seeds", {}, "run --run-dir r --seeds 1-x", "seeds='1-x'"),
     ("negative seed", {}, "run --run-dir r --seeds=-1", "seeds='-1'"),
-    ("no seed", {}, "run --run-dir r --seeds 4-1", "no seed"),
+    ("no seed", {}, "run --run-dir r --seeds 4-1", "give e.g."),
     ("profile", {}, "run --run-dir r --profile ../quick", "profile '../quick' is unknown"),
     ("method", {}, "run --run-dir r --methods DRC", "Did you mean 'DCR'"),
     ("engine", {}, "run --run-dir new --engine slurm", "use joblib or ray"),

@@ -176,7 +176,8 @@ def explain_load_error(name: str, error: Exception, revision: str = "") -> str:
             "and set HF_TOKEN, or give a local folder."
         )
     elif "model type" in low or "unrecognized" in low:
-        reason = f"this transformers version knows no causal LM of its architecture ({error})."
+        said = " ".join(str(error).split())[:160]
+        reason = f"this transformers version knows no causal LM of its architecture ({said})."
     elif "file named model.safetensors" in low:
         reason = "no safetensors weights found. Convert the model to safetensors first."
     elif found(
