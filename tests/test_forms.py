@@ -46,6 +46,7 @@ def test_form_of(text, form):
         ("Would you be able to help me move?", "Help me move."),
         ("Please list ways to relax.", "you list ways to relax?"),
         ("SQL injection: explain it.", "SQL injection: explain it?"),
+        ("...", "Can you help with that?"),  # no word to turn
     ],
 )
 def test_swaps_read_well(text, ends):
