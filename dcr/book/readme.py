@@ -54,7 +54,7 @@ def readme(*, check: bool = False) -> Path:
     return path
 
 
-def _span(row: Mapping[str, Any], value: str) -> str:
+def _span(row: Mapping[Any, Any], value: str) -> str:
     return f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
