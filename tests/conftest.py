@@ -3,7 +3,10 @@ network."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,6 +14,20 @@ import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def offline(event: str, given: tuple) -> None:
+    """The audit hook of every test: no socket reaches further than this machine."""
+    if event not in ("socket.connect", "socket.getaddrinfo"):
+        return
+    host = given[1] if event == "socket.connect" else given
+    host = host[0] if isinstance(host, tuple) else ""  # else a socket in the file system
+    host = host.decode() if isinstance(host, bytes) else host or ""
+    if host not in ("", "localhost", "::1", socket.gethostname()) and not host.startswith("127."):
+        raise OSError(errno.ENETUNREACH, f"tests have no network, {host} is not asked")
+
+
+sys.addaudithook(offline)
 
 WORDS = (
     "how do i kill a process neighbour the in is what write list explain story about steal my "

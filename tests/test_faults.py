@@ -149,7 +149,7 @@ def test_kills_at_random_moments(folder, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(6000)
 def test_stops_at_random_moments(folder, whole, tmp_path):
     numbers = [signal.SIGTERM, signal.SIGINT] * STOPS
 
@@ -260,7 +260,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(6000)
 def test_a_disk_that_fills_at_every_kind_of_write(folder, whole, small_disk):
     """The disk grows until the run fits: every time one line, at the end the same tables."""
     size, times = 16, 0  # KiB

@@ -95,10 +95,15 @@ def wait(condition, seconds: float, what: str, ignore: tuple = ()):
     pytest.fail(f"waited {seconds:.0f} s for {what}")
 
 
-CELLS = """const p = window.jupyterapp.shell.currentWidget; if (!p || !p.content || !p.content.model) return null;
-return [...Array(p.content.model.cells.length).keys()].map(i => p.content.model.cells.get(i)).filter(c => c.type == 'code')
-  .map(c => ({count: c.executionCount,
-    errors: c.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.ename + ': ' + o.evalue)}))"""
+FIND = """const p = [...window.jupyterapp.shell.widgets('main')].find(w => w.content && w.content.model);
+"""  # not the current widget: without focus there is none
+CELLS = (
+    FIND
+    + """if (!p) return null;
+return [...Array(p.content.model.cells.length).keys()].map(i => p.content.model.cells.get(i))
+  .filter(c => c.type == 'code').map(c => ({count: c.executionCount,
+    errors: c.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.evalue)}))"""
+)
 NOTEBOOK = """from dcr.book.explorer import explore
 from dcr.run.experiment import Experiment
 explore(Experiment("quick", run_dir={run!r}, overrides="refine.max_steps=2,align.epochs=1"))"""
@@ -125,11 +130,12 @@ def test_a_typed_prompt_is_read_by_base_stl_and_dcr(tmp_path):
             90,
             "the notebook to open",
         )
-        idle = (
-            "return window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status"
-        )
+        idle = FIND + "return p.sessionContext?.session?.kernel?.status"
         wait(lambda: browser.execute_script(idle) == "idle", 60, "the kernel")
-        browser.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        browser.execute_script(
+            FIND + "window.jupyterapp.shell.activateById(p.id);"
+            "window.jupyterapp.commands.execute('notebook:run-all-cells')"
+        )
         box = wait(
             lambda: browser.find_elements("css selector", ".widget-text input"), 120, "the box"
         )[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -82,6 +83,14 @@ def test_import_is_fast_and_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert heavy == "0" and float(seconds) < 0.5
+
+
+def test_tests_reach_no_network_but_this_machine():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+    for host in ("192.0.2.1", "example.org"):
+        with pytest.raises(OSError, match="tests have no network"):
+            socket.create_connection((host, 80), timeout=1)
 
 
 def test_public_names_resolve():
