@@ -232,7 +232,7 @@ def test_twice_from_scratch_gives_the_same_bytes(folder, whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("largest", [200, 3_000, 6_150, 10_000])
+@pytest.mark.parametrize("largest", [3_000, 6_150, 10_000])
 def test_a_file_that_grows_no_further_is_one_line(folder, whole, tmp_path, largest):
     root = tmp_path / "run"
     started = Started(folder, root, largest=largest)
