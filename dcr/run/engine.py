@@ -50,15 +50,20 @@ def _guarded(task: Callable[[T], object], item: T) -> tuple[T, str]:
 def _through_joblib(task: Callable[[T], object], items: Sequence[T], jobs: int):
     from joblib import Parallel, delayed
 
-    left = list(items)
-    workers = Parallel(n_jobs=jobs, return_as="generator_unordered")
-    try:
-        for item, error in workers(delayed(_guarded)(task, item) for item in items):
-            left.remove(item)
-            yield item, error
-    except Exception as error:  # joblib's own: a worker died, and the others with it
-        for item in left:
-            yield item, f"a worker process died ({type(error).__name__}), perhaps out of memory"
+    left, before = list(items), len(items) + 1
+    while left:  # a new pool where one broke; one task a pool once a pool ended none
+        before, alone = len(left), len(left) == before
+        now = left[:1] if alone else list(left)
+        try:
+            workers = Parallel(n_jobs=jobs, return_as="generator_unordered")
+            for item, error in workers(delayed(_guarded)(task, item) for item in now):
+                left.remove(item)
+                yield item, error
+        except Exception as error:  # joblib's own: a worker died, and the others with it
+            log.warning("a worker process died; %d tasks are left", len(left))
+            if alone:
+                died = f"a worker process died ({type(error).__name__}), perhaps out of memory"
+                yield left.pop(0), died
 
 
 def _through_ray(task: Callable[[T], object], items: Sequence[T]):
