@@ -238,7 +238,7 @@ class Config(Section):
         for key, value in parse_overrides(overrides).items():
             name, dot, field = key.partition(".")
             if name in sections:
-                fields = {field: value} if dot else value
+                fields = {field: value} if field else value
                 if not isinstance(fields, Mapping):
                     example = next(iter(type(getattr(self, name)).model_fields))
                     raise DCRError(
@@ -299,7 +299,9 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
             result[key] = yaml.safe_load(value) if value else ""
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise DCRError(f"override {key}={value!r} cannot be read as YAML: {reason}.") from None
+            raise DCRError(
+                f"override {key}={value[:120]!r} cannot be read as YAML: {reason}."
+            ) from None
     return result
 
 

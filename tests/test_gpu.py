@@ -77,7 +77,7 @@ def states(model) -> dict[str, np.ndarray]:
 def kernel(model) -> dict[str, np.ndarray]:
     found = entk(model, make_tokenizer(), PROMPTS[:1], PROMPTS[2:4], k=3)
     tokens = np.array(found.tokens)
-    return {"tokens": tokens, "cross": found.cross, "own": found.self_b}
+    return {"tokens": tokens, "cross": found.cross, "own": found.norms.diagonal()[found.n_a :]}
 
 
 def refusal(model) -> dict[str, np.ndarray]:
