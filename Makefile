@@ -28,16 +28,15 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/dcr model
 	$(BIN)/python -m pytest
-	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval-lax --nbval-current-env --nbval-cell-timeout=600 --durations=10 notebooks
+	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=600 --durations=5 notebooks
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Execute the committed notebooks again, in place, on `quick` from an empty run directory; keep outputs, drop machine traces.
+# Execute the committed notebooks again, in place, on the tables of figures/reference; keep outputs, drop machine traces.
 notebooks: $(STAMP)
-	rm -rf runs/quick
 	cd notebooks && for n in 0*.ipynb; do \
 	  TQDM_DISABLE=1 PYTHONWARNINGS=ignore ../$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$n || exit 1; done
 	$(BIN)/nbstripout --keep-output --keep-count --keep-id --extra-keys "metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution" notebooks/0*.ipynb

@@ -129,8 +129,10 @@ def test_notebooks_are_in_form(path):
         assert cell["execution_count"] and all(
             o["output_type"] != "error" for o in cell["outputs"]
         ), source[:60]
-    assert any("NBVAL_CHECK_OUTPUT" in "".join(c["source"]) and c["outputs"] for c in code)
-    assert any("image/png" in o.get("data", {}) for c in code for o in c["outputs"])
+    assert 'profile = "reference"' in "".join(code[0]["source"])
+    drawn = [c for c in code if any("image/png" in o.get("data", {}) for o in c["outputs"])]
+    assert drawn  # nbval compares all but pictures, whose bytes hang on fonts
+    assert all("nbval-ignore-output" in c["metadata"].get("tags", []) for c in drawn)
     assert path.stat().st_size < 1_000_000
     assert not re.search(r"/(?:work|root|home|tmp)/", path.read_text(encoding="utf-8")), (
         "a machine's path is in the notebook"
