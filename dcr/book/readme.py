@@ -67,16 +67,16 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {manifest['data']['test']['rows']} test "
         "prompts. DCR less STL, 95 % intervals; above 0 is as the paper says."
     )
-    return f"{said}\n\n{markdown(claims.assign(column=claims['reading']))}"
+    return f"{said}\n\n{markdown(claims.rename(columns={'reading': 'column'}))}"
 
 
 def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
-    """Compliance at one DSR of the best method, the gate and STL; AUROC on unseen sources."""
+    """Compliance at one DSR of the best method and of those to compare with; AUROC by source."""
     at = read("frontier").query("target == @TARGET").sort_values("compliance", ascending=False)
     ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
     by_method = {row["method"]: row for row in at.to_dict("records")}
     aurocs = {row["method"]: row for row in ranked.to_dict("records")}
-    shown = [m for m in dict.fromkeys((*at["method"][:1], "Gate", "STL")) if m in by_method]
+    shown = [m for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL")) if m in by_method]
     parts = [
         f"{m} answers {_span(by_method[m], 'compliance')} of seemingly toxic prompts (DSR "
         f"{by_method[m]['dsr']:.2f}; AUROC on unseen sources {_span(aurocs[m], 'auroc')})"

@@ -25,8 +25,8 @@ from dcr.run.registry import figure
 
 Look = dict[str, Any]  # keyword arguments of `Axes.plot`: color, linestyle, marker
 DASHES = ("-", "--", "-.", ":")
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A")
+MARKERS = "osD^vPX<"
 METHODS = {
     "base": ("#7f7f7f", "o"),
     "STL": ("#D55E00", "s"),
@@ -99,7 +99,7 @@ def looks(names: Iterable[Any]) -> dict[Any, Look]:
     if set(names) & (set(METHODS) - {"question-mark"}):  # also the name of a baseline
         return {n: method_look(n) for n in names}
     return {
-        n: {"color": PALETTE[i % 7], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 7]}
+        n: {"color": PALETTE[i % 8], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 8]}
         for i, n in enumerate(names)
     }
 
