@@ -76,7 +76,11 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
     by_method = {row["method"]: row for row in at.to_dict("records")}
     aurocs = {row["method"]: row for row in ranked.to_dict("records")}
-    shown = [m for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL")) if m in by_method]
+    shown = [
+        m
+        for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL"))
+        if m in by_method
+    ]
     parts = [
         f"{m} answers {_span(by_method[m], 'compliance')} of seemingly toxic prompts (DSR "
         f"{by_method[m]['dsr']:.2f}; AUROC on unseen sources {_span(aurocs[m], 'auroc')})"
