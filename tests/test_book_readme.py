@@ -48,9 +48,7 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     claims = fake_run.tables()["claims"]
     assert all(f"{v:.2f} [" in text for v in claims["value"])
     at = fake_run.tables()["frontier"].query("target == 0.80").set_index("method")["compliance"]
-    assert (
-        f"{at.idxmax()} answers {at.max():.2f} [" in text and f"STL answers {at['STL']:.2f}" in text
-    )
+    assert f"sources: {at.idxmax()} {at.max():.2f} [" in text and f"STL {at['STL']:.2f} [" in text
     assert readme.readme(check=True) == path and path.read_text() == text
 
 

@@ -81,15 +81,10 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
         for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL"))
         if m in by_method
     ]
-    parts = [
-        f"{m} answers {_span(by_method[m], 'compliance')} of seemingly toxic prompts (DSR "
-        f"{by_method[m]['dsr']:.2f}; AUROC on unseen sources {_span(aurocs[m], 'auroc')})"
-        for m in shown
-    ]
+    parts = [f"{m} {_span(by_method[m], 'compliance')}, {_span(aurocs[m], 'auroc')}" for m in shown]
     return (
-        f"With thresholds set on validation prompts for a DSR of {TARGET:.2f}, forms equal: "
-        + "; ".join(parts)
-        + "."
+        f"Seemingly toxic prompts answered with thresholds set for a DSR of {TARGET:.2f}, forms "
+        f"equal, and AUROC on unseen sources: {'; '.join(parts)}."
     )
 
 
