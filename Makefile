@@ -28,7 +28,7 @@ reproduce: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/dcr model
 	$(BIN)/python -m pytest
-	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=600 --durations=5 notebooks
+	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-current-env --nbval-cell-timeout=600 --durations=5 notebooks
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
