@@ -136,7 +136,10 @@ def test_the_methods_of_a_profile_share_their_refusal_rows(profile, tmp_path):
     assert (rows.loc[one == other, "share"] == 1).all()
     within = {"same", "subset"} if config.data.align_toxic == "safety-only" else {"same"}
     assert set(rows.loc[one & ~other, "relation"]) <= within
-    assert (rows.loc[one != other, "share"] == 1).all(), "all of the fewer are among the others"
+    assert (rows.loc[one & ~other, "share"] == 1).all()
+    fewer = rows[~one & other]
+    assert (fewer["shared"] == fewer["n_other"]).all(), "all of the audited are among the others"
+    assert (fewer["share"] == fewer["n_other"] / fewer["n"]).all()
 
 
 @many

@@ -3,6 +3,11 @@ numbers."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import fake_run
 import matplotlib
 import numpy as np
@@ -100,6 +105,26 @@ def test_same_table_same_bytes_and_notebooks_show_the_saved_picture(tmp_path):
             one, two = (tmp_path / f"{n}.{kind}" for n in (name, f"{name}-again"))
             assert one.read_bytes() == two.read_bytes()
         assert b"<dc:date>" not in (tmp_path / f"{name}.svg").read_bytes()
+
+
+def test_another_process_draws_the_same_bytes():
+    """Whose hashes of text differ, and with them the order of sets."""
+    code = (
+        "import hashlib, fake_run; from dcr.plots.style import picture; "
+        "from dcr.run.registry import FIGURES, load_all; load_all(); "
+        "drawn = [FIGURES[n].draw(fake_run.tables()[n]) for n in ('paired', 'rates_by_form')]; "
+        "print([hashlib.sha256(picture(f, 'svg')).hexdigest() for f in drawn])"
+    )
+    asked = [sys.executable, "-W", "ignore", "-c", code]
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder.parent), str(folder)])
+    said = {
+        subprocess.check_output(
+            asked, env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}, text=True
+        )
+        for seed in "123"
+    }
+    assert len(said) == 1
 
 
 def test_plane_shows_both_ways_of_counting_with_the_tables_points():

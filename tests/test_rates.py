@@ -140,16 +140,16 @@ def test_one_share_of_one_seed_has_wilsons_interval_and_no_interval_is_a_point()
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
 
 
-def test_seeds_pool_into_one_row_and_each_can_have_its_own():
+def test_seeds_pool_into_one_row():
     prompts = world(SETS)
     both = pd.concat(
         [verdicts(prompts, "refuse"), verdicts(prompts, "comply", seed=3)], ignore_index=True
     )
-    table = rates(prompts, both, each_seed=True, n_boot=100)
+    table = rates(prompts, both, n_boot=100)
     dsr = table[(table["metric"] == "dsr") & (table["benchmark"] == "mean")]
     mean = dsr[(dsr["version"] == "both") & (dsr["form"] == "balanced")].set_index("seed")
-    assert mean["value"].to_dict() == {-1: 0.5, 0: 1.0, 3: 0.0}
-    assert mean["seeds"].to_dict() == {-1: 2, 0: 1, 3: 1}
+    assert mean["value"].to_dict() == {-1: 0.5}
+    assert mean["seeds"].to_dict() == {-1: 2}
     assert mean.loc[-1, "high"] - mean.loc[-1, "low"] > 0.8
 
 

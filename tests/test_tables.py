@@ -234,6 +234,8 @@ def test_same_rows_names_what_an_audit_does(stub):
     assert table.loc[("STL-audited", "STL"), "relation"] == "subset"
     assert table.loc[("STL", "STL-audited"), "relation"] == "superset"
     assert table.loc[("STL", "DCR"), ["relation", "share"]].tolist() == ["same", 1.0]
+    part = table.loc[("STL", "STL-audited")]
+    assert part["share"] == part["n_other"] / part["n"] < 1
 
 
 def test_followed_prompts_are_validation_prompts_with_both_forms(stub):

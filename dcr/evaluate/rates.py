@@ -66,14 +66,13 @@ def rates(
     prompts: pd.DataFrame,
     verdicts: pd.DataFrame,
     *,
-    each_seed: bool = False,
     n_boot: int = N_BOOT,
 ) -> pd.DataFrame:
     """Rate rows of every method: each set and label by version and form, and means over sets.
 
     verdicts: prompt_id, method, seed, verdict (finish: then truncated_share too). Columns: method,
-    seed (-1: all together; `each_seed` adds each), benchmark ("mean": over the sets of a label),
-    label, version, form, metric, value, low, high, n, sets, seeds, statements, apart (in no mean).
+    seed (-1: all together), benchmark ("mean": over the sets of a label), label, version, form,
+    metric, value, low, high, n, sets, seeds, statements, apart (in no mean).
     A single share of one seed has Wilson's interval. Raises DCRError unless every prompt has one
     verdict of every method and seed.
     """
@@ -82,19 +81,17 @@ def rates(
     if "finish" in verdicts:  # a rule has none: nothing of it is cut
         ended = aligned(prompts, verdicts.dropna(subset=["finish"]), "finish")
     known = [m for m in METRICS if ended or m != "truncated_share"]
-    hits = {}  # (method, seed): [prompts, seeds, metrics]
+    hits = {}  # method: [prompts, seeds, metrics]
     for method, (seeds, table) in said.items():
         cut = ended.get(method, (seeds, np.full_like(table, "eos")))[1]
         each = [cut if m == "truncated_share" else table for m in known]
         whole = np.stack([v == METRICS[m] for m, v in zip(known, each, strict=True)], axis=2)
-        hits[method, ALL_SEEDS] = whole.astype(float)
-        if each_seed:
-            hits |= {(method, s): whole[:, [i]].astype(float) for i, s in enumerate(seeds)}
+        hits[method] = whole.astype(float)
     drawn, requests = _sample(prompts, n_boot)
     cells = [(c, c.effective(requests), c.single(requests)) for c in cells_of(prompts)]
     parts = {id(i): (i, shares(drawn[:, i])) for c, *_ in cells for _, i in c.parts}
     rows = []
-    for (method, seed), values in hits.items():
+    for method, values in hits.items():
         draws = {k: np.tensordot(w, values[i], (1, 0)) for k, (i, w) in parts.items()}
         for cell, n, single in cells:
             summed = sum(share * draws[id(i)] for share, i in cell.parts)
@@ -103,7 +100,8 @@ def rates(
                 counts = values[cell.index, 0].sum(0)
                 bounds = [wilson(int(c), len(cell.index)) for c in counts]
                 read |= dict(zip(("low", "high"), np.transpose(bounds), strict=True))
-            named = {"method": method, "seed": seed, "seeds": values.shape[1]} | cell.names
+            named: dict = {"method": method, "seed": ALL_SEEDS, "seeds": values.shape[1]}
+            named |= cell.names
             for i, metric in enumerate(known):
                 if metric in (HEADLINE[cell.label], *ALWAYS):
                     numbers = {k: float(read[k][i]) for k in ("value", "low", "high")}

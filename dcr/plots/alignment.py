@@ -49,7 +49,8 @@ def kernel_trajectory(table: pd.DataFrame) -> Figure:
 @drawing
 def same_rows(table: pd.DataFrame) -> Figure:
     """Share of a method's refusal rows that another method aligns on too (the least over seeds):
-    1.00 wherever the source is the same, a subset where audited.
+    1.00 wherever the source is the same; less only where the other one is audited, which takes a
+    part of the same rows.
     """
     names = in_order([*table["method"], *table["other"]])
     wide = table.pivot_table(index="method", columns="other", values="share", aggfunc="min")

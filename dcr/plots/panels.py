@@ -105,7 +105,7 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
             style |= {"label": said(hue)} if how.hue else {}
             y = np.full(len(mine), names.index(name) + aside)
             ax.errorbar(mine[value], y, xerr=spread(mine, value), **style)
-        for name in set(how.shade) & set(names):
+        for name in (n for n in names if n in how.shade):
             place = names.index(name)
             ax.axhspan(place - 0.5, place + 0.5, color="#ececec", linewidth=0, zorder=0)
         if how.zero is not None:

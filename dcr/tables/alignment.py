@@ -33,8 +33,9 @@ def mix(experiment: Experiment) -> pd.DataFrame:
 def same_rows(experiment: Experiment) -> pd.DataFrame:
     """Refusal rows that two aligned methods of the kit share, run here or not; the worst seed.
 
-    relation: same, subset (`method`'s are all among `other`'s: an audit), superset or partly;
-    same_source: whether it should be one of the first three.
+    share: of `method`'s rows, those that `other` aligns on too. relation: same, subset (`method`'s
+    are all among `other`'s: an audit), superset or partly; same_source: whether it should be one
+    of the first three.
     """
     aligned = [m for m, recipe in methods_file().items() if "align" in recipe.get("stages", [])]
     found = []
@@ -43,10 +44,10 @@ def same_rows(experiment: Experiment) -> pd.DataFrame:
         sources = {m: run.recipe(m).data.align_toxic for m in aligned}
         for method, mine in ((m, set(ids)) for m, ids in rows.items()):
             for other, theirs in ((m, set(ids)) for m, ids in rows.items()):
-                shared, fewer = len(mine & theirs), min(len(mine), len(theirs))
+                shared = len(mine & theirs)
                 relation = "subset" if mine < theirs else "superset" if mine > theirs else "partly"
                 named = {"method": method, "other": other, "n": len(mine), "n_other": len(theirs)}
-                named |= {"shared": shared, "share": shared / max(1, fewer)}
+                named |= {"shared": shared, "share": shared / max(1, len(mine))}
                 named |= {"relation": "same" if mine == theirs else relation}
                 found.append(named | {"same_source": sources[method] == sources[other]})
     worst = pd.DataFrame(found).sort_values("share", kind="stable")
@@ -55,12 +56,13 @@ def same_rows(experiment: Experiment) -> pd.DataFrame:
 
 @table("curves", notebook=NOTEBOOK)
 def curves(experiment: Experiment) -> pd.DataFrame:
-    """Rates at each point (step, strength) of every aligned or steered method's curve."""
+    """Mean rates at each point (step, strength) of every aligned or steered method's curve."""
     run, parts = experiment.runs[0], []
     for method in (m for m in methods_of(experiment) if len(run.points(m)) > 1):
         for point in run.points(method):
             said = stacked(experiment, functools.partial(_verdicts, point), [method])
             found = rates(experiment.curve_prompts, said)
+            found = found[found["benchmark"] == "mean"]  # few prompts: sets alone tell nothing
             parts.append(found.assign(step=point.step, strength=point.strength))
     return pd.concat(parts, ignore_index=True)
 
@@ -72,7 +74,7 @@ def _verdicts(point: Point, run: Run, method: str) -> pd.DataFrame:
 @table("refusal_rates", notebook=NOTEBOOK)
 def refusal_rates(experiment: Experiment) -> pd.DataFrame:
     """Refusal rate of each class over alignment (paper figure 1): answers, published sets."""
-    rows = experiment.table("curves").query("metric == 'refusal_rate' and benchmark == 'mean'")
+    rows = experiment.table("curves").query("metric == 'refusal_rate'")
     rows = rows[(rows["version"] == "published") & (rows["form"] == "all")]
     rows = rows[rows["method"].isin(methods_of(experiment, "align"))]
     return rows[["method", "step", "label", "value", "low", "high", "n", "seeds"]]
