@@ -14,7 +14,6 @@ from dcr.evaluate.judges import code_of, guard, identity, judge
 from dcr.evaluate.judges.degenerate import is_degenerate
 from dcr.evaluate.judges.languages import LANGUAGES
 from dcr.evaluate.judges.phrases import score_text
-from dcr.evaluate.judges.versions import SAME
 
 REFUSALS = {
     "apology": "I'm sorry, but I can't assist with that.",
@@ -117,7 +116,6 @@ def test_identity_holds_name_and_code():
     assert identity("phrases") == identity("phrases") != identity("guard:x/y")
     assert set(identity("phrases")) == {"judge", "code"}
     assert code_of("phrases") != code_of("guard:x/y"), "what only guards run is no matter of rules"
-    assert set(SAME) <= {code_of("phrases"), code_of("guard:x")}, "an entry of code that is gone"
 
 
 def test_reasoning_is_no_part_of_the_answer():

@@ -14,7 +14,6 @@ import pandas as pd
 
 from dcr.errors import DCRError
 from dcr.evaluate.judges.degenerate import is_degenerate
-from dcr.evaluate.judges.versions import SAME
 from dcr.lm.chat import strip_thinking, unfinished
 
 log = logging.getLogger("dcr")
@@ -50,13 +49,12 @@ def check(name: str) -> None:
 def identity(name: str) -> dict:
     """What verdicts of this judge depend on besides the answers, for artifact keys."""
     check(name)
-    code = code_of(name)
-    return {"judge": name, "code": SAME.get(code, code)}
+    return {"judge": name, "code": code_of(name)}
 
 
 def code_of(name: str) -> str:
     """12 hex digits of the code that a judge's verdicts come from."""
-    others = {"calibration.py", "versions.py"} | ({"guard.py"} if name == "phrases" else set())
+    others = {"calibration.py"} | ({"guard.py"} if name == "phrases" else set())
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.name not in others:
