@@ -83,7 +83,7 @@ def theirs(mix, config: AlignConfig, seed: int, batches: list[list[int]] | None)
 
     model, tokenizer = dcr.load_model("embedded", precision="fp32", device="cpu")
     examples = Examples(mix, tokenizer, config)
-    order = [r for b in batches for r in b] if batches else range(len(examples))
+    order = [r for b in batches for r in b] if batches else range(len(examples.ids))
     rows = [
         {
             "input_ids": examples.ids[r],

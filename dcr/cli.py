@@ -218,7 +218,7 @@ def export_command(
 @app.command("verify")
 def verify_command(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Check every checksum of a run, and that its tables follow from its artifacts."""
-    from dcr.run.experiment import verify
+    from dcr.run.verify import verify
 
     rows = verify(run)
     show(rows.to_string(index=False))

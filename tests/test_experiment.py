@@ -12,15 +12,19 @@ import torch
 from conftest import make_model
 
 import dcr.steering
+from dcr.config import ModelConfig
+from dcr.data.files import sha256_of
 from dcr.errors import DCRError
 from dcr.evaluate import judges
 from dcr.lm.chat import rendered_example
 from dcr.lm.generate import generate
 from dcr.lm.load import pick_device, resolve_precision
 from dcr.run import registry
-from dcr.run.experiment import Experiment, verify
-from dcr.run.models import shared_copy
+from dcr.run.experiment import Experiment
+from dcr.run.models import Base, shared_copy
+from dcr.run.store import Artifact, _digest
 from dcr.run.training import Point
+from dcr.run.verify import misfit, verify
 from dcr.tables.gather import followed_prompts, scored_prompts
 from dcr.tables.representations import unseen
 
@@ -375,6 +379,45 @@ def test_verify_sees_a_changed_table_a_flipped_bit_and_what_is_missing(
     assert "cannot be made again: score/base-" in found["tables/dummy.csv"]
     with pytest.raises(DCRError, match="holds no finished run"):
         verify(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "file, old, new, said",
+    [
+        ("manifest.json", '"seconds": ', '"seconds_": ', "manifest.json: seconds is null"),
+        ("manifest.json", '"layer": 2', '"layer": -2', "refine.layer"),
+        ("manifest.json", '"weights": [', '"weights": ["x", ', "manifest.json is that of"),
+        ("generations.jsonl", '"finish": "', '"finish": "e', "row 1: finish is"),
+        ("generations.jsonl", '"prompt_id"', '"prompt"', "row 1: prompt_id is null"),
+    ],
+)
+def test_verify_sees_what_is_sound_by_its_checksum_and_has_another_form(
+    run, root, file, old, new, said, tmp_path
+):
+    """As a program of another version, or an editor, would have written it: checksums are right."""
+    import shutil
+
+    run.verdicts("STL")
+    path = tmp_path / "generate" / next((root / "generate").glob("STL-*")).name
+    shutil.copytree(root / "generate" / path.name, path)
+    artifact = Artifact(path)
+    assert misfit(artifact) == "" == artifact.broken()
+    text = (path / file).read_text()
+    assert old in text
+    (path / file).write_text(text.replace(old, new, 1))
+    manifest = artifact.manifest
+    manifest["outputs"] = {n: sha256_of(path / n) for n in manifest["outputs"]}
+    manifest.pop("checksum")
+    manifest["checksum"] = _digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert artifact.broken() == "" and said in misfit(artifact)
+
+
+@pytest.mark.parametrize("path", ["", "model.layers"])
+def test_the_depth_is_known_without_weights(folder, path, monkeypatch):
+    monkeypatch.setattr("safetensors.safe_open", None)
+    monkeypatch.setattr("dcr.run.models._loaded", None)
+    assert Base(ModelConfig(name=str(folder), layers_path=path)).depth == 4
 
 
 def test_reference_without_its_tables_says_so(tmp_path):

@@ -58,9 +58,9 @@ for name, files, message in (
     (
         "pickled weights",
         {"model.safetensors": None, "pytorch_model.bin": HALF},
-        "no safetensors weights found",
+        "holds pickled weights alone",
     ),
-    ("no weights", {"model.safetensors": None}, "no safetensors weights found"),
+    ("no weights", {"model.safetensors": None}, r"holds no weights \(\*.safetensors\)"),
     ("no tokenizer", {"tokenizer.json": None}, "holds no tokenizer"),
     ("broken tokenizer", {"tokenizer.json": b"{"}, "could not be loaded"),
     ("no config", {"config.json": None}, "has no config.json"),

@@ -19,8 +19,10 @@ from dcr.analysis.refusal import (
     typographies,
 )
 from dcr.errors import DCRError
-from dcr.lm import batches
+from dcr.lm import batches, states
 from dcr.lm.chat import encode_prompts
+from dcr.lm.memory import keeping
+from dcr.lm.states import last_logits, residuals
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i", "can't help me", "i can't do that")
 
@@ -192,3 +194,35 @@ def test_prompt_over_the_context_and_broken_weights(openings, tiny_llama, tiny_t
         tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(DCRError, match="not finite"):
         refusal_score(tiny_llama, tiny_tokenizer, prompts)
+
+
+@pytest.mark.parametrize("of", ["openings", "probe", "token"])
+def test_a_killed_score_goes_on_from_its_batches(
+    of, openings, tiny_llama, tiny_tokenizer, prompts, monkeypatch, tmp_path
+):
+    """Kept batches are read, not run again; the scores are those of one go; no file stays."""
+    steering = SimpleNamespace(
+        openings=lambda: refusal_score(tiny_llama, tiny_tokenizer, prompts, batch_size=2),
+        token=lambda: last_logits(tiny_llama, encode_prompts(tiny_tokenizer, prompts), [3, 4]),
+        probe=lambda: residuals(tiny_llama, encode_prompts(tiny_tokenizer, prompts), [(-1, None)]),
+    )
+    monkeypatch.setattr(states, "BATCH", 2)
+    score = getattr(steering, of)
+    whole, calls = score(), []
+    inputs = batches.Passes.inputs
+
+    def dying(self, batch, *more):
+        calls.append(tuple(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return inputs(self, batch, *more)
+
+    monkeypatch.setattr(batches.Passes, "inputs", dying)
+    with pytest.raises(KeyboardInterrupt), keeping(tmp_path):
+        score()
+    assert len(list((tmp_path / "batches").iterdir())) == 2
+    with keeping(tmp_path):
+        again = score()
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(whole))
+    assert calls[2] == calls[3] and not set(calls[:2]) & set(calls[3:])
+    assert not list(tmp_path.iterdir())

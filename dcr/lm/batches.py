@@ -193,7 +193,8 @@ class Passes:
     def gather(self, call: Callable[[list[int]], Tensor], batch_size: int) -> Tensor:
         """`call(batch)` [batch, ...] of all rows in their order, [rows, ...]."""
         numbers, parts = zip(*self.run(call, range(len(self.rows)), batch_size), strict=True)
-        return torch.cat(parts)[torch.tensor([i for batch in numbers for i in batch]).argsort()]
+        order = torch.tensor([i for batch in numbers for i in batch]).argsort()
+        return torch.cat([torch.as_tensor(part) for part in parts])[order]
 
 
 def fitted(

@@ -22,6 +22,7 @@ from dcr.lm.chat import ALPACA_TEMPLATE, stop_tokens
 
 log = logging.getLogger("dcr")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PICKLED = re.compile(r"pytorch_model.*\.bin|.*\.(pt|pth|ckpt)")
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"}
 
 
@@ -63,6 +64,17 @@ def load(
     _complete(model, tokenizer)
     log.info("%s: on %s, in %s", name, device, resolved)
     return model.to(device).eval(), tokenizer
+
+
+def skeleton(name: str, revision: str = "") -> nn.Module:
+    """The model's modules alone, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, commit = locate(name, revision)
+    options = {"trust_remote_code": False, "revision": commit or "main"}
+    with _explained(name, revision), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, **options)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(name: str, *, revision: str = "", chat_template: str = "auto"):
@@ -153,6 +165,13 @@ def _check_folder(path: Path) -> None:
         raise DCRError(
             f"{path}: holds no tokenizer. Save its base model's there (save_pretrained)."
         )
+    if not any(name.endswith(".safetensors") for name in names):
+        if any(PICKLED.fullmatch(name) for name in names):
+            raise DCRError(
+                f"{path}: holds pickled weights alone, which can run code when they are opened. "
+                "Convert the model to safetensors first."
+            )
+        raise DCRError(f"{path}: holds no weights (*.safetensors). Save the model there again.")
 
 
 def explain_load_error(name: str, error: Exception, revision: str = "") -> str:

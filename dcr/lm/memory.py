@@ -1,20 +1,29 @@
-"""What fits into a device's memory at once, and what to do where it did not."""
+"""Batches: what fits into a device's memory, what to do where it did not, what a kill leaves."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
+import itertools
 import logging
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
+from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
 Result = TypeVar("Result")
+_KEPT: ContextVar[tuple[Path, Iterator[int]] | None] = ContextVar("kept", default=None)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -64,6 +73,7 @@ def in_memory(
 
     That happens once, with a warning. Raises DCRError when half a batch does not fit either.
     """
+    run = _kept(run)
     waiting, halved = deque(batches), False
     full: Exception | None
     while waiting:
@@ -89,3 +99,36 @@ def in_memory(
             torch.cuda.empty_cache()
         halves = [(b[: (len(b) + 1) // 2], b[(len(b) + 1) // 2 :]) for b in (batch, *waiting)]
         waiting = deque(half for pair in halves for half in pair if half)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """Within it each batch's array is kept below `folder`, for the same call after a kill.
+
+    That call must run the same passes in the same order. What was kept goes away at the end.
+    """
+    kept = Path(folder) / "batches"
+    token = _KEPT.set((kept, itertools.count()))
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+    shutil.rmtree(kept, ignore_errors=True)
+
+
+def _kept(run: Callable[[list[int]], Any]) -> Callable[[list[int]], Any]:
+    """`run`, but a batch that was kept is read; arrays in place of tensors."""
+    if not (place := _KEPT.get()):
+        return run
+    folder, number = place[0], next(place[1])
+
+    def read(batch: list[int]) -> np.ndarray:
+        path = folder / f"{number}-{content_key(batch)}.npy"
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+        values, content = np.asarray(torch.as_tensor(run(batch)).cpu()), io.BytesIO()
+        np.save(content, values, allow_pickle=False)
+        write_atomic(path, content.getvalue())
+        return values
+
+    return read

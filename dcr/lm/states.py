@@ -101,12 +101,16 @@ def hidden_states(  # noqa: PLR0913
 
 @torch.no_grad()
 def residuals(
-    model, rows: Sequence[Sequence[int]], places: Sequence[Place], layers_path: str = ""
+    model,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Place],
+    layers_path: str = "",
+    layers: slice = slice(None),
 ) -> Tensor:
     """[layers + 1, n, places, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ.
 
-    The last one is before the final norm. places: slices of a row's tokens, each averaged; (-1,
-    None) is the last token.
+    The last one is before the final norm; `layers` keeps a part of them. places: slices of a row's
+    tokens, each averaged; (-1, None) is the last token.
     """
     stack, blocks = decoder_stack(model, layers_path), decoder_layers(model, layers_path)
     starts = [start for start, _ in places]
@@ -117,18 +121,22 @@ def residuals(
         inputs = passes.inputs(batch)
         lengths = inputs["position_ids"][:, -1] + 1
         kept = _read(stack, blocks, inputs, lambda hidden: _averaged(hidden, lengths, places))
-        return torch.stack(kept[:-1], 1).cpu()  # [batch, layers + 1, places, hidden]
+        return torch.stack(kept[:-1][layers], 1).cpu()  # [batch, layers + 1, places, hidden]
 
     return passes.gather(read, BATCH).transpose(0, 1)
 
 
 @torch.no_grad()
-def last_logits(model, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[n, vocabulary] fp32 logits of the first answer token."""
+def last_logits(
+    model, rows: Sequence[Sequence[int]], tokens: Sequence[int] | slice = slice(None)
+) -> Tensor:
+    """[n, vocabulary] fp32 logits of the first answer token; of some tokens if asked."""
     passes = Passes(model, rows, common_prefix(rows))
-    return passes.gather(
-        lambda batch: model(**passes.inputs(batch), logits_to_keep=1).logits[:, -1].float(), BATCH
-    )
+
+    def read(batch: list[int]) -> Tensor:
+        return model(**passes.inputs(batch), logits_to_keep=1).logits[:, -1, tokens].float()
+
+    return passes.gather(read, BATCH)
 
 
 def _read(

@@ -60,7 +60,7 @@ class Experiment:
     ) -> None:
         self.root = run_directory(profile, run_dir)
         self.store = Store(self.root)
-        kept = _manifest(self.root)
+        kept = run_manifest(self.root)
         self.live = profile != REFERENCE and (not kept or bool(self.store.artifacts()))
         self._tables: dict[str, pd.DataFrame] = {}
         self.runs: tuple[Run, ...] = ()
@@ -208,37 +208,8 @@ def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
         log.info("%s, seed %d: %s", method, seed, what)
 
 
-def verify(root: str | Path) -> pd.DataFrame:
-    """what, status of every artifact (checksums) and table (made again from artifacts alone)."""
-    root = Path(root).expanduser().absolute()
-    rows = [
-        {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or "ok"}
-        for a in Store(root).artifacts()
-    ]
-    kept = _manifest(root)
-    if not rows or not kept:
-        raise DCRError(f"{root} holds no finished run: no manifest.json or no artifact.")
-    values = {k: v for k, v in kept["config"].items() if isinstance(v, dict)}
-    experiment = Experiment(
-        kept["config"]["profile"],
-        seeds=kept["seeds"],
-        run_dir=root,
-        overrides={**values, "model.precision": kept["model"]["precision"]},
-        methods=kept["methods"],
-    )
-    experiment.store.complete = True
-    for path in sorted(root.glob("tables/*.csv")):
-        try:
-            same = registry.table_entry(path.stem).make(experiment).to_csv(index=False)
-            differs = same != path.read_text(encoding="utf-8")
-            status = "differs from what the artifacts give" if differs else "ok"
-        except DCRError as error:
-            status = f"cannot be made again: {error}"
-        rows.append({"what": f"tables/{path.name}", "status": status})
-    return pd.DataFrame(rows)
-
-
-def _manifest(root: Path) -> dict[str, Any]:
+def run_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a run directory, {} without one. Raises DCRError for a broken one."""
     path, wanted = root / "manifest.json", {"config", "seeds", "methods", "model"}
     if not path.is_file():
         return {}

@@ -44,6 +44,15 @@ class Base:
             "dcr": __version__,
         }
 
+    @cached_property
+    def depth(self) -> int:
+        """Number of decoder blocks; no weights are loaded for it."""
+        from dcr.lm.blocks import decoder_layers
+        from dcr.lm.load import skeleton
+
+        model = skeleton(self.config.name, self.key.get("commit", "") or self.config.revision)
+        return len(decoder_layers(model, self.config.layers_path))
+
     def loaded(self) -> tuple[nn.Module, Any]:
         """(model, tokenizer), the same objects at every call: never write into them."""
         return _loaded(content_key(self.key), self.config, self.key.get("commit", ""))

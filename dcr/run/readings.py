@@ -74,12 +74,14 @@ class Run(Answers):
     def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         """[n] refusal scores of any prompts (see `scores`)."""
         from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
+        from dcr.lm.memory import keeping
 
         steering, texts = self.steering(method), prompts["text"].tolist()
 
-        def measure(model, tokenizer, _folder):
+        def measure(model, tokenizer, folder):
             score = steering.score if steering else refusal_score
-            return np.asarray(score(model, tokenizer, texts))
+            with keeping(folder):
+                return np.asarray(score(model, tokenizer, texts))
 
         settings = {"openings": PHRASES_VERSION, "steering": steering and steering.settings}
         folder = self._measured("score", method, prompts, measure, step, **settings)

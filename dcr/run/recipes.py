@@ -54,9 +54,7 @@ class Recipes:
     @property
     def depth(self) -> int:
         """Number of decoder blocks."""
-        from dcr.lm.blocks import decoder_layers
-
-        return len(decoder_layers(self.base()[0], self.config.model.layers_path))
+        return self.base_model.depth
 
     def facts(self, config: Config, tables: Mapping[str, pd.DataFrame] | None = None) -> dict:
         """What a manifest says beside the dependencies; sources only of what is trained on."""

@@ -46,7 +46,8 @@ class Training(Recipes):
         prompts = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
 
         def build(folder: Path) -> dict:
-            best, _ = best_layer(hidden_states(*self.base(), prompts["text"].tolist()), prompts)
+            texts, path = prompts["text"].tolist(), self.config.model.layers_path
+            best, _ = best_layer(hidden_states(*self.base(), texts, layers_path=path), prompts)
             return {"layer": int(best)}
 
         key = {"base": self.base_model.key, "prompts": table_hash(prompts)}

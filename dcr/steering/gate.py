@@ -115,7 +115,7 @@ class Gate(Deciding):
         rows = encode_prompts(tokenizer, list(prompts))
         layer, place, path = self.facts["layer"], tuple(self.facts["tokens"]), self.layers_path
         with truncated(model, layer, path):
-            states = residuals(model, rows, [place], path)[layer, :, 0]
+            (states,) = residuals(model, rows, [place], path, slice(layer, None))[:, :, 0]
         return (states.double() @ self.tensors["weight"].double() + self.tensors["bias"]).numpy()
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:

@@ -26,8 +26,9 @@ WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tr
 def decision_score(model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """[n] log odds of the word that refuses against the one that complies, first in the answer."""
     words = decision_tokens(tokenizer)
-    logits = last_logits(model, encode_prompts(tokenizer, list(prompts)))
-    return (logits[:, words.refuse] - logits[:, words.comply]).cpu().double().numpy()
+    both = [words.refuse, words.comply]
+    logits = last_logits(model, encode_prompts(tokenizer, list(prompts)), both)
+    return (logits[:, 0] - logits[:, 1]).cpu().double().numpy()
 
 
 @dataclass(frozen=True)
