@@ -28,8 +28,9 @@ import transformers
 
 from dcr.data.sources import load_bundled
 from dcr.lm.chat import encode_prompts, render
+from dcr.lm.device import resolve_precision
 from dcr.lm.generate import generate
-from dcr.lm.load import load, resolve_precision
+from dcr.lm.load import load
 from dcr.run.store import write_atomic
 
 PAGE = 32  # tokens of a page of the library's cache

@@ -32,8 +32,8 @@ from dcr.config import load_config
 from dcr.data.files import measured_peak, write_atomic
 from dcr.data.sources import load_bundled
 from dcr.lm.blocks import decoder_layers
+from dcr.lm.device import autocast, resolve_precision
 from dcr.lm.generate import generate
-from dcr.lm.load import autocast, resolve_precision
 from dcr.run.store import environment
 from dcr.train.align import align
 from dcr.train.loop import StageTrainer

@@ -30,8 +30,10 @@ def worker() -> None:
     from dcr.analysis.refusal import refusal_score
     from dcr.config import load_config
     from dcr.data.sets import training_sets
+    from dcr.lm.blocks import in_precision
+    from dcr.lm.device import resolve_precision
     from dcr.lm.generate import generate
-    from dcr.lm.load import in_precision, load, resolve_precision
+    from dcr.lm.load import load
     from dcr.lm.states import hidden_states
     from dcr.train.align import align
     from dcr.train.loop import StageTrainer

@@ -28,7 +28,7 @@ from dcr.config import load_config
 from dcr.data.sets import training_sets
 from dcr.lm.batches import common_prefix, padded, position_ids
 from dcr.lm.blocks import decoder_layers, pool, resolve_layer
-from dcr.lm.load import autocast
+from dcr.lm.device import autocast
 from dcr.run.store import environment, write_atomic
 from dcr.train import contrast
 from dcr.train.adapters import Lora, train_blocks

@@ -12,7 +12,7 @@ import os
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 __version__ = "0.1.0"
 _NAMES = {
-    "Experiment": "dcr.run.experiment",
+    "Experiment": "dcr.study.experiment",
     "load_config": "dcr.config",
     "RefineConfig": "dcr.config",
     "AlignConfig": "dcr.config",

@@ -65,7 +65,7 @@ def run_command(
     jobs: Jobs = 1,
 ) -> None:
     """Run every stage of every method and seed, then every table; what exists is reused."""
-    from dcr.run.experiment import Experiment
+    from dcr.study.experiment import Experiment
 
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
@@ -91,7 +91,7 @@ def table_command(
     methods: Methods = "",
 ) -> None:
     """Print one table as CSV, computed where it has to be; `reference` reads the committed one."""
-    from dcr.run.experiment import Experiment
+    from dcr.study.experiment import Experiment
 
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
@@ -150,7 +150,7 @@ def grid_command(
     retry: Annotated[bool, typer.Option(help="Run failed cells again.")] = False,
 ) -> None:
     """Run what is missing of a grid of recipes; a cell that fails is a row that says why."""
-    from dcr.run.grid import load_grid, run_grid
+    from dcr.study.grid import load_grid, run_grid
 
     loaded = load_grid(grid, profile=profile, overrides=overrides)
     rows = run_grid(loaded, run_dir, engine=engine, jobs=jobs, retry=retry)
@@ -208,8 +208,8 @@ def export_command(
     overrides: Overrides = "",
 ) -> None:
     """Write a method's model as a transformers folder with a model card."""
-    from dcr.run.experiment import Experiment
     from dcr.run.own import export
+    from dcr.study.experiment import Experiment
 
     experiment = Experiment(profile, seeds=seed, run_dir=run_dir, overrides=overrides)
     typer.echo(f"Model: {export(experiment, method, out)}")
@@ -218,7 +218,7 @@ def export_command(
 @app.command("verify")
 def verify_command(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Check every checksum of a run, and that its tables follow from its artifacts."""
-    from dcr.run.verify import verify
+    from dcr.study.verify import verify
 
     rows = verify(run)
     show(rows.to_string(index=False))

@@ -21,7 +21,7 @@ import pandas as pd
 from dcr.config import load_config
 from dcr.data.sets import TrainingSets
 from dcr.lm.states import HiddenStates
-from dcr.run.registry import table_entry
+from dcr.study.registry import table_entry
 
 Point = namedtuple("Point", "step strength", defaults=(-1, 1.0))
 SETS = {  # benchmark: (label, share of questions, role, met)

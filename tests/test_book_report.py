@@ -13,7 +13,7 @@ import pytest
 from dcr.book import report
 from dcr.book.report import draw, effect, write_report
 from dcr.errors import DCRError
-from dcr.run.registry import FIGURES, load_all
+from dcr.study.registry import FIGURES, load_all
 
 load_all()
 SCRIPT = "<script>alert(1)</script>"

@@ -88,7 +88,7 @@ def test_nothing_that_is_shown_moves_the_terminal(monkeypatch, capsys):
 
 
 def test_run_table_and_verify(folder, tmp_path, monkeypatch):
-    from dcr.run import registry
+    from dcr.study import registry
 
     registry.load_all()
     monkeypatch.setattr(registry, "TABLES", {})

@@ -17,14 +17,14 @@ from dcr.data.files import sha256_of
 from dcr.errors import DCRError
 from dcr.evaluate import judges
 from dcr.lm.chat import rendered_example
+from dcr.lm.device import pick_device, resolve_precision
 from dcr.lm.generate import generate
-from dcr.lm.load import pick_device, resolve_precision
-from dcr.run import registry
-from dcr.run.experiment import Experiment
 from dcr.run.models import Base, shared_copy
 from dcr.run.store import Artifact, _digest
 from dcr.run.training import Point
-from dcr.run.verify import misfit, verify
+from dcr.study import registry
+from dcr.study.experiment import Experiment
+from dcr.study.verify import misfit, verify
 from dcr.tables.gather import followed_prompts, scored_prompts
 from dcr.tables.representations import unseen
 

@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("DCR_TEST_KILLS", "30"))
 STOPS = 6
 CONTEXT = multiprocessing.get_context("forkserver")  # runs begin with the libraries imported
 CONTEXT.set_forkserver_preload(
-    ["transformers", "dcr.cli", "dcr.run.experiment", "dcr.train.align", "dcr.train.refine"]
+    ["transformers", "dcr.cli", "dcr.study.experiment", "dcr.train.align", "dcr.train.refine"]
     + ["dcr.analysis.refusal", "dcr.data.sets", "dcr.lm.generate", "dcr.evaluate.judges"]
     + ["transformers.models.llama.modeling_llama", "peft", "dcr.tables", "dcr.plots"]
 )
@@ -44,7 +44,7 @@ def run(log, arguments, environment, largest, slow, alone):
     if alone:
         os.setsid()
     from dcr.cli import main
-    from dcr.run import registry
+    from dcr.study import registry
     from dcr.train.loop import Recorder
 
     registry.load_all()

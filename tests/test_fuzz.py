@@ -22,7 +22,7 @@ from dcr.config import Config, methods_file, parse_overrides, parse_seeds
 from dcr.data.forms import FORMS, core, form_of, swap_form, swap_table
 from dcr.data.read import COLUMNS, LABELS, MISSING, SUFFIXES, prompts_of
 from dcr.errors import DCRError
-from dcr.run.grid import load_grid
+from dcr.study.grid import load_grid
 
 SECONDS = float(os.environ.get("DCR_TEST_FUZZ_SECONDS", "600"))
 TASKS = {}  # name → a function that tries so many examples

@@ -24,10 +24,11 @@ from dcr.analysis.kernel import entk
 from dcr.analysis.refusal import refusal_probability, refusal_score
 from dcr.config import load_config
 from dcr.errors import DCRError
-from dcr.lm import memory
+from dcr.lm import device as memory
 from dcr.lm.batches import token_batches
+from dcr.lm.device import resolve_precision
 from dcr.lm.generate import generate
-from dcr.lm.load import load, resolve_precision
+from dcr.lm.load import load
 from dcr.lm.states import hidden_states
 from dcr.train.losses import chunk_rows
 

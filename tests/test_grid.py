@@ -13,9 +13,9 @@ import yaml
 
 from dcr.config import load_config, profiles
 from dcr.errors import DCRError
-from dcr.run import grid as grids
-from dcr.run.grid import collect, grid_for, load_grid, run_all, run_grid
-from dcr.run.registry import load_all, table_entry
+from dcr.study import grid as grids
+from dcr.study.grid import collect, grid_for, load_grid, run_all, run_grid
+from dcr.study.registry import load_all, table_entry
 
 load_all()
 
@@ -195,7 +195,7 @@ def test_a_grid_through_a_ray_cluster_equals_one_through_joblib(tmp_path, folder
 
 @pytest.mark.slow
 def test_many_seeds_of_a_run_go_through_the_cluster(tmp_path, folder, cluster):
-    from dcr.run.experiment import Experiment
+    from dcr.study.experiment import Experiment
 
     overrides = {**BASE, "refine.layer": 2, "model.name": str(folder)}
     experiment = Experiment("quick", seeds="0-1", run_dir=tmp_path, overrides=overrides)

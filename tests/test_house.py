@@ -19,6 +19,7 @@ ORDER = (
     "steering",
     "evaluate",
     "run",
+    "study",
     "tables",
     "plots",
     "book",

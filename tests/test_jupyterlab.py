@@ -105,7 +105,7 @@ return [...Array(p.content.model.cells.length).keys()].map(i => p.content.model.
     errors: c.outputs.toJSON().filter(o => o.output_type == 'error').map(o => o.evalue)}))"""
 )
 NOTEBOOK = """from dcr.book.explorer import explore
-from dcr.run.experiment import Experiment
+from dcr.study.experiment import Experiment
 explore(Experiment("quick", run_dir={run!r}, overrides="refine.max_steps=2,align.epochs=1"))"""
 SHOWN = "return [...document.querySelectorAll('.widget-html td')].map(t => t.textContent)"
 

@@ -20,7 +20,7 @@ from dcr.data.forms import form_of, swap_form, swap_table
 from dcr.data.ledger import ROLES, ledger
 from dcr.data.sources import SOURCES, audit, load_bundled
 from dcr.errors import DCRError
-from dcr.run.experiment import Experiment
+from dcr.study.experiment import Experiment
 
 PUBLISHED = "DCR_DATA_DIR" in os.environ
 needs_upstream = pytest.mark.skipif(not PUBLISHED, reason="needs DCR_DATA_DIR")

@@ -21,8 +21,8 @@ from dcr.errors import DCRError
 from dcr.lm import decode as decoding
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered, decode
+from dcr.lm.device import in_memory
 from dcr.lm.generate import generate
-from dcr.lm.memory import in_memory
 
 
 @pytest.fixture

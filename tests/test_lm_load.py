@@ -15,8 +15,10 @@ from huggingface_hub import errors as hub_errors
 from dcr.errors import DCRError
 from dcr.lm import embedded
 from dcr.lm import load as module
+from dcr.lm.blocks import in_precision
 from dcr.lm.chat import ALPACA_TEMPLATE, encode_prompts
-from dcr.lm.load import autocast, explain_load_error, identity, in_precision, load, locate
+from dcr.lm.device import autocast
+from dcr.lm.load import explain_load_error, identity, load, locate
 
 
 @pytest.fixture

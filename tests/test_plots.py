@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from dcr.errors import DCRError
 from dcr.plots import style
 from dcr.plots.panels import Curves, Dots, curves, dots, log_steps
-from dcr.run.registry import FIGURES, figure_entry, load_all
+from dcr.study.registry import FIGURES, figure_entry, load_all
 
 load_all()
 NEW = "plane frontier auroc_by_source source_shortcut gap same_rows judge_calibration".split()
@@ -84,7 +84,7 @@ def test_every_figure_draws_what_its_table_function_makes(tmp_path):
     """The columns that tables make are those that figures read: on a made-up experiment."""
     from stub_experiment import StubExperiment
 
-    from dcr.run.registry import read_table
+    from dcr.study.registry import read_table
 
     stub = StubExperiment(root=tmp_path)
     elsewhere = {"ablations", "search", "judge_calibration"}  # grids, and people's labels
@@ -111,7 +111,7 @@ def test_another_process_draws_the_same_bytes():
     """Whose hashes of text differ, and with them the order of sets."""
     code = (
         "import hashlib, fake_run; from dcr.plots.style import picture; "
-        "from dcr.run.registry import FIGURES, load_all; load_all(); "
+        "from dcr.study.registry import FIGURES, load_all; load_all(); "
         "drawn = [FIGURES[n].draw(fake_run.tables()[n]) for n in ('paired', 'rates_by_form')]; "
         "print([hashlib.sha256(picture(f, 'svg')).hexdigest() for f in drawn])"
     )

@@ -21,7 +21,7 @@ from dcr.analysis.refusal import (
 from dcr.errors import DCRError
 from dcr.lm import batches, states
 from dcr.lm.chat import encode_prompts
-from dcr.lm.memory import keeping
+from dcr.lm.device import keeping
 from dcr.lm.states import last_logits, residuals
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i", "can't help me", "i can't do that")

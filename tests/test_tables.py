@@ -19,7 +19,7 @@ from dcr.errors import DCRError
 from dcr.evaluate import rates as rates_module
 from dcr.evaluate.judges import calibration
 from dcr.plots.tables import latex
-from dcr.run import registry
+from dcr.study import registry
 from dcr.tables import gather
 
 registry.load_all()
@@ -258,7 +258,7 @@ def test_a_package_outside_adds_a_table_and_its_figure(tmp_path, monkeypatch, st
             '''
             """A table and a figure from outside."""
             import matplotlib.pyplot as plt
-            from dcr.run.registry import figure, table
+            from dcr.study.registry import figure, table
 
             @table("lengths", notebook="theirs")
             def lengths(experiment):

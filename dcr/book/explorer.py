@@ -16,7 +16,7 @@ from dcr.errors import DCRError
 from dcr.plots.tables import styled
 
 if TYPE_CHECKING:
-    from dcr.run.experiment import Experiment
+    from dcr.study.experiment import Experiment
 
 READ_BY = ("base", "STL", "DCR")
 SHOWN = 12  # prompts a page
@@ -107,7 +107,7 @@ def explore(experiment: Experiment) -> None:
         out.value = f"<p>{NO_MODEL}</p>"
 
     def read(_) -> None:
-        from dcr.run.experiment import Experiment
+        from dcr.study.experiment import Experiment
 
         out.value, button.disabled = "<p>reading …</p>", True
         try:

@@ -13,8 +13,8 @@ import pandas as pd
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.tables import markdown
-from dcr.run.experiment import CHECKOUT
-from dcr.run.registry import read_table
+from dcr.study.experiment import CHECKOUT
+from dcr.study.registry import read_table
 
 TARGET = 0.80  # DSR at which methods are compared
 BLOCK = re.compile(r"(<!-- (\w+): written by `dcr readme` -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -14,7 +14,7 @@ from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.style import DPI, save
 from dcr.plots.tables import save_table, styled
-from dcr.run.registry import FIGURES, TABLES, load_all, read_table
+from dcr.study.registry import FIGURES, TABLES, load_all, read_table
 
 MAIN = (  # what the index of figures shows; the others it names
     *("plane", "frontier", "frontier_differences", "auroc_by_source", "gap", "rates_by_form"),

@@ -15,7 +15,7 @@ import dcr
 from dcr.book.report import write_report
 from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
-from dcr.run.experiment import Experiment
+from dcr.study.experiment import Experiment
 
 NOTEBOOKS = ("01_representations", "02_refinement", "03_alignment", "04_evaluation", "05_figures")
 TIMEOUT = 4 * 3600  # seconds a cell; papermill has none by default

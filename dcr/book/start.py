@@ -14,7 +14,7 @@ from pandas.io.formats.style import Styler
 from dcr.config import near
 from dcr.errors import DCRError
 from dcr.plots.tables import styled
-from dcr.run.experiment import Experiment
+from dcr.study.experiment import Experiment
 
 PARAMETERS: dict[str, Any] = {"profile": str, "seeds": (str, int), "run_dir": str, "overrides": str}
 INJECTED = "# Parameters\n"  # how the cell begins that papermill adds for its -p

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr.errors import DCRError
-from dcr.lm.memory import Result, in_memory, tokens_that_fit
+from dcr.lm.device import Result, in_memory, tokens_that_fit
 
 MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}

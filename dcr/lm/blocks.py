@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dcr.errors import DCRError
 from dcr.lm.batches import repeated, shared_inputs
+from dcr.lm.device import DTYPES
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -125,6 +126,18 @@ def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     finally:
         for name, data in before.items():
             held[name].data = data
+
+
+@contextlib.contextmanager
+def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
+    """The model with its weights in `precision` (resolved), for inference; restored bit for bit.
+
+    Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
+    """
+    dtype = DTYPES[precision]
+    floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    with replaced(model, {n: p.data.to(dtype) for n, p in floating.items() if p.dtype != dtype}):
+        yield model
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from dcr.lm.batches import CACHE, Passes, common_prefix, position_ids
 from dcr.lm.chat import stop_tokens
-from dcr.lm.memory import sizes
+from dcr.lm.device import sizes
 
 
 @dataclass

@@ -15,9 +15,9 @@ from dcr.data.files import append_jsonl, read_jsonl, write_atomic
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.batches import fitted
+from dcr.lm.blocks import in_precision
 from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
 from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
-from dcr.lm.load import in_precision
 
 log = logging.getLogger("dcr")
 COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]  # finish: eos, length

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
-from dcr.run.registry import figure
+from dcr.study.registry import figure
 
 Look = dict[str, Any]  # keyword arguments of `Axes.plot`: color, linestyle, marker
 DASHES = ("-", "--", "-.", ":")

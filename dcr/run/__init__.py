@@ -1,1 +1,1 @@
-"""Runs: the store, what is trained, what is asked of it, experiments, grids, own data."""
+"""A run: the store, what is trained, asked and read in it; a user's own data."""

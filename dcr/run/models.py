@@ -24,7 +24,7 @@ class Base:
     """The base model of a run, and what identifies it."""
 
     def __init__(self, config: ModelConfig) -> None:
-        from dcr.lm.load import pick_device, resolve_precision
+        from dcr.lm.device import pick_device, resolve_precision
 
         self.config, self.device = config, pick_device(config.device)
         self.precision = resolve_precision(config.precision, self.device)

@@ -41,7 +41,7 @@ class Run(Answers):
         **settings: Any,
     ) -> Path:
         """Folder of `measure(model, tokenizer, folder)`; an array goes to values.npy."""
-        from dcr.lm.load import in_precision
+        from dcr.lm.blocks import in_precision
 
         owner, (step, _) = self.owner(method, step, 1.0)
         key = {"weights": self.weights_key(owner, step), "prompts": table_hash(prompts), **settings}
@@ -74,7 +74,7 @@ class Run(Answers):
     def refusal(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         """[n] refusal scores of any prompts (see `scores`)."""
         from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
-        from dcr.lm.memory import keeping
+        from dcr.lm.device import keeping
 
         steering, texts = self.steering(method), prompts["text"].tolist()
 

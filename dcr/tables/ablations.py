@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from dcr.errors import DCRError
-from dcr.run import grid
-from dcr.run.experiment import Experiment
-from dcr.run.registry import table
+from dcr.study import grid
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 
 
 @table("ablations", notebook="06_ablations")

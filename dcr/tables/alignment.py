@@ -11,10 +11,10 @@ from dcr.analysis.kernel import class_matrix
 from dcr.config import methods_file
 from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.rates import rates
-from dcr.run.experiment import Experiment
 from dcr.run.readings import Run
-from dcr.run.registry import table
 from dcr.run.training import Point
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.gather import followed_prompts, methods_of, stacked
 
 NOTEBOOK = "03_alignment"

@@ -8,8 +8,8 @@ from dcr.evaluate import ability as measured
 from dcr.evaluate import checks, rates
 from dcr.evaluate import quality as answered
 from dcr.evaluate.judges import calibration
-from dcr.run.experiment import Experiment
-from dcr.run.registry import table
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.gather import RULE, first_of_each, in_turn, methods_of, stacked, verdicts
 
 NOTEBOOK = "04_evaluation"

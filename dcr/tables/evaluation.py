@@ -19,8 +19,8 @@ from dcr.evaluate.auroc import auroc_differences
 from dcr.evaluate.cells import BALANCED_FORMS
 from dcr.evaluate.judges import calibration
 from dcr.evaluate.rates import CORRECTED
-from dcr.run.experiment import Experiment
-from dcr.run.registry import table
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.frontier import baselines
 from dcr.tables.gather import needed, scores, verdicts
 

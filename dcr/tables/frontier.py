@@ -7,9 +7,9 @@ import pandas as pd
 from dcr.analysis.probes import fit_probe, is_toxic
 from dcr.evaluate import auroc as ranks
 from dcr.evaluate import frontier as scored
-from dcr.run.experiment import Experiment
 from dcr.run.readings import Run
-from dcr.run.registry import table
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.gather import methods_of, scored_prompts, scores, stacked, verdicts
 from dcr.tables.representations import pairings, unseen
 

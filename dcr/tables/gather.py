@@ -9,8 +9,8 @@ import pandas as pd
 from dcr.data.sets import first_requests
 from dcr.errors import DCRError
 from dcr.evaluate.auroc import auroc
-from dcr.run.experiment import Experiment
 from dcr.run.readings import Run
+from dcr.study.experiment import Experiment
 
 RULE = "question-mark"
 LABELS = ("toxic", "seemingly_toxic", "general")

@@ -6,9 +6,9 @@ import pandas as pd
 
 from dcr.analysis.probes import map_2d
 from dcr.evaluate.intervals import mean_over_seeds
-from dcr.run.experiment import Experiment
 from dcr.run.readings import Run
-from dcr.run.registry import table
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.gather import followed_prompts, methods_of, needed, stacked
 
 NOTEBOOK = "02_refinement"

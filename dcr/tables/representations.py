@@ -15,9 +15,9 @@ from dcr.analysis.proposition import bound_check, bound_pairs
 from dcr.data.forms import swap_table
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.intervals import mean_interval
-from dcr.run.experiment import Experiment
 from dcr.run.readings import Run
-from dcr.run.registry import table
+from dcr.study.experiment import Experiment
+from dcr.study.registry import table
 from dcr.tables.gather import auroc_rows, first_of_each, followed_prompts, methods_of
 
 NOTEBOOK = "01_representations"

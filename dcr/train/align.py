@@ -23,7 +23,7 @@ from dcr.config import AlignConfig
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, shared_inputs, token_batches
 from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logits, resolve_layer
-from dcr.lm.load import resolve_precision
+from dcr.lm.device import resolve_precision
 from dcr.train.adapters import Lora, load_trained_state, merged, train_blocks, trained_state
 from dcr.train.examples import Examples
 from dcr.train.loop import StageTrainer

@@ -21,7 +21,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, padded, token_batches
 from dcr.lm.blocks import pool, truncated_forward
 from dcr.lm.chat import encode_prompts
-from dcr.lm.load import autocast
+from dcr.lm.device import autocast
 from dcr.train.loop import StageTrainer
 from dcr.train.losses import ContrastiveLoss, drift
 from dcr.train.plan import Plan

@@ -25,8 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from dcr.data.files import measured_peak, read_jsonl, write_atomic
 from dcr.errors import DCRError
-from dcr.lm.load import autocast
-from dcr.lm.memory import out_of_memory, tokens_that_fit
+from dcr.lm.device import autocast, out_of_memory, tokens_that_fit
 from dcr.train.adapters import load_trained_state, trained_state
 from dcr.train.plan import Plan, StageArguments
 from dcr.train.record import Recorder, stopping, whole_checkpoints

@@ -22,7 +22,7 @@ from dcr.data.pairs import leakage_report, normalised, requests_of
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, fingerprint, resolve_layer
-from dcr.lm.load import resolve_precision
+from dcr.lm.device import resolve_precision
 from dcr.lm.states import hidden_states
 from dcr.train.adapters import Lora, merged, train_blocks
 from dcr.train.contrast import (

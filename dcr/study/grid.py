@@ -41,9 +41,9 @@ from dcr.config import (
 )
 from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
-from dcr.run.cell import CellRun, outcome, screened
-from dcr.run.engine import run_all
 from dcr.run.store import Store
+from dcr.study.cell import CellRun, outcome, screened
+from dcr.study.engine import run_all
 
 log = logging.getLogger("dcr")
 GRIDS = PROFILE_DIR / "grids"

@@ -11,9 +11,9 @@ from dcr.config import Config
 from dcr.data.files import content_key, read_jsonl
 from dcr.errors import DCRError
 from dcr.evaluate.judges import VERDICTS
-from dcr.run import registry
-from dcr.run.experiment import Experiment, run_manifest
 from dcr.run.store import Artifact, Store
+from dcr.study import registry
+from dcr.study.experiment import Experiment, run_manifest
 
 MANIFEST = {"kind": str, "name": str, "dependencies": dict, "environment": dict, "seconds": float}
 ROWS = {  # file of an artifact → what each of its rows holds

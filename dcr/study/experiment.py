@@ -19,11 +19,11 @@ from dcr.data.ledger import ledger
 from dcr.data.sets import dropped, table_hash
 from dcr.data.sources import SOURCES, provenance
 from dcr.errors import DCRError
-from dcr.run import registry
-from dcr.run.engine import run_all
 from dcr.run.models import Base
 from dcr.run.readings import Run
 from dcr.run.store import Store, environment, writing
+from dcr.study import registry
+from dcr.study.engine import run_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ class Experiment:
     def complete(self, engine: str = "joblib", jobs: int = 1) -> Iterator[tuple[int, str, str]]:
         """Make all that curves and frontiers need; yields (seed, method, why it failed).
 
-        engine, jobs: see `dcr.run.engine.run_all`.
+        engine, jobs: see `dcr.study.engine.run_all`.
         """
         _ = self._first().base_model.key  # a wrong model is told once, before anything is made
         with writing(self.root):
