@@ -105,6 +105,28 @@ def test_only_what_is_at_one_safety_is_best(stub, monkeypatch):
     assert matched["best"].sum() == 1
 
 
+def test_where_a_method_stands_takes_each_number_from_its_own_table(stub):
+    standing = stub.table("standing")
+    assert not standing.duplicated(["method", "column"]).any()
+    wide = standing.pivot(index="method", columns="column", values="value")
+    at = stub.table("frontier").query("target == 0.9").set_index("method")["compliance"]
+    pd.testing.assert_series_equal(
+        wide["compliance at DSR 0.90 ↑"][at.index], at, check_names=False
+    )
+    mean = stub.table("auroc_by_source").query("source == 'mean' and toxic_form == 'imperative'")
+    mean = mean.query("harmless_form == 'question'").set_index("method")["auroc"]
+    column = "AUROC, toxic / harmless: imperative / question ↑"
+    pd.testing.assert_series_equal(wide[column][mean.index], mean, check_names=False)
+    changes = stub.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
+    least = changes.groupby("method")["change"].min()
+    column = "toxic refused, worst rewording ↑"
+    pd.testing.assert_series_equal(wide[column][least.index], least, check_names=False)
+    cost = stub.table("cost").query("method == 'DCR' and kind in ['refine', 'align', 'fit']")
+    assert wide.loc["DCR", "training, s ↓"] == cost["seconds"].sum() > 0
+    tasks = [c for c in wide if c.endswith("less STL's ↑")]
+    assert tasks and (wide.loc["STL", tasks] == 0).all()
+
+
 def test_every_rate_stands_beside_what_a_judge_without_error_gives(stub, people):
     rates = stub.table("rates")
     config = stub.config

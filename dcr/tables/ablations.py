@@ -1,4 +1,4 @@
-"""Notebook 06: grids of recipes, a row a cell and seed, failures too; validation prompts only."""
+"""Notebook 06: grids of recipes (validation prompts only), and where each method stands."""
 
 from __future__ import annotations
 
@@ -33,3 +33,37 @@ def ablations(experiment: Experiment) -> pd.DataFrame:
 def search(experiment: Experiment) -> pd.DataFrame:
     """The search for a recipe, as far as it has run in this directory (`dcr grid search`)."""
     return grid.collect(grid.load_grid("search"), experiment.root)
+
+
+@table("standing", notebook="06_ablations")
+def standing(experiment: Experiment) -> pd.DataFrame:
+    """What the protocol asks of each method, a column a measure; each number from its own table.
+
+    General ability is the paired change from STL; robustness the change of toxic prompts refused
+    under the rewording that costs most; seconds are sums over seeds, answering relative to base's.
+    """
+    at = experiment.table("frontier").rename(columns={"compliance": "value"})
+    parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
+    mean = experiment.table("auroc_by_source").query("source == 'mean'")
+    forms = mean["toxic_form"] + " / " + mean["harmless_form"]
+    mean = mean.assign(column=("AUROC, toxic / harmless: " + forms + " ↑"), value=mean["auroc"])
+    parts.append(mean.replace({"column": {"balanced / balanced": "forms equal"}}, regex=True))
+    rows = experiment.table("table1").query("metric == 'general'")
+    parts.append(rows.assign(column="general answered ↑"))
+    change = {"change": "value", "change_low": "low", "change_high": "high"}
+    rows = experiment.table("ability").query("against == 'STL' and metric == 'acc'")
+    rows = rows.drop(columns=["value", "low", "high"]).rename(columns=change)
+    parts.append(rows.assign(column=rows["task"] + ", less STL's ↑"))
+    rows = experiment.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
+    rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
+    rows = rows.drop(columns=["value", "low", "high"]).rename(columns=change)
+    parts.append(rows.assign(column="toxic refused, worst rewording ↑"))
+    cost = experiment.table("cost")
+    made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
+    said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
+    parts.append(made.rename("value").reset_index().assign(column="training, s ↓"))
+    if "base" in said:
+        said = said / said["base"]
+        parts.append(said.rename("value").reset_index().assign(column="answering, times base's ↓"))
+    whole = pd.concat(parts, ignore_index=True)
+    return whole[["method", "column", "value", "low", "high", "n", "seeds"]]

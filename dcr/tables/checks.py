@@ -14,7 +14,7 @@ from dcr.tables.gather import RULE, first_of_each, in_turn, methods_of, stacked,
 
 NOTEBOOK = "04_evaluation"
 LIMIT = 100  # prompts a class whose answers are compared for quality
-STAGES = ("refine", "align", "steer", "edit", "generate", "score")  # artifacts that cost
+STAGES = ("refine", "align", "fit", "generate", "score")  # artifacts that cost
 
 
 def few(experiment: Experiment, per_class: int) -> pd.DataFrame:
