@@ -417,7 +417,7 @@ def test_verify_sees_what_is_sound_by_its_checksum_and_has_another_form(
 def test_the_depth_is_known_without_weights(folder, path, monkeypatch):
     monkeypatch.setattr("safetensors.safe_open", None)
     monkeypatch.setattr("dcr.run.models._loaded", None)
-    assert Base(ModelConfig(name=str(folder), layers_path=path)).depth == 4
+    assert Base(ModelConfig(name=str(folder), layers_path=path)).depth == 3
 
 
 def test_reference_without_its_tables_says_so(tmp_path):

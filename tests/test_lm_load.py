@@ -38,7 +38,10 @@ def test_local_folder_round_trip(copied, caplog):
 def test_folders_are_told_apart(copied):
     weights, tokenizer = copied / "model.safetensors", copied / "tokenizer.json"
     weights.rename(copied / "pytorch_model.bin")
-    with pytest.raises(DCRError, match="no safetensors weights found"):
+    with pytest.raises(DCRError, match="holds pickled weights alone"):
+        load(str(copied))
+    (copied / "pytorch_model.bin").rename(copied / "training_args.bin")
+    with pytest.raises(DCRError, match=r"holds no weights \(\*.safetensors\)"):
         load(str(copied))
     weights.write_bytes(b"half a file")
     with pytest.raises(
