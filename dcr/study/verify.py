@@ -16,7 +16,7 @@ from dcr.study import registry
 from dcr.study.experiment import Experiment, run_manifest
 
 MANIFEST = {"kind": str, "name": str, "dependencies": dict, "environment": dict, "seconds": float}
-ROWS = {  # file of an artifact → what each of its rows holds
+ROWS: dict[str, dict[str, type]] = {  # file of an artifact → what each of its rows holds
     "generations.jsonl": {"prompt_id": str, "response": str, "n_tokens": int, "finish": str},
     "verdicts.jsonl": {"prompt_id": str, "judge": str, "verdict": str},
     "items.jsonl": {"item": str, "task": str, "metric": str},
