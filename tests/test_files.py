@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -23,6 +25,19 @@ def test_atomic_write_keeps_the_old_file_when_the_disk_is_full(tmp_path, monkeyp
     with pytest.raises(DCRError, match="x.json.*No space left"):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("content", ["old", "new"])
+def test_what_a_killed_process_left_of_a_file_goes_away(tmp_path, content):
+    """Also where there is nothing to write; what another process is writing stays."""
+    path, node = tmp_path / "x [1].json", platform.node()
+    write_atomic(path, "old")
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    lives = tmp_path / f".{path.name}.{node}-{os.getppid()}.tmp"
+    lives.write_text("half")
+    (tmp_path / f".{path.name}.{node}-{int(gone.stdout)}.tmp").write_text("half")
+    write_atomic(path, content)
+    assert set(tmp_path.iterdir()) == {path, lives} and path.read_text() == content
 
 
 def test_jsonl_survives_a_torn_last_line_only(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import resource
 import sys
 import threading
@@ -42,13 +44,18 @@ def _writing(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside `path`, fsync, rename: readers see the old content or the new, never half.
 
-    A file that holds the content already is left as it is, so that it may be read-only.
+    A file that holds the content already is left as it is, so that it may be read-only. What a
+    killed process of this machine has left of the same file goes away.
     """
     path, content = Path(path), content.encode() if isinstance(content, str) else content
+    begins = f".{path.name}.{platform.node()}-"
     with contextlib.suppress(OSError):
+        for left in path.parent.glob(f"{glob.escape(begins)}*.tmp"):
+            if not _lives(int(left.stem.removeprefix(begins))):
+                left.unlink(missing_ok=True)
         if path.stat().st_size == len(content) and path.read_bytes() == content:
             return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{begins}{os.getpid()}.tmp")
     with _writing(path):
         try:
             with open(temporary, "wb") as handle:
@@ -58,6 +65,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def append_jsonl(path: Path, row: Mapping) -> None:
