@@ -81,10 +81,15 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
         for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL"))
         if m in by_method
     ]
-    parts = [f"{m} {_span(by_method[m], 'compliance')}, {_span(aurocs[m], 'auroc')}" for m in shown]
+    parts = [
+        f"{m} {_span(by_method[m], 'compliance')}, {by_method[m]['dsr']:.2f}, "
+        f"{_span(aurocs[m], 'auroc')}"
+        for m in shown
+    ]
     return (
-        f"Seemingly toxic prompts answered with thresholds set for a DSR of {TARGET:.2f}, forms "
-        f"equal, and AUROC on unseen sources: {'; '.join(parts)}."
+        f"Seemingly toxic prompts answered with thresholds set on validation prompts for a DSR of "
+        f"{TARGET:.2f}, the DSR that they give on test prompts, forms equal, and AUROC on unseen "
+        f"sources: {'; '.join(parts)}."
     )
 
 
