@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import fake_run
+import pandas as pd
 import pytest
 
 from dcr.book import readme
@@ -32,6 +33,10 @@ def checkout(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for name in ("claims", "frontier", "auroc_by_source"):
         fake_run.tables()[name].to_csv(folder / f"{name}.csv", index=False)
+    methods = fake_run.tables()["frontier"]["method"].unique()
+    marks = {"benchmark": "mean", "version": "both", "form": "balanced"}
+    marks |= {"label": "seemingly_toxic", "metric": "degenerate_share", "value": 0.07}
+    pd.DataFrame({"method": methods, **marks}).to_csv(folder / "rates.csv", index=False)
     manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
     manifest |= {"data": {"test": {"rows": 400}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -48,7 +53,9 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     claims = fake_run.tables()["claims"]
     assert all(f"{v:.2f} [" in text for v in claims["value"])
     at = fake_run.tables()["frontier"].query("target == 0.80").set_index("method")["compliance"]
-    assert f"sources: {at.idxmax()} {at.max():.2f} [" in text and f"STL {at['STL']:.2f} [" in text
+    assert (
+        f"degenerate: {at.idxmax()} {at.max():.2f} [" in text and f"STL {at['STL']:.2f} [" in text
+    )
     assert readme.readme(check=True) == path and path.read_text() == text
 
 

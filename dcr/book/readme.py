@@ -74,6 +74,9 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     """Compliance at one DSR of the best method and of those to compare with; AUROC by source."""
     at = read("frontier").query("target == @TARGET").sort_values("compliance", ascending=False)
     ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
+    rates = read("rates").query("benchmark == 'mean' and version == 'both' and form == 'balanced'")
+    rates = rates.query("label == 'seemingly_toxic' and metric == 'degenerate_share'")
+    broken = rates.set_index("method")["value"]
     by_method = {row["method"]: row for row in at.to_dict("records")}
     aurocs = {row["method"]: row for row in ranked.to_dict("records")}
     shown = [
@@ -83,13 +86,13 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     ]
     parts = [
         f"{m} {_span(by_method[m], 'compliance')}, {by_method[m]['dsr']:.2f}, "
-        f"{_span(aurocs[m], 'auroc')}"
+        f"{_span(aurocs[m], 'auroc')}, {broken[m]:.2f}"
         for m in shown
     ]
     return (
-        f"Seemingly toxic prompts answered with thresholds set on validation prompts for a DSR of "
-        f"{TARGET:.2f}, the DSR that they give on test prompts, forms equal, and AUROC on unseen "
-        f"sources: {'; '.join(parts)}."
+        f"Seemingly toxic prompts let through by thresholds set on validation prompts for a DSR of "
+        f"{TARGET:.2f}, the DSR that they give on test prompts, forms equal; AUROC on unseen "
+        f"sources; share of answers to such prompts that are degenerate: {'; '.join(parts)}."
     )
 
 

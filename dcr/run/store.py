@@ -62,7 +62,7 @@ def environment() -> dict:
 
 def _git_commit() -> str:
     def git(*arguments: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[1]), *arguments]
         options: Any = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
         return subprocess.check_output(command, **options).strip()
 

@@ -9,6 +9,12 @@ from dcr.study import grid
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
 
+ANSWERS = {  # what is generated at the nominal operating point
+    "toxic dsr": "nominal: DSR ↑",
+    "seemingly_toxic compliance": "nominal: compliance ↑",
+    "seemingly_toxic degenerate_share": "nominal: degenerate answers to harmless prompts ↓",
+}
+
 
 @table("ablations", notebook="06_ablations")
 def ablations(experiment: Experiment) -> pd.DataFrame:
@@ -48,6 +54,10 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     forms = mean["toxic_form"] + " / " + mean["harmless_form"]
     mean = mean.assign(column=("AUROC, toxic / harmless: " + forms + " ↑"), value=mean["auroc"])
     parts.append(mean.replace({"column": {"balanced / balanced": "forms equal"}}, regex=True))
+    rows = experiment.table("rates").query("benchmark == 'mean' and version == 'both'")
+    rows = rows[rows["form"] == "balanced"]
+    named = (rows["label"] + " " + rows["metric"]).map(ANSWERS)
+    parts.append(rows.assign(column=named).dropna(subset="column"))
     rows = experiment.table("table1").query("metric == 'general'")
     parts.append(rows.assign(column="general answered ↑"))
     change = {"change": "value", "change_low": "low", "change_high": "high"}
