@@ -38,7 +38,9 @@ def told(pin: str) -> tuple[str, list[str] | None]:
     if about["info"].get("version") != version:
         return pin, found or None
     known = [a for a in about.get("vulnerabilities", []) if not a.get("withdrawn")]
-    return pin, found + [a["id"] for a in known if not ACCEPTED.keys() & {a["id"], *a["aliases"]}]
+    return pin, found + [
+        a["id"] for a in known if not ACCEPTED.keys() & {a["id"], *a.get("aliases", [])}
+    ]
 
 
 def main() -> int:

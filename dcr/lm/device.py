@@ -1,4 +1,4 @@
-"""The device: which one, how precise, how much fits, what to do where it did not."""
+"""The device: which one, how precise, how many rows fit at once, what a kill leaves of them."""
 
 from __future__ import annotations
 
