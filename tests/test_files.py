@@ -34,10 +34,12 @@ def test_what_a_killed_process_left_of_a_file_goes_away(tmp_path, content):
     write_atomic(path, "old")
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
     lives = tmp_path / f".{path.name}.{node}-{os.getppid()}.tmp"
-    lives.write_text("half")
+    other = tmp_path / f".{path.name}.{node}-2-{os.getpid()}.tmp"  # of a machine called NODE-2
+    for file in (lives, other):
+        file.write_text("half")
     (tmp_path / f".{path.name}.{node}-{int(gone.stdout)}.tmp").write_text("half")
     write_atomic(path, content)
-    assert set(tmp_path.iterdir()) == {path, lives} and path.read_text() == content
+    assert set(tmp_path.iterdir()) == {path, lives, other} and path.read_text() == content
 
 
 def test_jsonl_survives_a_torn_last_line_only(tmp_path):

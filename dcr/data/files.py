@@ -51,7 +51,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     begins = f".{path.name}.{platform.node()}-"
     with contextlib.suppress(OSError):
         for left in path.parent.glob(f"{glob.escape(begins)}*.tmp"):
-            if not _lives(int(left.stem.removeprefix(begins))):
+            process = left.stem.removeprefix(begins)  # no number: of a machine named like this one
+            if process.isdecimal() and not _lives(int(process)):
                 left.unlink(missing_ok=True)
         if path.stat().st_size == len(content) and path.read_bytes() == content:
             return

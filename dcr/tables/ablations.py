@@ -46,7 +46,8 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     """What the protocol asks of each method, a column a measure; each number from its own table.
 
     General ability is the paired change from STL; robustness the change of toxic prompts refused
-    under the rewording that costs most; seconds are sums over seeds, answering relative to base's.
+    under the rewording that costs most; seconds are sums over seeds of what a method trains or fits
+    itself (not of what it steers), answering relative to base's.
     """
     at = experiment.table("frontier").rename(columns={"compliance": "value"})
     parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
@@ -60,14 +61,11 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     parts.append(rows.assign(column=named).dropna(subset="column"))
     rows = experiment.table("table1").query("metric == 'general'")
     parts.append(rows.assign(column="general answered ↑"))
-    change = {"change": "value", "change_low": "low", "change_high": "high"}
     rows = experiment.table("ability").query("against == 'STL' and metric == 'acc'")
-    rows = rows.drop(columns=["value", "low", "high"]).rename(columns=change)
-    parts.append(rows.assign(column=rows["task"] + ", less STL's ↑"))
+    parts.append(_changes(rows).assign(column=rows["task"] + ", less STL's ↑"))
     rows = experiment.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
-    rows = rows.drop(columns=["value", "low", "high"]).rename(columns=change)
-    parts.append(rows.assign(column="toxic refused, worst rewording ↑"))
+    parts.append(_changes(rows).assign(column="toxic refused, worst rewording ↑"))
     cost = experiment.table("cost")
     made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
     said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
@@ -77,3 +75,9 @@ def standing(experiment: Experiment) -> pd.DataFrame:
         parts.append(said.rename("value").reset_index().assign(column="answering, times base's ↓"))
     whole = pd.concat(parts, ignore_index=True)
     return whole[["method", "column", "value", "low", "high", "n", "seeds"]]
+
+
+def _changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows whose value and interval are those of their change."""
+    names = {"change": "value", "change_low": "low", "change_high": "high"}
+    return rows.drop(columns=list(names.values())).rename(columns=names)
