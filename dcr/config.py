@@ -87,7 +87,12 @@ class DataConfig(Section):
     validation: Names = ("validation-safe", "validation-toxic", "general-validation")
     n_seemingly_toxic: Count = 250  # paper: XSTest safe; 0 takes all there are
     n_toxic: Count = 500  # paper: HH-RLHF
+    # published: bundled harmless prompts as questions, toxic ones as imperatives, as in the paper's
+    # sets, to train on and to test "as published"; both: as they were written, half of each
+    bundled_forms: Literal["both", "published"] = "both"
     form_mix: Share = 0.0  # stage 1's published prompts put into the other form
+    # stage 2 refuses toxic prompts as their source does, or all by one sentence: soon learned
+    refusals: Literal["own", "plain"] = "own"
     audited: bool = False  # drop toxic training prompts that the audit calls harmless or ambiguous
     limit: Count = 0  # requests a test or validation set; 0 takes all
     answered: Count = 0  # of them, requests a test set that are answered too; 0: all are

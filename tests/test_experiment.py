@@ -484,7 +484,9 @@ def test_answer_losses_are_those_of_the_base_model(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "method", ["SCANS", "Surgical", "Gate", "STL-token", "Token+Gate", "Tied", "STL-routed"]
+    "method",
+    ["SCANS", "Surgical", "Gate", "STL-token", "Token+Gate", "Token+Gate-base", "Tied"]
+    + ["STL-routed"],
 )
 def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
     method, folder, root, tmp_path
@@ -504,3 +506,30 @@ def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
     out = export(experiment, method, tmp_path / "out")
     assert {"model.safetensors", "README.md"} <= {p.name for p in out.iterdir()}
     assert (out / "use.py").is_file() == (method != "Tied")
+
+
+def test_what_a_method_lets_through_another_model_answers(folder, root, tmp_path):
+    """It decides as the method with its own answers does, point by point, and answers as base."""
+    from dcr.data.sets import PLAIN_REFUSAL
+
+    small = {"align.n_safe": 16, "align.n_general": 16, "data.limit": 3}
+    experiment = make(folder, root, **small)
+    one, routed, own = experiment.runs[0], "Token+Gate-base", "Token+Gate"
+    assert one.scores(routed)["score"].tolist() == one.scores(own)["score"].tolist()
+    base = one.generations("base").set_index("prompt_id")["response"]
+    decisions = []
+    for point in one.points(routed):
+        said = one.generations(routed, *point).set_index("prompt_id")["response"]
+        own_said = one.generations(own, *point)
+        prompts = one.answered if point.strength == 1 else one.curve_prompts
+        steering = one.steering(own, point.strength)
+        texts = prompts["text"].tolist()
+        refused = (
+            steering.refuses(*one.model(own), texts) if point.strength else [False] * len(texts)
+        )
+        wanted = np.where(refused, PLAIN_REFUSAL, base[prompts["id"]])
+        assert said[prompts["id"]].tolist() == wanted.tolist() and len(own_said) == len(said)
+        decisions.append(np.mean(refused))
+    assert decisions == sorted(decisions) and 0 == decisions[0] < decisions[-1]
+    assert one.in_distribution(routed) == one.in_distribution(own)
+    assert one.weights_key(routed) == one.weights_key(own)

@@ -33,6 +33,7 @@ TRAINING = ("refine", "align", "anchor")
 GENERAL = 128  # general prompts of stage 1 (harmless class, retention)
 CLASS = {"harmful": "toxic", "pseudo": "seemingly_toxic", "harmless": "general"}  # of anchors
 SIDES = {"toxic": "toxic", "seemingly_toxic": "safe", "general": "general"}
+PUBLISHED_FORMS = {"toxic": "imperative", "seemingly_toxic": "question"}  # of the paper's sets
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def training_sets(config: Config, of: Sequence[Config] = ()) -> TrainingSets:
     n, m = data.n_toxic, data.n_seemingly_toxic
     if data.toxic == data.seemingly_toxic == "bundled":  # both members of a pair
         n = m = min(n or m, m or n)
-    toxic = _rows(every, data.toxic, "refine", "toxic")
-    seemingly = _rows(every, data.seemingly_toxic, "refine", "seemingly_toxic")
+    toxic = _formed(config, _rows(every, data.toxic, "refine", "toxic"))
+    seemingly = _formed(config, _rows(every, data.seemingly_toxic, "refine", "seemingly_toxic"))
     general = _rows(every, "bundled", "refine", "general")
     return TrainingSets(
         toxic=_drawn(toxic, n, config, data.form_mix),
@@ -82,6 +83,9 @@ def _mix(config: Config, every: pd.DataFrame) -> pd.DataFrame:
         ("pairs", "bundled", "seemingly_toxic", align.n_pairs),
     ):
         rows = _rows(every, setting, "align", label)
+        rows = rows if part == "pairs" else _formed(config, rows)  # pairs differ in harm alone
+        if config.data.refusals == "plain" and label == "toxic":
+            rows = rows.assign(response=PLAIN_REFUSAL)
         bare = rows["response"] == ""
         if n and part == "safe" and bare.any():
             there = f"{bare.sum()} of {len(rows)} toxic prompts have no answer"
@@ -118,6 +122,19 @@ def _rows(every: pd.DataFrame, setting: str, role: str, label: str = "") -> pd.D
             parts.append(every[every["table"] == name])
     rows = pd.concat(parts, ignore_index=True)
     return rows[(rows["role"] == role) & rows["label"].isin([label] if label else SIDES)]
+
+
+def _formed(config: Config, rows: pd.DataFrame, as_published: bool = True) -> pd.DataFrame:
+    """Rows in the form in which their class is published, or (False) each in the other one.
+
+    Where `data.bundled_forms` is "published", bundled prompts take their class's form.
+    """
+    off = pd.Series(False, rows.index)
+    if config.data.bundled_forms == "published":
+        wanted = rows["label"].map(PUBLISHED_FORMS).where(rows["table"] == "bundled")
+        off = wanted.notna() & (rows["form"] != wanted)
+    swapped = off if as_published else ~off
+    return pd.concat([rows[~swapped], swap_table(rows[swapped])]).reindex(rows.index)
 
 
 def _drawn(rows: pd.DataFrame, n: int, config: Config, share: float = 0.0) -> pd.DataFrame:
@@ -173,10 +190,10 @@ def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]
         for label, some in rows.groupby("label", sort=False):
             side = f"-{SIDES[str(label)]}" if rows["label"].nunique() > 1 else ""
             some = first_requests(some.assign(benchmark=stem + side), min(limits, default=0))
-            parts.append(some.assign(version="published"))
+            parts.append(_formed(config, some).assign(version="published"))
             if config.evaluation.forms:
                 some = first_requests(some, config.evaluation.forms_limit)
-                parts.append(swap_table(some).assign(version="swapped"))
+                parts.append(_formed(config, some, False).assign(version="swapped"))
     asked = pd.concat(parts, ignore_index=True)
     asked["met"] = asked["source"].isin(every.loc[every["role"].isin(TRAINING), "source"])
     if (twice := asked["id"].duplicated()).any():

@@ -45,6 +45,7 @@ METHODS = {
     "Surgical": ("#882255", "P"),
     "Gate": ("#009E73", "h"),
     "Token+Gate": ("#1B5E20", (4, 1, 45)),
+    "Token+Gate-base": ("#66A61E", (5, 1, 0)),
     "Tied": ("#6A8F00", (6, 1, 0)),
     "question-mark": ("#000000", "*"),
 }

@@ -9,7 +9,12 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.data.files import content_key, read_jsonl, write_atomic
-from dcr.data.sets import first_requests, table_hash, test_prompts, validation_prompts
+from dcr.data.sets import (
+    first_requests,
+    table_hash,
+    test_prompts,
+    validation_prompts,
+)
 from dcr.errors import DCRError
 from dcr.run.training import Point, Training
 
@@ -50,10 +55,11 @@ class Answers(Training):
         """The method and point that a point is the same as, so that nothing is asked twice."""
         if self.config.generation.endpoint:
             return method, Point(step, strength)
-        if strength == 0 and (on := self.entry(method).get("steers")):
+        entry = self.entry(method)
+        if strength == 0 and (on := entry.get("answers") or entry.get("steers")):
             return on, Point()
         stages = self.stages(method)
-        if step == 0 and "steering" not in self.entry(method) and stages == ["align"]:
+        if step == 0 and "steering" not in entry and stages == ["align"]:
             return "base", Point()
         return method, Point(-1 if step == self.steps(method)[-1] else step, strength)
 

@@ -124,7 +124,8 @@ def export(experiment, method: str, out: str | Path) -> Path:
     """A method (first seed) as a plain folder: safetensors, tokenizer, chat template, model card.
 
     A steering method comes as the model that it acts on, with `steering.safetensors`, its settings
-    and a script that uses them. Raises DCRError for a rule, or a folder that holds something.
+    and a script that uses them; where another model answers what it lets through, that one lies in
+    `answers/`. Raises DCRError for a rule, or a folder that holds something.
     """
     run, out = experiment.runs[0], Path(out).expanduser().absolute()
     if "rule" in run.stages(method):
@@ -133,20 +134,21 @@ def export(experiment, method: str, out: str | Path) -> Path:
     model, tokenizer = run.model(method)
     facts = {"method": method, "config": run.recipe(method), "data": data_facts(run, method)}
     extra: dict[str, str | bytes] = {}
+    on = run.entry(method).get("answers")
     if steering := run.steering(method):
         fit = run.fitted(method)
         content = {"kind": run.entry(method)["steering"], **fit.manifest["fit"]}
         extra["steering.json"] = json.dumps(content, indent=1)
         extra["steering.safetensors"] = (fit.path / TENSORS).read_bytes()
-        extra["use.py"] = steering.script
-    return save_plain(model, tokenizer, out, facts, extra)
+        extra["use.py"] = steering.routed if on else steering.script
+    beside = {"answers": run.model(on)} if on else {}
+    return save_plain(model, tokenizer, out, facts, extra, beside)
 
 
 def data_facts(run: Training, method: str) -> list[dict]:
     """Role, source, rows and licence of every set a method trained on."""
     stages, sets = run.stages(method), run.sets(method)
-    on = run.entry(method).get("steers")
-    facts = data_facts(run, on) if on else []
+    facts = [fact for on in run.relies_on(method) for fact in data_facts(run, on)]
     parts = []
     if "refine" in stages:
         parts += [
@@ -175,20 +177,29 @@ def check_out(out: Path) -> None:
         raise DCRError(f"{out}: {parent} cannot be written. Choose another folder.")
 
 
-def save_plain(
-    model, tokenizer, out: Path, facts: Mapping[str, Any], extra: Mapping[str, str | bytes] = {}
+def save_plain(  # noqa: PLR0913
+    model,
+    tokenizer,
+    out: Path,
+    facts: Mapping[str, Any],
+    extra: Mapping[str, str | bytes] = {},
+    beside: Mapping[str, tuple[Any, Any]] = {},
 ) -> Path:
-    """Save a model with a card; it loads, and stops, with transformers alone."""
+    """Save a model with a card; it loads, and stops, with transformers alone.
+
+    extra: files by name; beside: (model, tokenizer) by the name of their folder in it.
+    """
     from dcr.lm.chat import stop_tokens
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(out):
-            model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
-            model.config._name_or_path = ""
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            for folder, (one, its) in {"": (model, tokenizer), **beside}.items():
+                one.generation_config.eos_token_id = stop_tokens(one, its)
+                one.config._name_or_path = ""
+                one.save_pretrained(partial / folder)
+                its.save_pretrained(partial / folder)
             for name, content in {**extra, "README.md": card(out.name, facts)}.items():
                 write_atomic(partial / name, content)
             if out.exists():

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from dcr.data.files import read_jsonl, write_atomic
-from dcr.data.sets import table_hash
+from dcr.data.sets import PLAIN_REFUSAL, table_hash
 from dcr.run.answers import Answers
+from dcr.run.training import Point
 
 
 class Run(Answers):
@@ -29,6 +30,24 @@ class Run(Answers):
         yield "judged"
         self.scores(method)
         yield "scored"
+
+    def answers(
+        self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0
+    ) -> pd.DataFrame:
+        """As `Answers.answers`; of a method that another answers for, what that one says.
+
+        That to the prompts that the method's own score lets through; the others are refused.
+        """
+        on = self.entry(method).get("answers")
+        if not on or self.config.generation.endpoint:
+            return super().answers(method, prompts, point, tokens=tokens)
+        steering = self.steering(method, (point or Point()).strength)
+        refused = steering.decided(self.refusal(method, prompts))
+        rows = super().answers(on, prompts, tokens=tokens).assign(method=method)
+        rows = rows.set_index("prompt_id").loc[prompts["id"]].reset_index(names="prompt_id")
+        length = len(self.base()[1](PLAIN_REFUSAL, add_special_tokens=False)["input_ids"])
+        plain = {"response": PLAIN_REFUSAL, "n_tokens": length, "finish": "eos"}
+        return rows.assign(**{c: rows[c].mask(refused, v) for c, v in plain.items()})
 
     def _measured(
         self,

@@ -33,6 +33,11 @@ class Recipes:
             raise DCRError(f"method {method!r} is unknown; known: {listed}." + near(method, known))
         return known[method]
 
+    def relies_on(self, method: str) -> list[str]:
+        """The methods whose models a method acts on, and lets answer."""
+        entry = self.entry(method)
+        return [entry[role] for role in ("steers", "answers") if role in entry]
+
     def recipe(self, method: str) -> Config:
         """The configuration of one method: the run's with the method's overrides on top."""
         return self.config.override(self.entry(method).get("overrides", {}))

@@ -224,15 +224,15 @@ class Training(Recipes):
 
     def complete(self, method: str) -> Iterator[str]:
         """Train and fit all that a method needs; yields what was done."""
-        if on := self.entry(method).get("steers"):
+        for on in self.relies_on(method):
             yield from self.complete(on)
         yield from (what for what, _ in self._made(method))
 
     def in_distribution(self, method: str) -> set[str]:
         """Names of the sources whose prompts a method trained on or took anchors from."""
-        on = self.entry(method).get("steers")
-        names = self.in_distribution(on) if on else set()
-        return names.union(*(a.manifest["in_distribution"] for _, a in self._made(method)))
+        below = [self.in_distribution(on) for on in self.relies_on(method)]
+        own = [set(a.manifest["in_distribution"]) for _, a in self._made(method)]
+        return set().union(*below, *own)
 
     def history(self, method: str, stage: str) -> pd.DataFrame:
         """The rows that a stage wrote while it ran ("refine", "evaluations" or "align")."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from dcr.analysis.probes import best_layer, fit_probe, is_toxic
 from dcr.config import SteeringConfig
+from dcr.data.sets import PLAIN_REFUSAL
 from dcr.errors import DCRError
 from dcr.lm.blocks import truncated
 from dcr.lm.chat import encode_prompts
@@ -25,7 +27,6 @@ from dcr.lm.decode import Unsteered
 from dcr.lm.states import HiddenStates, Place, residuals
 from dcr.steering.hooks import Fit, Material, Steering, template_ends
 
-REFUSAL = "I'm sorry, but I can't help with that."
 FORMS = ("question", "imperative")
 SCRIPT = '''"""A gated model with transformers alone: python use.py "a prompt"."""
 import json, pathlib, sys
@@ -47,17 +48,35 @@ if score < gate["threshold"]:
     answer = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(json.dumps({"score": score, "answer": answer}))
 '''
+ROUTED = '''"""This model decides, that in answers/ answers: use.py "a prompt" (needs dcr-kit)."""
+import json, pathlib, sys
+from safetensors.torch import load_file
+from dcr import generate, load_model
+from dcr.data.sets import PLAIN_REFUSAL
+from dcr.steering import KINDS
+here, prompt = pathlib.Path(__file__).parent, sys.argv[1]
+facts, tensors = json.loads((here / "steering.json").read_text()), here / "steering.safetensors"
+steering, answer = KINDS[facts.pop("kind")].load(facts, load_file(tensors)), PLAIN_REFUSAL
+if not steering.refuses(*load_model(str(here)), [prompt])[0]:
+    answer = generate(*load_model(str(here / "answers")), [prompt])["response"][0]
+print(answer)
+'''
 
 
 @dataclass(frozen=True)
 class Deciding(Steering):
     """A method with a score of its own, which refuses from facts["threshold"] on."""
 
+    routed: ClassVar[str] = ROUTED  # use.py where another model answers what it lets through
+
     def refuses(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
-        """[n] whether each prompt is refused; the strength multiplies the odds of refusing."""
+        """[n] whether each prompt is refused."""
+        return self.decided(self.score(model, tokenizer, prompts))
+
+    def decided(self, scores: np.ndarray) -> np.ndarray:
+        """[n] whether scores refuse; the strength multiplies the odds of refusing."""
         with np.errstate(divide="ignore"):
-            moved = self.score(model, tokenizer, prompts) + np.log(self.strength)
-        return moved >= self.facts["threshold"]
+            return scores + np.log(self.strength) >= self.facts["threshold"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ class Gate(Deciding):
             "layer": layer,
             "place": place,
             "tokens": list(places[place]),
-            "refusal": REFUSAL,
+            "refusal": PLAIN_REFUSAL,
             "cross_validated": {f[2]: {"layer": f[3], "auroc": -f[0]} for f in found},
             "sources": sorted(prompts["source"].unique()),
             "prompts": len(prompts),
