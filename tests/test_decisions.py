@@ -18,13 +18,14 @@ from test_steering import plant, unit
 
 from dcr.analysis import refusal
 from dcr.config import SteeringConfig
+from dcr.data.sets import PLAIN_REFUSAL
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, replaced
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
 from dcr.lm.states import residuals
 from dcr.steering import KINDS, DecisionToken, Gate, Tied, TokenGate
-from dcr.steering.gate import REFUSAL, balanced_auroc, cells, nominal
+from dcr.steering.gate import balanced_auroc, cells, nominal
 from dcr.steering.hooks import template_ends
 from dcr.steering.tied import down_projection, tied
 from dcr.steering.tokens import combined, decision_score, fit_combination
@@ -68,7 +69,7 @@ def test_a_gate_finds_planted_harm_and_answers_what_it_lets_pass(planted, tiny_t
     table = pd.DataFrame({"id": ["a", "b"], "text": ["steal the trip .", "bake the trip ."]})
     answers = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, steering=gate)
     own = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT)
-    assert answers["response"].tolist() == [REFUSAL, own["response"][1]]
+    assert answers["response"].tolist() == [PLAIN_REFUSAL, own["response"][1]]
     off = generate(model, tiny_tokenizer, table, max_new_tokens=LIMIT, steering=gate.at(0.0))
     assert off["response"].tolist() == own["response"].tolist()
     again = Gate.load(json.loads(json.dumps(facts)), gate.tensors)
@@ -118,7 +119,7 @@ def test_an_exported_gate_needs_transformers_alone(tmp_path, tiny_tokenizer, cap
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     score = gate.score(model, tiny_tokenizer, [text])[0]
     assert said["score"] == pytest.approx(score, abs=1e-3)
-    assert (said["answer"] == REFUSAL) == (score >= gate.facts["threshold"])
+    assert (said["answer"] == PLAIN_REFUSAL) == (score >= gate.facts["threshold"])
 
 
 def test_the_other_kinds_come_with_a_script_of_the_kit():

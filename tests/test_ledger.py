@@ -317,6 +317,45 @@ def test_swapped_versions_stand_beside_the_published_ones():
     assert set(asked.loc[asked["version"] == "swapped", "id"]) <= set(both["id"])
 
 
+def test_published_forms_are_those_of_the_papers_sets_and_each_request_keeps_both():
+    """The same requests as with both forms; a prompt in the other form is the other version."""
+    wanted = {"toxic": "imperative", "seemingly_toxic": "question"}
+    config = load_config("quick", overrides=OURS | {"evaluation.forms": True})
+    natural = config.override({"data.bundled_forms": "both"})
+    published = config.override({"data.bundled_forms": "published"})
+    asked, was = (sets.test_prompts(c) for c in (published, natural))
+    assert set(asked["id"]) == set(was["id"]) and set(asked["text"]) == set(was["text"])
+    general = asked["label"] == "general"
+    for version, same in (("published", True), ("swapped", False)):
+        rows = asked[~general & (asked["version"] == version)]
+        assert ((rows["form"] == rows["label"].map(wanted)) == same).all()
+    drawn, before = (sets.training_sets(c) for c in (published, natural))
+    for name in ("toxic", "seemingly_toxic"):
+        rows, old = getattr(drawn, name), getattr(before, name)
+        assert (rows["form"] == wanted[name]).all() and (
+            rows["text"].map(form_of) == rows["form"]
+        ).all()
+        assert rows["request"].tolist() == old["request"].tolist()
+        assert old["form"].nunique() == 2
+    assert (drawn.mix.query("part == 'safe'")["form"] == "imperative").all()
+    paired = published.override({"align.n_pairs": 8})
+    pairs = sets.training_sets(paired).mix.query("part == 'pairs'")
+    assert (pairs.groupby("pair_id")["form"].nunique() == 1).all() and pairs["form"].nunique() == 2
+
+
+def test_refusals_by_one_sentence_change_nothing_else():
+    config = load_config("quick", overrides=OURS)
+    own, plain = (
+        sets.training_sets(config.override({"data.refusals": r, "align.n_pairs": 8})).mix
+        for r in ("own", "plain")
+    )
+    toxic = plain["label"] == "toxic"
+    assert (plain.loc[toxic, "response"] == sets.PLAIN_REFUSAL).all() and toxic.any()
+    assert not (own.loc[toxic, "response"] == sets.PLAIN_REFUSAL).all()
+    assert own.drop(columns="response").equals(plain.drop(columns="response"))
+    assert own[~toxic].equals(plain[~toxic]) and (~toxic).any()
+
+
 def test_the_ledger_is_kept_on_disk_and_made_anew_when_broken(tmp_path, monkeypatch):
     monkeypatch.setenv("DCR_CACHE_DIR", str(tmp_path))
     config = load_config("quick", overrides=OURS)
