@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dcr.config import Config
+from dcr.errors import DCRError
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.rates import HEADLINE, rates
 from dcr.run.models import Base
@@ -84,4 +85,8 @@ def outcome(run: CellRun) -> dict[str, float]:
 def _auroc(prompts: pd.DataFrame, scores: np.ndarray) -> float:
     table = pd.DataFrame({"prompt_id": prompts["id"], "score": scores}).assign(method="", seed=0)
     read = auroc(prompts, table).query("source == 'mean' and toxic_form == 'balanced'")
+    if read.empty:
+        raise DCRError(
+            "the validation prompts of a class are all of one form: turn evaluation.forms on."
+        )
     return float(read["auroc"].iloc[0])
