@@ -533,3 +533,6 @@ def test_what_a_method_lets_through_another_model_answers(folder, root, tmp_path
     assert decisions == sorted(decisions) and 0 == decisions[0] < decisions[-1]
     assert one.in_distribution(routed) == one.in_distribution(own)
     assert one.weights_key(routed) == one.weights_key(own)
+    assert one.fitted(routed).path == one.fitted(own).path
+    made = [p.name for kind in ("fit", "score") for p in (one.store.root / kind).iterdir()]
+    assert made and not [name for name in made if name.startswith(routed)]

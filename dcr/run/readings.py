@@ -95,7 +95,8 @@ class Run(Answers):
         from dcr.analysis.refusal import PHRASES_VERSION, refusal_score
         from dcr.lm.device import keeping
 
-        steering, texts = self.steering(method), prompts["text"].tolist()
+        method, texts = self.decider(method), prompts["text"].tolist()
+        steering = self.steering(method)
 
         def measure(model, tokenizer, folder):
             score = steering.score if steering else refusal_score

@@ -38,6 +38,10 @@ class Recipes:
         entry = self.entry(method)
         return [entry[role] for role in ("steers", "answers") if role in entry]
 
+    def decider(self, method: str) -> str:
+        """The method whose fit and score a method has: itself, where its entry names no other."""
+        return self.entry(method).get("decides", method)
+
     def recipe(self, method: str) -> Config:
         """The configuration of one method: the run's with the method's overrides on top."""
         return self.config.override(self.entry(method).get("overrides", {}))

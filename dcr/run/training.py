@@ -169,6 +169,7 @@ class Training(Recipes):
 
         from dcr.steering import KINDS
 
+        method = self.decider(method)
         entry, recipe = self.entry(method), self.recipe(method)
         if "steering" not in entry:
             steered = [m for m, e in methods_file().items() if "steering" in e]
