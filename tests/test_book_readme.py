@@ -27,16 +27,21 @@ below
 VERSION = r"\d+\.\d+(B|b)|[Qq]wen2\.5[-\w.]*|Python 3\.\d+|\d{4}\.\d{5}|version 0\.1|(Apache|CC-BY)-\d\.\d"
 
 
+def standing():
+    """Three methods, in another order than shown; a measure that the README leaves out."""
+    columns = [*readme.COLUMNS, "training, s ↓"]
+    pairs = [(m, c) for m in ("STL", "base", "Gate") for c in columns]
+    rows = pd.DataFrame(pairs, columns=["method", "column"])
+    rows["value"] = [i / 100 for i in range(len(rows))]
+    return rows.assign(low=rows["value"] - 0.01, high=rows["value"] + 0.01, n=9, seeds=1)
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     folder = tmp_path / "figures" / "reference"
     folder.mkdir(parents=True)
-    for name in ("claims", "frontier", "auroc_by_source"):
-        fake_run.tables()[name].to_csv(folder / f"{name}.csv", index=False)
-    methods = fake_run.tables()["frontier"]["method"].unique()
-    marks = {"benchmark": "mean", "version": "both", "form": "balanced"}
-    marks |= {"label": "seemingly_toxic", "metric": "degenerate_share", "value": 0.07}
-    pd.DataFrame({"method": methods, **marks}).to_csv(folder / "rates.csv", index=False)
+    fake_run.tables()["claims"].to_csv(folder / "claims.csv", index=False)
+    standing().to_csv(folder / "standing.csv", index=False)
     manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
     manifest |= {"data": {"test": {"rows": 400}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -52,10 +57,13 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     assert "2 methods, 2 seeds, 400 test prompts" in text and "0.123" not in text
     claims = fake_run.tables()["claims"]
     assert all(f"{v:.2f} [" in text for v in claims["value"])
-    at = fake_run.tables()["frontier"].query("target == 0.80").set_index("method")["compliance"]
-    assert (
-        f"degenerate: {at.idxmax()} {at.max():.2f} [" in text and f"STL {at['STL']:.2f} [" in text
-    )
+    rows = [
+        line.split(" | ") for line in text.splitlines() if re.match(r"\| (Gate|STL|base)", line)
+    ]
+    assert [row[0].strip("| ") for row in rows] == ["Gate", "STL"]  # in the README's order
+    shown = standing().query("method == 'STL' and column != 'training, s ↓'")["value"]
+    assert [float(cell.split(" [")[0]) for cell in rows[1][1:]] == shown.tolist()
+    assert all(name in text for name in readme.COLUMNS.values()) and "training" not in text
     assert readme.readme(check=True) == path and path.read_text() == text
 
 
@@ -71,8 +79,8 @@ def test_unknown_block_and_missing_table(checkout):
     with pytest.raises(DCRError, match="'clams' is unknown; known: claims, practice"):
         readme.readme()
     (checkout / "README.md").write_text(TEXT)
-    (checkout / "figures" / "reference" / "frontier.csv").unlink()
-    with pytest.raises(DCRError, match="frontier.csv is missing: dcr table frontier"):
+    (checkout / "figures" / "reference" / "standing.csv").unlink()
+    with pytest.raises(DCRError, match="standing.csv is missing: dcr table standing"):
         readme.readme()
 
 

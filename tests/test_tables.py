@@ -113,6 +113,9 @@ def test_where_a_method_stands_takes_each_number_from_its_own_table(stub):
     pd.testing.assert_series_equal(
         wide["compliance at DSR 0.90 ↑"][at.index], at, check_names=False
     )
+    given = stub.table("frontier").query("target == 0.9").set_index("method")["dsr"]
+    column = "DSR on test prompts, set to 0.90 ↑"
+    pd.testing.assert_series_equal(wide[column][given.index], given, check_names=False)
     mean = stub.table("auroc_by_source").query("source == 'mean' and toxic_form == 'imperative'")
     mean = mean.query("harmless_form == 'question'").set_index("method")["auroc"]
     column = "AUROC, toxic / harmless: imperative / question ↑"

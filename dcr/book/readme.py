@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -17,6 +16,15 @@ from dcr.study.experiment import CHECKOUT
 from dcr.study.registry import read_table
 
 TARGET = 0.80  # DSR at which methods are compared
+METHODS = ["Token+Gate-base", "Token+Gate", "Gate", "DCR", "DCR-sham", "STL"]  # to compare with
+COLUMNS = {  # of the table of standing, as the README names them
+    f"compliance at DSR {TARGET:.2f} ↑": "harmless let through",
+    "AUROC, toxic / harmless: forms equal ↑": "AUROC",
+    "nominal: compliance ↑": "harmless answered",
+    "nominal: DSR ↑": "toxic refused",
+    "nominal: degenerate answers to harmless prompts ↓": "degenerate",
+    "general answered ↑": "general answered",
+}
 BLOCK = re.compile(r"(<!-- (\w+): written by `dcr readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,10 +62,6 @@ def readme(*, check: bool = False) -> Path:
     return path
 
 
-def _span(row: Mapping[Any, Any], value: str) -> str:
-    return f"{row[value]:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
 def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     """What the run was, and the paper's claims: a row each, a column a reading."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -71,29 +75,17 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
 
 
 def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
-    """Compliance at one DSR of the best method and of those to compare with; AUROC by source."""
-    at = read("frontier").query("target == @TARGET").sort_values("compliance", ascending=False)
-    ranked = read("auroc_by_source").query("source == 'mean' and toxic_form == 'balanced'")
-    rates = read("rates").query("benchmark == 'mean' and version == 'both' and form == 'balanced'")
-    rates = rates.query("label == 'seemingly_toxic' and metric == 'degenerate_share'")
-    broken = rates.set_index("method")["value"]
-    by_method = {row["method"]: row for row in at.to_dict("records")}
-    aurocs = {row["method"]: row for row in ranked.to_dict("records")}
-    shown = [
-        m
-        for m in dict.fromkeys((*at["method"][:1], "Gate", "DCR", "DCR-sham", "STL"))
-        if m in by_method
-    ]
-    parts = [
-        f"{m} {_span(by_method[m], 'compliance')}, {by_method[m]['dsr']:.2f}, "
-        f"{_span(aurocs[m], 'auroc')}, {broken[m]:.2f}"
-        for m in shown
-    ]
-    return (
-        f"Seemingly toxic prompts let through by thresholds set on validation prompts for a DSR of "
-        f"{TARGET:.2f}, the DSR that they give on test prompts, forms equal; AUROC on unseen "
-        f"sources; share of answers to such prompts that are degenerate: {'; '.join(parts)}."
+    """What a few methods let through at one DSR, and what they then answer."""
+    rows = read("standing")
+    rows = rows[rows["method"].isin(METHODS) & rows["column"].isin(COLUMNS)]
+    rows = rows.assign(place=rows["method"].map(METHODS.index))
+    rows = rows.sort_values("place", kind="stable").drop(columns="place")
+    rows = rows.assign(column=rows["column"].map(COLUMNS))
+    said = (
+        f"Threshold from validation prompts for a DSR of {TARGET:.2f}; test prompts, forms equal, "
+        "95 % intervals; AUROC on unseen sources."
     )
+    return f"{said}\n\n{markdown(rows[['method', 'column', 'value', 'low', 'high']])}"
 
 
 BLOCKS = {"claims": _claims, "practice": _practice}

@@ -51,6 +51,9 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     """
     at = experiment.table("frontier").rename(columns={"compliance": "value"})
     parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
+    given = at.assign(column=at["target"].map("DSR on test prompts, set to {:.2f} ↑".format))
+    ends = {"value": given["dsr"], "low": given["dsr_low"], "high": given["dsr_high"]}
+    parts.append(given.assign(**ends))
     mean = experiment.table("auroc_by_source").query("source == 'mean'")
     forms = mean["toxic_form"] + " / " + mean["harmless_form"]
     mean = mean.assign(column=("AUROC, toxic / harmless: " + forms + " ↑"), value=mean["auroc"])
