@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import fake_run
@@ -19,7 +20,9 @@ def book(tmp_path, monkeypatch):
     folder, root = tmp_path / "notebooks", tmp_path / "a run"
     folder.mkdir()
     config = SimpleNamespace(to_dict=lambda: {"profile": "embedded"})
+    said = {"config": {"profile": "embedded"}, "methods": ["STL", "ours"], "seeds": [0, 1]}
     made = SimpleNamespace(root=root, seeds=(0, 1), config=config)
+    made.manifest = lambda: (root / "manifest.json").write_text(json.dumps(said))
     monkeypatch.setattr(module, "Experiment", lambda *a, **k: made)
     monkeypatch.setattr(module, "notebooks_dir", lambda: folder)
     monkeypatch.setattr(module, "NOTEBOOKS", ("01_one", "02_two"))
@@ -39,7 +42,10 @@ def test_notebooks_run_in_order_are_kept_and_run_again_when_changed(book, capfd)
     write("01_one", "print('seeds', seeds, run_dir)")
     write("02_two", "import pathlib", "print(pathlib.Path.cwd().name)")
     fake_run.write_run(root, ("same_rows",))
-    assert reproduce("embedded") == root / "report.html" and (root / "report.html").exists()
+    (root / "manifest.json").unlink()  # the notebooks write none
+    assert reproduce("embedded") == root / "report.html"
+    page = (root / "report.html").read_text()
+    assert "seeds 0, 1; methods: STL, ours." in page
     said = capfd.readouterr()
     assert "notebooks: 100%" in said.err and "5/5" in said.err  # one bar over the cells of both
     assert said.out.index("01_one: ") < said.out.index("02_two: ") < said.out.index("all: ")

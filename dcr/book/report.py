@@ -84,19 +84,22 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
 
 
 def effect(claims: pd.DataFrame) -> str:
-    """Whether this run shows the paper's effect: intervals above, below and around 0."""
-    reading = claims["reading"].iloc[0]
-    first = claims[claims["reading"] == reading]
-    above, below = int((first["low"] > 0).sum()), int((first["high"] < 0).sum())
-    if above + below == 0:
+    """Whether this run shows the paper's effect: intervals above, below and around 0.
+
+    As published, and with forms equal.
+    """
+    readings = [(r, claims[claims["reading"] == r]) for r in claims["reading"].unique()[:2]]
+    told = []
+    for reading, rows in readings:
+        above, below = int((rows["low"] > 0).sum()), int((rows["high"] < 0).sum())
+        around = f"{len(rows) - above - below} that hold 0 and say nothing"
+        told.append(f"{reading}: {above} with an interval above 0, {below} below, {around}")
+    if all(low <= 0 <= high for low, high in readings[0][1][["low", "high"]].to_numpy()):
         return (
-            f"This run is too small to show an effect: {reading}, the interval of every claim "
-            "holds 0. It shows that the machinery works; findings stand in the reference run."
+            f"This run is too small to show an effect: {readings[0][0]}, the interval of every "
+            "claim holds 0. It shows that the machinery works; findings stand in the reference run."
         )
-    return (
-        f"Of {len(first)} claims of the paper, {reading}: {above} with an interval above 0, "
-        f"{below} below, {len(first) - above - below} that holds 0 and says nothing."
-    )
+    return f"Of {len(readings[0][1])} claims of the paper, {'; '.join(told)}."
 
 
 def write_report(root: str | Path) -> Path:

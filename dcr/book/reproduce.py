@@ -70,6 +70,8 @@ def reproduce(
                 told_time = f"{time.monotonic() - started:.0f} s"
             tqdm.write(f"{name}: {told_time}")
     made = any((root / "tables").glob("*.csv"))  # a part of the notebooks may leave none
+    if made:
+        experiment.manifest()  # the report says what ran
     report = write_report(root) if made else root / "notebooks"
     print(f"all: {time.monotonic() - begun:.0f} s", flush=True)
     return report
