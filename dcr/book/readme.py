@@ -19,6 +19,7 @@ TARGET = 0.80  # DSR at which methods are compared
 METHODS = ["Token+Gate-base", "Token+Gate", "Gate", "DCR", "DCR-sham", "STL"]  # to compare with
 COLUMNS = {  # of the table of standing, as the README names them
     f"compliance at DSR {TARGET:.2f} ↑": "harmless let through",
+    f"DSR on test prompts, set to {TARGET:.2f} ↑": "DSR then",
     "AUROC, toxic / harmless: forms equal ↑": "AUROC",
     "nominal: compliance ↑": "harmless answered",
     "nominal: DSR ↑": "toxic refused",
