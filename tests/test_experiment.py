@@ -4,6 +4,8 @@ figures by name."""
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pandas as pd
@@ -508,9 +510,12 @@ def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
     assert (out / "use.py").is_file() == (method != "Tied")
 
 
-def test_what_a_method_lets_through_another_model_answers(folder, root, tmp_path):
+def test_what_a_method_lets_through_another_model_answers(
+    folder, root, tmp_path, monkeypatch, capsys
+):
     """It decides as the method with its own answers does, point by point, and answers as base."""
     from dcr.data.sets import PLAIN_REFUSAL
+    from dcr.run.own import export
 
     small = {"align.n_safe": 16, "align.n_general": 16, "data.limit": 3}
     experiment = make(folder, root, **small)
@@ -536,3 +541,13 @@ def test_what_a_method_lets_through_another_model_answers(folder, root, tmp_path
     assert one.fitted(routed).path == one.fitted(own).path
     made = [p.name for kind in ("fit", "score") for p in (one.store.root / kind).iterdir()]
     assert made and not [name for name in made if name.startswith(routed)]
+    out = export(experiment, routed, tmp_path / "out")
+    texts = one.answered["text"].tolist()
+    refused = one.steering(own).refuses(*one.model(own), texts)
+    assert 0 < refused.sum() < len(texts)
+    for which in (refused.argmax(), refused.argmin()):
+        monkeypatch.setattr(sys, "argv", ["use.py", texts[which]])
+        capsys.readouterr()
+        runpy.run_path(str(out / "use.py"))
+        said = capsys.readouterr().out
+        assert (PLAIN_REFUSAL in said) == refused[which]
