@@ -9,12 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from dcr.data.files import content_key, read_jsonl, write_atomic
-from dcr.data.sets import (
-    first_requests,
-    table_hash,
-    test_prompts,
-    validation_prompts,
-)
+from dcr.data.sets import first_requests, table_hash, test_prompts, validation_prompts
 from dcr.errors import DCRError
 from dcr.run.training import Point, Training
 

@@ -30,6 +30,10 @@ def pairings(run: Run) -> dict[str, pd.DataFrame]:
     for name, method in (("sources (paper)", "DCR"), ("matched pairs", "DCR-matched")):
         sets = run.sets(method)
         named[name] = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
+    if run.config.data.toxic == "bundled":  # the paper's confound in small: questions, imperatives
+        rows = named["matched pairs"]
+        kept = (rows["label"] == "toxic") == (rows["form"] == "imperative")
+        named["sources (paper)"] = rows[kept]
     xstest = run.prompts["benchmark"].str.startswith("xstest")
     contrasts = run.prompts[xstest & (run.prompts["version"] == "published")]
     if contrasts["label"].nunique() == 2:
