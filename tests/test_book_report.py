@@ -81,6 +81,11 @@ def test_page_says_when_a_run_is_too_small_to_show_anything(run):
     assert "too small to show an effect" in effect(wide)
     worse = claims.assign(low=[-0.4] + [0.1] * 5, high=[-0.1] + [0.3] * 5)
     assert "1 with an interval above 0, 1 below" in effect(worse)
+    second = claims["reading"].unique()[1]
+    around = claims.assign(low=claims["low"].mask(claims["reading"] == second, -0.5))
+    assert effect(around).endswith(
+        f"; {second}: 0 with an interval above 0, 0 below, 2 that hold it."
+    )
 
 
 def test_pictures_are_drawn_anew_only_where_a_table_changed(run, tmp_path, monkeypatch):

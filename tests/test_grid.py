@@ -213,6 +213,14 @@ def test_a_worker_of_the_cluster_that_dies_is_a_row(cluster):
     assert found[0] == found[1] == "" and "the worker died" in found[3]
 
 
+def test_a_grid_without_both_forms_says_what_to_turn_on(tmp_path, folder):
+    recipes = {"published": {"data.bundled_forms": "published"}}
+    grid = load_grid(written(tmp_path, folder, recipes=recipes))
+    assert not grid.config(grid.cells[0]).evaluation.forms
+    error = run_grid(grid, tmp_path / "run")["error"].item()
+    assert "all of one form: turn evaluation.forms on" in error
+
+
 def test_a_profile_without_a_grid_takes_the_ablations():
     assert {c.name for c in grid_for("llama-3-8b").cells} == {
         c.name for c in load_grid("ablations").cells

@@ -181,7 +181,7 @@ def test_a_full_disk_while_exporting_leaves_nothing_half(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
     facts = {"method": "STL", "data": [], "config": Config()}
     with pytest.raises(DCRError, match="could not be written.*No space left"):
-        own.save_plain(model, tokenizer, tmp_path / "out", facts)
+        own.save_plain({"": (model, tokenizer)}, tmp_path / "out", facts)
     assert not list(tmp_path.glob("out*"))
 
 

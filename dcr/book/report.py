@@ -88,18 +88,22 @@ def effect(claims: pd.DataFrame) -> str:
 
     As published, and with forms equal.
     """
-    readings = [(r, claims[claims["reading"] == r]) for r in claims["reading"].unique()[:2]]
-    told = []
-    for reading, rows in readings:
+    told, sure = [], []
+    for reading in claims["reading"].unique()[:2]:
+        rows = claims[claims["reading"] == reading]
         above, below = int((rows["low"] > 0).sum()), int((rows["high"] < 0).sum())
-        around = f"{len(rows) - above - below} that hold 0 and say nothing"
-        told.append(f"{reading}: {above} with an interval above 0, {below} below, {around}")
-    if all(low <= 0 <= high for low, high in readings[0][1][["low", "high"]].to_numpy()):
-        return (
-            f"This run is too small to show an effect: {readings[0][0]}, the interval of every "
-            "claim holds 0. It shows that the machinery works; findings stand in the reference run."
+        sure.append(above + below)
+        around = len(rows) - above - below
+        told.append(
+            f"{reading}: {above} with an interval above 0, {below} below, {around} that hold it"
         )
-    return f"Of {len(readings[0][1])} claims of the paper, {'; '.join(told)}."
+    if not sure[0]:
+        return (
+            f"This run is too small to show an effect: {claims['reading'].iloc[0]}, the interval "
+            "of every claim holds 0. It shows that the machinery works; findings stand in the "
+            "reference run."
+        )
+    return f"Of {claims['claim'].nunique()} claims of the paper, {'; '.join(told)}."
 
 
 def write_report(root: str | Path) -> Path:

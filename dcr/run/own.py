@@ -114,8 +114,7 @@ def _own(
     run.base()  # a model that cannot be loaded is told before anything is written
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
-        trained, tokenizer = run.model("own")
-        save_plain(trained, tokenizer, out, facts)
+        save_plain({"": run.model("own")}, out, facts)
         shutil.rmtree(work, ignore_errors=True)
     return out
 
@@ -131,18 +130,18 @@ def export(experiment, method: str, out: str | Path) -> Path:
     if "rule" in run.stages(method):
         raise DCRError(f"{method} is a rule and has no weights; export another method.")
     check_out(out)
-    model, tokenizer = run.model(method)
+    models = {"": run.model(method)}
     facts = {"method": method, "config": run.recipe(method), "data": data_facts(run, method)}
     extra: dict[str, str | bytes] = {}
-    on = run.entry(method).get("answers")
+    if on := run.entry(method).get("answers"):
+        models["answers"] = run.model(on)
     if steering := run.steering(method):
         fit = run.fitted(method)
         content = {"kind": run.entry(method)["steering"], **fit.manifest["fit"]}
         extra["steering.json"] = json.dumps(content, indent=1)
         extra["steering.safetensors"] = (fit.path / TENSORS).read_bytes()
         extra["use.py"] = steering.routed if on else steering.script
-    beside = {"answers": run.model(on)} if on else {}
-    return save_plain(model, tokenizer, out, facts, extra, beside)
+    return save_plain(models, out, facts, extra)
 
 
 def data_facts(run: Training, method: str) -> list[dict]:
@@ -177,17 +176,15 @@ def check_out(out: Path) -> None:
         raise DCRError(f"{out}: {parent} cannot be written. Choose another folder.")
 
 
-def save_plain(  # noqa: PLR0913
-    model,
-    tokenizer,
+def save_plain(
+    models: Mapping[str, tuple[Any, Any]],
     out: Path,
     facts: Mapping[str, Any],
     extra: Mapping[str, str | bytes] = {},
-    beside: Mapping[str, tuple[Any, Any]] = {},
 ) -> Path:
-    """Save a model with a card; it loads, and stops, with transformers alone.
+    """Save models with a card; they load, and stop, with transformers alone.
 
-    extra: files by name; beside: (model, tokenizer) by the name of their folder in it.
+    models: (model, tokenizer) by the folder in `out` ("": itself); extra: files by name.
     """
     from dcr.lm.chat import stop_tokens
 
@@ -195,11 +192,11 @@ def save_plain(  # noqa: PLR0913
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(out):
-            for folder, (one, its) in {"": (model, tokenizer), **beside}.items():
-                one.generation_config.eos_token_id = stop_tokens(one, its)
-                one.config._name_or_path = ""
-                one.save_pretrained(partial / folder)
-                its.save_pretrained(partial / folder)
+            for folder, (model, tokenizer) in models.items():
+                model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
+                model.config._name_or_path = ""
+                model.save_pretrained(partial / folder)
+                tokenizer.save_pretrained(partial / folder)
             for name, content in {**extra, "README.md": card(out.name, facts)}.items():
                 write_atomic(partial / name, content)
             if out.exists():

@@ -52,8 +52,7 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     at = experiment.table("frontier").rename(columns={"compliance": "value"})
     parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
     given = at.assign(column=at["target"].map("DSR on test prompts, set to {:.2f} ↑".format))
-    ends = {"value": given["dsr"], "low": given["dsr_low"], "high": given["dsr_high"]}
-    parts.append(given.assign(**ends))
+    parts.append(_as_value(given, "dsr"))
     mean = experiment.table("auroc_by_source").query("source == 'mean'")
     forms = mean["toxic_form"] + " / " + mean["harmless_form"]
     mean = mean.assign(column=("AUROC, toxic / harmless: " + forms + " ↑"), value=mean["auroc"])
@@ -65,10 +64,10 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     rows = experiment.table("table1").query("metric == 'general'")
     parts.append(rows.assign(column="general answered ↑"))
     rows = experiment.table("ability").query("against == 'STL' and metric == 'acc'")
-    parts.append(_changes(rows).assign(column=rows["task"] + ", less STL's ↑"))
+    parts.append(_as_value(rows, "change").assign(column=rows["task"] + ", less STL's ↑"))
     rows = experiment.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
-    parts.append(_changes(rows).assign(column="toxic refused, worst rewording ↑"))
+    parts.append(_as_value(rows, "change").assign(column="toxic refused, worst rewording ↑"))
     cost = experiment.table("cost")
     made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
     said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
@@ -80,7 +79,7 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     return whole[["method", "column", "value", "low", "high", "n", "seeds"]]
 
 
-def _changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows whose value and interval are those of their change."""
-    names = {"change": "value", "change_low": "low", "change_high": "high"}
+def _as_value(rows: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Rows whose value and interval are those of a column of theirs."""
+    names = {name: "value", f"{name}_low": "low", f"{name}_high": "high"}
     return rows.drop(columns=list(names.values())).rename(columns=names)
