@@ -221,6 +221,7 @@ class Config(Section):
     profile: str = "quick"
     seed: Count = 0
     methods: Names = ("base", "STL", "DCR")
+    every_seed: Names = ()  # methods that run on every seed, the others on the first; () = all
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     refine: RefineConfig = RefineConfig()

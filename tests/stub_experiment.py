@@ -21,6 +21,7 @@ import pandas as pd
 from dcr.config import load_config
 from dcr.data.sets import TrainingSets
 from dcr.lm.states import HiddenStates
+from dcr.study.experiment import Experiment
 from dcr.study.registry import table_entry
 
 Point = namedtuple("Point", "step strength", defaults=(-1, 1.0))
@@ -218,8 +219,11 @@ class StubExperiment:
     """
 
     live = True
+    runs_of = Experiment.runs_of
 
-    def __init__(self, methods=("base", "STL", "DCR", "SCANS"), seeds=(0, 1), root=None) -> None:
+    def __init__(
+        self, methods=("base", "STL", "DCR", "SCANS"), seeds=(0, 1), root=None, every_seed=()
+    ) -> None:
         test = [
             prompt_rows(name, label, q, role, met=met)
             for name, (label, q, role, met) in SETS.items()
@@ -236,7 +240,7 @@ class StubExperiment:
         self.curve_prompts = self.prompts[few].reset_index(drop=True)
         shared = (self.prompts, self.validation, self.curve_prompts)
         self.runs = tuple(StubRun(s, *shared) for s in seeds)
-        self.config, self.made = self.runs[0].config, {}
+        self.config, self.made = self.runs[0].config.replaced(every_seed=every_seed), {}
 
     def table(self, name: str) -> pd.DataFrame:
         if name not in self.made:

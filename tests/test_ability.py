@@ -153,7 +153,7 @@ def test_change_is_paired_with_the_base_model_over_seeds():
     rng = np.random.default_rng(0)
     base, losses = rng.random(200) < 0.6, rng.normal(20, 5, 50)
     worse = [base & (rng.random(200) < 0.8) for _ in range(2)]
-    parts = [items("base", base.astype(float), losses)]
+    parts = [items("base", base.astype(float), losses, seed) for seed in range(2)]
     parts += [items("STL", w.astype(float), losses + 1, seed) for seed, w in enumerate(worse)]
     table = ability.ability_rows(pd.concat(parts), n_boot=400).set_index(["method", "metric"])
     acc, text = table.loc[("STL", "acc")], table.loc[("STL", "perplexity")]

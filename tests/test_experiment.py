@@ -24,6 +24,7 @@ from dcr.lm.generate import generate
 from dcr.run.models import Base, shared_copy
 from dcr.run.store import Artifact, _digest
 from dcr.run.training import Point
+from dcr.study import experiment as study
 from dcr.study import registry
 from dcr.study.experiment import Experiment
 from dcr.study.verify import misfit, verify
@@ -208,6 +209,17 @@ def test_seeds_share_what_no_seed_reaches(run, folder, root):
     other.scores("base")
     assert store.computed == [] and set(rows["seed"]) == {2}
     assert other.weights_key("STL") != run.weights_key("STL")
+
+
+def test_methods_that_every_seed_runs(folder, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "run_all", lambda task, cells, **_: asked.extend(cells) or ())
+    some = make(folder, tmp_path, seeds="1-2", every_seed=["base", "DCR"])
+    assert [r.seed for m in ("DCR", "STL") for r in some.runs_of(m)] == [1, 2, 1]
+    assert list(some.complete()) == []
+    assert asked == [(1, "base"), (1, "STL"), (1, "DCR"), (2, "base"), (2, "DCR")]
+    with pytest.raises(DCRError, match="DRC"):
+        make(folder, tmp_path, every_seed=["DRC"])
 
 
 class Shift:

@@ -86,6 +86,27 @@ def test_no_number_changes_with_the_company_it_is_read_in(stub, name):
     pd.testing.assert_frame_equal(a, b, check_dtype=False)
 
 
+@pytest.mark.parametrize("name", ["rates", "frontier", "curves", "kernel", "refusal_probability"])
+def test_what_runs_on_the_first_seed_alone_has_its_numbers(stub, name):
+    some = StubExperiment(root=stub.root, every_seed=("question-mark", "base", "STL")).table(name)
+    one = StubExperiment(root=stub.root, seeds=(0,)).table(name)
+    for method, rows in some.groupby("method"):
+        expected = stub.table(name) if method in ("question-mark", "base", "STL") else one
+        expected = expected[expected["method"] == method].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows.reset_index(drop=True), expected)
+    assert not some.equals(stub.table(name))
+
+
+def test_differences_are_of_the_seeds_that_both_have(stub):
+    found = StubExperiment(root=stub.root, every_seed=("question-mark", "base", "STL"))
+    rows = found.table("frontier_differences").set_index(["method", "against"])
+    assert set(rows.loc[("base", "STL"), "seeds"]) == {2}
+    assert set(rows.loc[("DCR", "STL"), "seeds"]) == {1}
+    one = StubExperiment(root=stub.root, seeds=(0,)).table("frontier_differences")
+    one = one.set_index(["method", "against"]).loc[("DCR", "STL"), "difference"]
+    pd.testing.assert_series_equal(rows.loc[("DCR", "STL"), "difference"], one)
+
+
 def test_only_what_is_at_one_safety_is_best(stub, monkeypatch):
     table = stub.table("table1")
     assert set(table.loc[table["best"], "forms"]) == {"matched"} and table["best"].sum() >= 1
@@ -125,7 +146,7 @@ def test_where_a_method_stands_takes_each_number_from_its_own_table(stub):
     column = "toxic refused, worst rewording ↑"
     pd.testing.assert_series_equal(wide[column][least.index], least, check_names=False)
     cost = stub.table("cost").query("method == 'DCR' and kind in ['refine', 'align', 'fit']")
-    assert wide.loc["DCR", "training, s ↓"] == cost["seconds"].sum() > 0
+    assert wide.loc["DCR", "training, s ↓"] == cost["seconds"].sum() / 2 > 0
     tasks = [c for c in wide if c.endswith("less STL's ↑")]
     assert tasks and (wide.loc["STL", tasks] == 0).all()
 

@@ -143,15 +143,16 @@ def pairs_of(methods: Iterable[str], against: Sequence[str]) -> list[tuple[str, 
 
 
 def same_seeds(values: Values, a: str, b: str) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n, seeds, ...] of two methods for the seeds that both have; one alone stands for all.
+    """Values [n, seeds, ...] of two methods for the seeds that both have.
 
-    Raises DCRError when two methods of several seeds share none.
+    Where they share none, one that has a single seed stands for all of the other's. Raises DCRError
+    when two methods of several seeds share none.
     """
     (mine, x), (others, y) = values[a], values[b]
-    if len(mine) == 1 or len(others) == 1:
+    shared = [s for s in mine if s in others]
+    if not shared and 1 in (len(mine), len(others)):
         n = max(len(mine), len(others))
         return np.repeat(x, n // len(mine), axis=1), np.repeat(y, n // len(others), axis=1)
-    shared = [s for s in mine if s in others]
     if not shared:
         raise DCRError(f"{a} ran seeds {mine}, {b} ran {others}: none in common; run both alike.")
     return x[:, [mine.index(s) for s in shared]], y[:, [others.index(s) for s in shared]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import logging
 import os
@@ -85,8 +84,13 @@ class Experiment:
         self._asked = {"profile": profile, "run_dir": self.root, "overrides": overrides}
         base = Base(self.config.model)
         self.runs = tuple(Run(self.config.replaced(seed=s), self.store, base) for s in self.seeds)
-        for method in self.methods:
+        for method in (*self.methods, *self.config.every_seed):
             self.runs[0].entry(method)
+
+    def runs_of(self, method: str) -> tuple[Run, ...]:
+        """The runs (seeds) of a method: all, or the first where `every_seed` does not name it."""
+        wanted = self.config.every_seed
+        return self.runs if not wanted or method in wanted else self.runs[:1]
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class Experiment:
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         task = functools.partial(_complete, self._asked)
-        cells = list(itertools.product(self.seeds, self.methods))
+        cells = [(run.seed, m) for run in self.runs for m in self.methods if run in self.runs_of(m)]
         for (seed, method), problem in run_all(task, cells, engine=engine, jobs=jobs):
             yield seed, method, problem
 

@@ -46,8 +46,8 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     """What the protocol asks of each method, a column a measure; each number from its own table.
 
     General ability is the paired change from STL; robustness the change of toxic prompts refused
-    under the rewording that costs most; seconds are sums over seeds of what a method trains or fits
-    itself (not of what it steers), answering relative to base's.
+    under the rewording that costs most; seconds are those of what a method trains or fits itself,
+    a seed (not of what it steers), answering relative to base's.
     """
     at = experiment.table("frontier").rename(columns={"compliance": "value"})
     parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
@@ -69,8 +69,10 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
     parts.append(_as_value(rows, "change").assign(column="toxic refused, worst rewording ↑"))
     cost = experiment.table("cost")
+    seeds = cost.groupby("method")["seed"].nunique()
     made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
     said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
+    made, said = made / seeds[made.index], said / seeds[said.index]
     parts.append(made.rename("value").reset_index().assign(column="training, s ↓"))
     if "base" in said:
         said = said / said["base"]

@@ -87,7 +87,8 @@ def refusal_probability(experiment: Experiment) -> pd.DataFrame:
     found = []
     for method in methods_of(experiment, "align"):
         for step in experiment.runs[0].steps(method):
-            read = [run.refusal_probability(method, prompts, step) for run in experiment.runs]
+            runs = experiment.runs_of(method)
+            read = [run.refusal_probability(method, prompts, step) for run in runs]
             rows = pd.DataFrame(np.stack(read, axis=1))  # [n, seeds]
             for label, part in rows.groupby(prompts["label"], sort=False):
                 asked = prompts.loc[part.index, "request"]
@@ -107,7 +108,8 @@ def kernel_trajectory(experiment: Experiment) -> pd.DataFrame:
         steps = experiment.runs[0].steps(method)
         count = min(len(steps), max(2, options.kernel_steps or len(steps)))
         for at in np.linspace(0, len(steps) - 1, count).round().astype(int):
-            norms = [run.kernel(method, prompts, steps[at]) for run in experiment.runs]
+            runs = experiment.runs_of(method)
+            norms = [run.kernel(method, prompts, steps[at]) for run in runs]
             found = class_matrix(norms, prompts["label"].tolist())
             parts.append(found.assign(method=method, step=steps[at], seeds=len(norms)))
     rows = pd.concat(parts, ignore_index=True)

@@ -25,9 +25,9 @@ def methods_of(experiment: Experiment, stage: str = "") -> list[str]:
 def stacked(
     experiment: Experiment, read: Callable[[Run, str], pd.DataFrame], methods: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """`read(run, method)` of every seed and method, with columns method and seed."""
+    """`read(run, method)` of every method and seed of it, with columns method and seed."""
     methods = methods or methods_of(experiment)
-    pairs = [(run, m) for run in experiment.runs for m in methods]
+    pairs = [(run, m) for m in methods for run in experiment.runs_of(m)]
     found = [read(run, m).assign(method=m, seed=run.seed) for run, m in pairs]
     return pd.concat(found, ignore_index=True)
 

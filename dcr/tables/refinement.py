@@ -69,8 +69,8 @@ def refinement_maps(experiment: Experiment) -> pd.DataFrame:
 def refinement_drift(experiment: Experiment) -> pd.DataFrame:
     """How far each class moved from the base at every layer: mean ‖h − h₀‖²/‖h₀‖²."""
     rows, parts = followed_prompts(experiment, PER_CLASS), []
-    for run in experiment.runs:
-        for method in methods_of(experiment, "refine"):
+    for method in methods_of(experiment, "refine"):
+        for run in experiment.runs_of(method):
             old, new = run.states("base", rows).values, run.states(method, rows, 0).values
             moved = ((new - old) ** 2).sum(-1) / (old**2).sum(-1)  # [layers + 1, n]
             wide = pd.DataFrame(moved.T).groupby(rows["label"].to_numpy()).mean()

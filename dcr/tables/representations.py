@@ -169,7 +169,8 @@ def kernel(experiment: Experiment) -> pd.DataFrame:
     """Kernel between classes (paper figure 3's quantity), in the base and after each stage 1."""
     prompts = followed_prompts(experiment, experiment.config.evaluation.kernel_prompts)
     named = {"base": ("base", experiment.runs[:1])}
-    named |= {m: ("refined", experiment.runs) for m in methods_of(experiment, "refine")}
+    refined = methods_of(experiment, "refine")
+    named |= {m: ("refined", experiment.runs_of(m)) for m in refined}
     parts = []
     for method, (stage, runs) in named.items():
         norms = [run.kernel(method, prompts, 0) for run in runs]

@@ -53,11 +53,11 @@ def identity(name: str) -> dict:
 
 
 def code_of(name: str) -> str:
-    """12 hex digits of the code that a judge's verdicts come from."""
+    """12 hex digits of the code and cues that a judge's verdicts come from."""
     others = {"calibration.py"} | ({"guard.py"} if name == "phrases" else set())
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in others:
+    for path in sorted(Path(__file__).parent.glob("*.*")):
+        if path.suffix in (".py", ".yaml") and path.name not in others:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
