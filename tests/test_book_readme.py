@@ -43,7 +43,7 @@ def checkout(tmp_path, monkeypatch):
     fake_run.tables()["claims"].to_csv(folder / "claims.csv", index=False)
     standing().to_csv(folder / "standing.csv", index=False)
     manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
-    manifest |= {"data": {"test": {"rows": 400}}}
+    manifest |= {"data": {"test": {"rows": 400}}, "config": {"every_seed": ["c", "b"]}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "README.md").write_text(TEXT)
     monkeypatch.setattr(readme, "CHECKOUT", tmp_path)
@@ -54,7 +54,10 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     path = readme.readme()
     text = path.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nbetween\n" in text
-    assert "2 methods, 2 seeds, 400 test prompts" in text and "0.123" not in text
+    assert (
+        "2 methods, 2 seeds of b (one of the others), 400 test prompts" in text
+        and "0.123" not in text
+    )
     claims = fake_run.tables()["claims"]
     assert all(f"{v:.2f} [" in text for v in claims["value"])
     rows = [

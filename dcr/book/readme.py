@@ -66,11 +66,13 @@ def readme(*, check: bool = False) -> Path:
 def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     """What the run was, and the paper's claims: a row each, a column a reading."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    claims, seeds = read("claims"), manifest["seeds"]
+    claims, seeds, methods = read("claims"), manifest["seeds"], manifest["methods"]
+    said = f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    if (some := set(methods) & set(manifest["config"].get("every_seed", ()))) and len(seeds) > 1:
+        said += f" of {', '.join(m for m in methods if m in some)} (one of the others)"
     said = (
-        f"Reference run: {manifest['model']['name']} model, {len(manifest['methods'])} methods, "
-        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {manifest['data']['test']['rows']} test "
-        "prompts. DCR less STL, 95 % intervals; above 0 is as the paper says."
+        f"Reference run: {manifest['model']['name']} model, {said}, "
+        f"{manifest['data']['test']['rows']} test prompts. DCR less STL, 95 % intervals; above 0 is as the paper says."
     )
     return f"{said}\n\n{markdown(claims.rename(columns={'reading': 'column'}))}"
 

@@ -88,13 +88,12 @@ def frontier_differences(table: pd.DataFrame) -> Figure:
     """Paired difference of compliance at equal safety to each baseline (95 % intervals; filled:
     Holm-corrected p below 0.05 over this table). Right of the line is better.
     """
-    at = (
-        table["target"]
-        .map("compliance at DSR {:.2f}".format)
-        .where(table["target"].notna(), "AUROC")
-    )
+    table = table.sort_values("target", kind="stable")  # a row of panels a measure
+    at = table["target"].map("compliance at DSR {:.2f}".format)
+    at = at.where(table["target"].notna(), "AUROC")
     panel = at + "\nagainst " + table["against"]
-    return _differences(table.assign(panel=panel, row=table["method"]), "of the share or AUROC")
+    rows = table.assign(panel=panel, row=table["method"])
+    return _differences(rows, "of the share or AUROC", across=table["against"].nunique())
 
 
 @drawing
@@ -109,13 +108,15 @@ def paired(table: pd.DataFrame) -> Figure:
     row = rows["benchmark"].mask(mean, "mean, " + rows["label"].map(said))
     panel = rows["method"] + "\n− " + rows["against"]
     toxic = tuple(row[rows["label"] == "toxic"])
-    return _differences(rows.assign(panel=panel, row=row), "of rates", toxic)
+    return _differences(rows.assign(panel=panel, row=row), "of rates", 6, toxic)
 
 
-def _differences(table: pd.DataFrame, what: str, shade: tuple[str, ...] = ()) -> Figure:
+def _differences(
+    table: pd.DataFrame, what: str, across: int, shade: tuple[str, ...] = ()
+) -> Figure:
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
-    look: Look = {"zero": 0, "across": 6 if shade else 3, "shade": shade, "open": ["p ≥ 0.05"]}
+    look: Look = {"zero": 0, "across": across, "shade": shade, "open": ["p ≥ 0.05"]}
     how = Dots("row", "panel", "sure", f"difference {what}", _reach(table), **look, width=1.5)
     return dots(table.assign(sure=sure), "difference", how)
 
@@ -156,7 +157,7 @@ def rates_by_form(table: pd.DataFrame) -> Figure:
     rows = table[table["form"].isin(FORMS)]
     named = rows["benchmark"] + rows["question_share"].map(" ({:.0%})".format)
     toxic = tuple(named[rows["label"] == "toxic"])
-    how = Dots("named", "method", "form", "refusal rate", across=6, width=1.4, shade=toxic)
+    how = Dots("named", "method", "form", "refusal rate", across=7, width=1.3, shade=toxic)
     return dots(rows.assign(named=named), "value", how)
 
 

@@ -92,7 +92,7 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
     beside = len(hues) if frame.groupby(places)[coloured].nunique().max() > 1 else 1
     look, margin = looks(hues), 0.6 + 0.075 * max(len(said(n)) for n in names)
     title = max(len(line) for name, _ in parts for line in name.split("\n"))
-    height = (0.17 + 0.1 * beside) * len(names) + 0.55
+    height = (0.15 + 0.055 * beside) * len(names) + 0.55
     size = Size(max(how.width, 0.085 * title), height, how.across, margin)
     figure, axes = grid(len(parts), size, sharey=True, sharex=how.limits is not None)
     for ax, (panel, part) in zip(axes, parts, strict=True):
