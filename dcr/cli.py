@@ -70,6 +70,7 @@ def run_command(
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
     )
+    before = len(experiment.store.artifacts())
     failed: dict[str, list[str]] = {}
     for seed, method, why in experiment.complete(engine, jobs):
         failed.setdefault(why, []).append(f"{method}, seed {seed}")
@@ -78,7 +79,8 @@ def run_command(
     for name, problem in experiment.make_tables().items() if tables else ():
         show(f"{name}: {problem or 'written'}")
     experiment.manifest()
-    typer.echo(f"{experiment.root}: {experiment.store.summary()}")
+    made = len(experiment.store.artifacts())
+    typer.echo(f"{experiment.root}: {made} artifacts, {made - before} of them new")
 
 
 @app.command("table")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from dcr import cli
 from dcr.errors import DCRError
+from dcr.run.store import Store
 
 TINY = (
     "refine.layer=2,refine.max_steps=2,refine.batch_size=8,refine.lora_rank=2,align.max_steps=2,"
@@ -106,6 +107,9 @@ def test_run_table_and_verify(folder, tmp_path, monkeypatch):
     found = ask("run", *common)
     assert found.exit_code == 0, found.output
     assert "answered: written" in found.stdout and "cannot: needs STL" in found.stdout
+    made = len(Store(tmp_path / "run").artifacts())
+    assert made and f": {made} artifacts, {made} of them new" in found.stdout
+    assert f": {made} artifacts, 0 of them new" in ask("run", *common).stdout
     assert (tmp_path / "run" / "tables" / "answered.csv").is_file()
     table = ask("table", "answered", *common)
     assert table.stdout == (tmp_path / "run" / "tables" / "answered.csv").read_text()

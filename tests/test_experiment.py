@@ -22,7 +22,7 @@ from dcr.lm.chat import rendered_example
 from dcr.lm.device import pick_device, resolve_precision
 from dcr.lm.generate import generate
 from dcr.run.models import Base, shared_copy
-from dcr.run.store import Artifact, _digest
+from dcr.run.store import Artifact, digest
 from dcr.run.training import Point
 from dcr.study import experiment as study
 from dcr.study import registry
@@ -422,7 +422,7 @@ def test_verify_sees_what_is_sound_by_its_checksum_and_has_another_form(
     manifest = artifact.manifest
     manifest["outputs"] = {n: sha256_of(path / n) for n in manifest["outputs"]}
     manifest.pop("checksum")
-    manifest["checksum"] = _digest(manifest)
+    manifest["checksum"] = digest(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert artifact.broken() == "" and said in misfit(artifact)
 

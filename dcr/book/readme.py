@@ -72,7 +72,8 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
         said += f" of {', '.join(m for m in methods if m in some)} (one of the others)"
     said = (
         f"Reference run: {manifest['model']['name']} model, {said}, "
-        f"{manifest['data']['test']['rows']} test prompts. DCR less STL, 95 % intervals; above 0 is as the paper says."
+        f"{manifest['data']['test']['rows']} test prompts. DCR less STL, 95 % intervals; above 0 "
+        "is as the paper says."
     )
     return f"{said}\n\n{markdown(claims.rename(columns={'reading': 'column'}))}"
 

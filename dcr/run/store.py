@@ -100,7 +100,7 @@ class Artifact:
         try:
             manifest = self.manifest
             outputs = manifest["outputs"].items()
-            if manifest.pop("checksum") != _digest(manifest):
+            if manifest.pop("checksum") != digest(manifest):
                 return "manifest.json has changed since it was written"
         except (OSError, ValueError, KeyError, AttributeError):
             return "manifest.json cannot be read"
@@ -113,7 +113,8 @@ class Artifact:
         return ""
 
 
-def _digest(manifest: Mapping) -> str:
+def digest(manifest: Mapping) -> str:
+    """The checksum of a manifest without its own."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -173,7 +174,7 @@ class Store:
                 **extra,
                 "outputs": {name: sha256_of(files[name]) for name in sorted(files)},
             }
-            manifest["checksum"] = _digest(json.loads(json.dumps(manifest)))
+            manifest["checksum"] = digest(json.loads(json.dumps(manifest)))
             write_atomic(work / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
             if path.exists():  # what had changed since it was finished
                 shutil.rmtree(path)
@@ -221,10 +222,6 @@ class Store:
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact of the run directory."""
         return [Artifact(p.parent) for p in sorted(self.root.glob("*/*-*/manifest.json"))]
-
-    def summary(self) -> str:
-        """How much this session computed and how much it found ready."""
-        return f"{len(self.computed)} artifacts computed, {len(self.reused)} reused"
 
 
 @contextlib.contextmanager
