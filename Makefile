@@ -25,10 +25,12 @@ reproduce: $(STAMP)
 	@$(BIN)/dcr model
 	@TQDM_MININTERVAL=5 $(BIN)/dcr reproduce --profile $(PROFILE) --seeds "$(SEEDS)" --run-dir "$(RUN_DIR)"
 
+# A process a core, a thread each; a file's tests stay together.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 test: $(STAMP)
 	@$(BIN)/dcr model
-	$(BIN)/python -m pytest
-	TQDM_DISABLE=1 $(BIN)/python -m pytest -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-current-env --nbval-cell-timeout=600 --durations=5 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BESIDE)
+	OMP_NUM_THREADS=1 TQDM_DISABLE=1 $(BIN)/python -m pytest $(BESIDE) -p no:cacheprovider --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-current-env --nbval-cell-timeout=600 --durations=5 notebooks
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

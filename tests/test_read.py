@@ -200,7 +200,7 @@ def test_everything_that_holds_texts_works_like_a_list(tmp_path):
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "a column stands twice"),
         (pd.DataFrame({"prompt": ["a"]}), "column 'text' is missing .found prompt."),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
 def test_what_holds_no_prompts_is_refused_by_name(value, message):
     with pytest.raises(DCRError, match=message):
