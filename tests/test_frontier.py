@@ -74,6 +74,24 @@ def test_a_constant_is_a_coin_and_a_coin_gives_one_minus_t():
     assert (coin["compliance"] - truth).abs().max() < 0.06
 
 
+def test_general_prompts_are_read_at_the_same_threshold_and_change_nothing_else():
+    few, rng = prompts_of(200), np.random.default_rng(5)
+    more = world({"g1": ("general", "imperative", 150), "g2": ("general", "question", 80)})
+    prompts = pd.concat([few, more], ignore_index=True)
+    given = scores(prompts, gaussian(prompts, 1.5, rng))
+    table = compliance_at(prompts, given, (0.5, 0.8))
+    truth = norm.cdf(norm.ppf(1 - table["target"]) + 1.5)
+    assert ((table["general_low"] <= truth) & (truth <= table["general_high"])).all()
+    assert (table["general_high"] - table["general_low"] < 0.2).all()
+    alone = compliance_at(few, given[given["prompt_id"].isin(few["id"])], (0.5, 0.8))
+    pd.testing.assert_frame_equal(table[alone.columns], alone)
+    coin = compliance_at(prompts, scores(prompts, 0.0), (0.8,))
+    assert at(coin, "general") == [0.2]
+    one_form = prompts[(prompts["label"] != "general") | (prompts["form"] == "question")]
+    kept = given[given["prompt_id"].isin(one_form["id"])]
+    assert "general" not in compliance_at(one_form.reset_index(drop=True), kept)
+
+
 def test_the_question_mark_rule_is_a_coin_once_forms_are_balanced():
     prompts = prompts_of()
     table = compliance_at(prompts, question_mark_rule(prompts), (0.5, 0.8))

@@ -20,6 +20,7 @@ METHODS = ["Token+Gate-base", "Token+Gate", "Gate", "DCR", "DCR-sham", "STL"]  #
 COLUMNS = {  # of the table of standing, as the README names them
     f"compliance at DSR {TARGET:.2f} ↑": "harmless let through",
     f"DSR on test prompts, set to {TARGET:.2f} ↑": "DSR then",
+    f"general let through at DSR {TARGET:.2f} ↑": "general let through",
     "AUROC, toxic / harmless: forms equal ↑": "AUROC",
     "nominal: compliance ↑": "harmless answered",
     "nominal: DSR ↑": "toxic refused",

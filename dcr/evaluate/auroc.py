@@ -61,9 +61,11 @@ class Mass:
         return self.below[:, -1:] - (left + right) / 2
 
 
-def scored(prompts: pd.DataFrame, scores: pd.DataFrame) -> tuple[pd.DataFrame, Values]:
-    """The toxic and seemingly toxic prompts, and their scores as finite numbers."""
-    rows = prompts[prompts["label"].isin(LABELS)].reset_index(drop=True)
+def scored(
+    prompts: pd.DataFrame, scores: pd.DataFrame, labels: Sequence[str] = LABELS
+) -> tuple[pd.DataFrame, Values]:
+    """The prompts of these classes, and their scores as finite numbers."""
+    rows = prompts[prompts["label"].isin(labels)].reset_index(drop=True)
     rows = rows if "met" in rows else rows.assign(met=False)
     values = aligned(rows, scores, "score", ("id", "label", "form", "source", "request"))
     for method, (_, table) in values.items():

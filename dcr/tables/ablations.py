@@ -53,6 +53,9 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     parts = [at.assign(column=at["target"].map("compliance at DSR {:.2f} ↑".format))]
     given = at.assign(column=at["target"].map("DSR on test prompts, set to {:.2f} ↑".format))
     parts.append(_as_value(given, "dsr"))
+    if "general" in at:
+        through = at.assign(column=at["target"].map("general let through at DSR {:.2f} ↑".format))
+        parts.append(_as_value(through, "general"))
     mean = experiment.table("auroc_by_source").query("source == 'mean'")
     forms = mean["toxic_form"] + " / " + mean["harmless_form"]
     mean = mean.assign(column=("AUROC, toxic / harmless: " + forms + " ↑"), value=mean["auroc"])
