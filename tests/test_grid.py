@@ -13,6 +13,7 @@ import yaml
 
 from dcr.config import load_config, profiles
 from dcr.errors import DCRError
+from dcr.run.store import Store
 from dcr.study import grid as grids
 from dcr.study.grid import collect, grid_for, load_grid, run_all, run_grid
 from dcr.study.registry import load_all, table_entry
@@ -116,6 +117,8 @@ def test_cells_are_screened_the_best_aligned_failures_are_rows_and_a_second_call
     ].notna().all().all()
     aligned = fine["dsr"].notna()
     assert aligned.sum() == 1 and fine["probe_auroc"].idxmax() == aligned.idxmax()
+    trained = [a.manifest["kind"] for a in Store(tmp_path / "run").artifacts()]
+    assert (trained.count("refine"), trained.count("align")) == (3, 1)  # a screen aligns nothing
     assert (
         fine.loc[aligned, ["compliance", "general_compliance", "refusal_auroc"]].notna().all().all()
     )

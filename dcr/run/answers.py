@@ -56,6 +56,8 @@ class Answers(Training):
         stages = self.stages(method)
         if step == 0 and "steering" not in entry and stages == ["align"]:
             return "base", Point()
+        if step == 0 and "align" in stages:  # so nothing after it has to be trained
+            return method, Point(0, strength)
         return method, Point(-1 if step == self.steps(method)[-1] else step, strength)
 
     def answers(
