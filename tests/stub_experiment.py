@@ -247,7 +247,7 @@ class StubExperiment:
             self.made[name] = table_entry(name).make(self)
         return self.made[name].copy()
 
-    def artifacts(self) -> list[dict]:
+    def artifacts(self, **_) -> list[dict]:
         return [
             {
                 "kind": k,

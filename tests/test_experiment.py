@@ -28,6 +28,7 @@ from dcr.study import experiment as study
 from dcr.study import registry
 from dcr.study.experiment import Experiment
 from dcr.study.verify import misfit, verify
+from dcr.tables import checks
 from dcr.tables.gather import followed_prompts, scored_prompts
 from dcr.tables.representations import unseen
 
@@ -220,6 +221,16 @@ def test_methods_that_every_seed_runs(folder, tmp_path, monkeypatch):
     assert asked == [(1, "base"), (1, "STL"), (1, "DCR"), (2, "base"), (2, "DCR")]
     with pytest.raises(DCRError, match="DRC"):
         make(folder, tmp_path, every_seed=["DRC"])
+
+
+def test_what_a_run_cost_is_not_what_else_lies_beside_it(run, folder, root):
+    cost = checks.cost(make(folder, root))
+    other = make(folder, root, **{"align.max_steps": 2, "align.checkpoints": [0]})
+    list(other.complete())  # as a grid's cell or another recipe in the same directory does
+    pd.testing.assert_frame_equal(checks.cost(make(folder, root)), cost)
+    mine = checks.cost(other).query("kind == 'align'")
+    assert len(mine) == 2 and set(cost.query("kind == 'align'")["method"]) == {"STL", "DCR"}
+    assert len(make(folder, root).artifacts()) > len(cost)
 
 
 class Shift:

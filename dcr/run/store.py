@@ -128,6 +128,7 @@ class Store:
         self.root, self.complete = Path(root).expanduser().absolute(), complete
         self.computed: list[str] = []
         self.reused: list[str] = []
+        self.asked: set[str] = set()  # whoever is curious what a call uses may clear it before
         self._sound: set[Path] = set()
 
     def get(
@@ -196,7 +197,8 @@ class Store:
         return True
 
     def _noted(self, where: list[str], kind: str, path: Path, text: str) -> Artifact:
-        if (name := f"{kind}/{path.name}") not in (*self.computed, *self.reused):
+        self.asked.add(name := f"{kind}/{path.name}")
+        if name not in (*self.computed, *self.reused):
             where.append(name)
             log.info("%s: %s", name, text)
         return Artifact(path)

@@ -92,6 +92,10 @@ class Experiment:
         wanted = self.config.every_seed
         return self.runs if not wanted or method in wanted else self.runs[:1]
 
+    def cells(self) -> list[tuple[Run, str]]:
+        """Every method with each run (seed) of it, a seed after the other."""
+        return [(run, m) for run in self.runs for m in self.methods if run in self.runs_of(m)]
+
     # ---- prompts -------------------------------------------------------------------------------
 
     def _first(self) -> Run:
@@ -160,7 +164,7 @@ class Experiment:
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         task = functools.partial(_complete, self._asked)
-        cells = [(run.seed, m) for run in self.runs for m in self.methods if run in self.runs_of(m)]
+        cells = [(run.seed, method) for run, method in self.cells()]
         for (seed, method), problem in run_all(task, cells, engine=engine, jobs=jobs):
             yield seed, method, problem
 
@@ -176,10 +180,21 @@ class Experiment:
                 found[name] = str(error)
         return found
 
-    def artifacts(self) -> list[dict[str, Any]]:
-        """kind, name, seed, seconds, peak_memory_mib, started of all in the run directory."""
+    def artifacts(self, *, of_methods: bool = False) -> list[dict[str, Any]]:
+        """kind, name, seed, seconds, peak_memory_mib, started of all in the run directory.
+
+        of_methods: of what this run's methods need for curves and frontiers alone (and made, where
+        missing); a grid's cells and other seeds lie in the same directory.
+        """
+        self.store.asked.clear()
+        for run, method in self.cells() if of_methods else ():
+            list(run.complete(method))
         shown = ("kind", "name", "seed", "seconds", "peak_memory_mib", "started")
-        return [{k: a.manifest.get(k) for k in shown} for a in self.store.artifacts()]
+        return [
+            {k: a.manifest.get(k) for k in shown}
+            for a in self.store.artifacts()
+            if not of_methods or f"{a.path.parent.name}/{a.path.name}" in self.store.asked
+        ]
 
     def manifest(self) -> dict[str, Any]:
         """What this run is, written to manifest.json: configuration, machine, data, artifacts."""

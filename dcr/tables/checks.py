@@ -102,6 +102,6 @@ def judge_calibration(experiment: Experiment) -> pd.DataFrame:
 @table("cost", notebook=NOTEBOOK)
 def cost(experiment: Experiment) -> pd.DataFrame:
     """Measured wall time (s) and peak memory (MiB) of each artifact of the run's methods."""
-    rows = pd.DataFrame(experiment.artifacts()).rename(columns={"name": "method"})
+    rows = pd.DataFrame(experiment.artifacts(of_methods=True)).rename(columns={"name": "method"})
     rows = rows[rows["kind"].isin(STAGES) & rows["method"].isin(experiment.methods)]
     return rows[["method", "kind", "seed", "seconds", "peak_memory_mib"]].reset_index(drop=True)
