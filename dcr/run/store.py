@@ -128,7 +128,7 @@ class Store:
         self.root, self.complete = Path(root).expanduser().absolute(), complete
         self.computed: list[str] = []
         self.reused: list[str] = []
-        self.asked: set[str] = set()  # whoever is curious what a call uses may clear it before
+        self.asked: set[str] = set()  # cleared by who wants to know what a call needs
         self._sound: set[Path] = set()
 
     def get(
