@@ -16,7 +16,7 @@ from dcr.study.experiment import CHECKOUT
 from dcr.study.registry import read_table
 
 TARGET = 0.80  # DSR at which methods are compared
-METHODS = ["Token+Gate-base", "Token+Gate", "Tied", "Gate", "DCR", "DCR-sham", "STL"]  # to compare with
+METHODS = ["Token+Gate-base", "Token+Gate", "Tied", "Gate", "DCR", "DCR-sham", "STL"]
 COLUMNS = {  # of the table of standing, as the README names them
     f"compliance at DSR {TARGET:.2f} ↑": "harmless let through",
     f"DSR on test prompts, set to {TARGET:.2f} ↑": "DSR then",
