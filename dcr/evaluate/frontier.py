@@ -20,6 +20,8 @@ from dcr.evaluate.cells import BALANCED_FORMS, Cell, Values, cells_of, is_apart
 from dcr.evaluate.intervals import N_BOOT, holm, interval, request_weights
 
 TARGETS = (0.80, 0.90)
+SHARES = [("compliance", "low", "high")]  # and each with the columns of its interval
+SHARES += [(name, f"{name}_low", f"{name}_high") for name in ("dsr", "general")]
 
 
 def _balanced(prompts: pd.DataFrame, label: str, role: str) -> Cell:
@@ -89,10 +91,9 @@ def compliance_at(
     tables = []
     for method, (seeds, table) in drawn.items():
         read: dict[str, Any] = {}
-        for i, (name, requests) in enumerate(zip(("", "dsr", "general"), behind, strict=False), 1):
+        for i, (share, requests) in enumerate(zip(SHARES, behind, strict=False), 1):
             found = interval(table[..., i], requests)
-            read[name or "compliance"] = found["value"]
-            read |= {f"{name}_{end}".strip("_"): found[end] for end in ("low", "high")}
+            read |= dict(zip(share, (found[k] for k in ("value", "low", "high")), strict=True))
         read |= {"by_lot": table[0, ..., 0].mean(0).round(12), "n": n, "seeds": len(seeds)}
         tables.append(pd.DataFrame({"method": method, "target": targets, **read}))
     return pd.concat(tables, ignore_index=True)

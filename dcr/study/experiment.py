@@ -227,6 +227,12 @@ def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
         log.info("%s, seed %d: %s", method, seed, what)
 
 
+def on_every_seed(manifest: Mapping[str, Any]) -> list[str]:
+    """The methods of a run's manifest that ran on all of its seeds, not on the first alone."""
+    named = manifest["config"].get("every_seed")
+    return [m for m in manifest["methods"] if not named or m in named]
+
+
 def run_manifest(root: Path) -> dict[str, Any]:
     """The manifest of a run directory, {} without one. Raises DCRError for a broken one."""
     path, wanted = root / "manifest.json", {"config", "seeds", "methods", "model"}
