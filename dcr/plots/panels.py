@@ -135,22 +135,23 @@ def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
     """A line a hue, a panel each value of `how.panels`; a column `seed`: mean and range of seeds.
 
     An interval is a band; bars beside one another where bands of many lines would hide all, and
-    over steps where one seed stands behind them.
+    over steps where one seed alone stands behind any of them.
     """
     parts, hues, steps = split(frame, how.panels), in_order(frame[how.hue]), how.x == "step"
     figure, axes = grid(len(parts), how.size, sharex=True, sharey=how.limits is not None)
     look = looks(hues)
+    seeds = frame.groupby(how.hue)["seed"].nunique() if "seed" in frame else frame.get("seeds")
+    one = steps and (seeds is None or seeds.min() == 1)
     for ax, (panel, part) in zip(axes, parts, strict=True):
         for i, hue in enumerate(hues):
             rows = part[part[how.hue] == hue].dropna(subset=[value]).sort_values(how.x)
             if "seed" in rows:
-                ends = rows.groupby(how.x)[value].agg(low="min", high="max", seeds="size")
+                ends = rows.groupby(how.x)[value].agg(low="min", high="max")
                 rows = ends.assign(**{value: rows.groupby(how.x)[value].mean()}).reset_index()
             if rows.empty:
                 continue
             style: Look = look[hue] | {"label": said(hue), "elinewidth": 0.8, "markersize": 4}
             style |= {"marker": ""} if len(rows) > 40 else {}
-            one = steps and rows.get("seeds", pd.Series([1])).max() == 1
             if one or len(hues) > 3:
                 room = rows[how.x].where(rows[how.x] > 0, 1) if steps else frame[how.x].max() / 40
                 x = rows[how.x] + 0.03 * (i - (len(hues) - 1) / 2) * room
