@@ -78,7 +78,7 @@ def run_command(
     for name, problem in experiment.make_tables().items() if tables else ():
         show(f"{name}: {problem or 'written'}")
     experiment.manifest()
-    typer.echo(f"{experiment.root}: {len(experiment.store.artifacts())} artifacts")
+    show(f"{experiment.root}: {len(experiment.store.artifacts())} artifacts")
 
 
 @app.command("table")
@@ -108,8 +108,8 @@ def figures_command(
     from dcr.book.report import draw
 
     for name, why in draw(run, out).items():
-        typer.echo(f"not drawn: {name} ({why})")
-    typer.echo(f"Figures: {out}")
+        show(f"not drawn: {name} ({why})")
+    show(f"Figures: {out}")
 
 
 @app.command("readme")
@@ -119,7 +119,7 @@ def readme_command(
     """Write the README's numbers from the tables of the reference run."""
     from dcr.book.readme import readme
 
-    typer.echo(f"README: {readme(check=check)}")
+    show(f"README: {readme(check=check)}")
 
 
 @app.command("reproduce")
@@ -136,7 +136,7 @@ def reproduce_command(
     report = reproduce(
         profile, seeds=seeds, run_dir=run_dir, overrides=overrides, only=_names(only)
     )
-    typer.echo(f"{'Report' if report.suffix else 'Notebooks'}: {report}")
+    show(f"{'Report' if report.suffix else 'Notebooks'}: {report}")
 
 
 @app.command("grid")
@@ -178,7 +178,7 @@ def align_command(
     folder = align_own(
         out, **tables, model=model, refine_first=refine, seed=seed, overrides=overrides
     )
-    typer.echo(f"Model: {folder}")
+    show(f"Model: {folder}")
 
 
 @app.command("refine")
@@ -195,7 +195,7 @@ def refine_command(
     from dcr.run.own import refine_own
 
     tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
-    typer.echo(f"Model: {refine_own(out, **tables, model=model, seed=seed, overrides=overrides)}")
+    show(f"Model: {refine_own(out, **tables, model=model, seed=seed, overrides=overrides)}")
 
 
 @app.command("export")
@@ -212,7 +212,7 @@ def export_command(
     from dcr.study.experiment import Experiment
 
     experiment = Experiment(profile, seeds=seed, run_dir=run_dir, overrides=overrides)
-    typer.echo(f"Model: {export(experiment, method, out)}")
+    show(f"Model: {export(experiment, method, out)}")
 
 
 @app.command("verify")
@@ -235,10 +235,10 @@ def info_command(profile: Profile = "", overrides: Overrides = "") -> None:
     from dcr.config import load_config
     from dcr.run.models import machine
 
-    typer.echo(yaml.safe_dump(machine(), sort_keys=False, allow_unicode=True))
+    show(yaml.safe_dump(machine(), sort_keys=False, allow_unicode=True))
     if profile:
         config = load_config(profile, overrides=overrides).model_dump(mode="json")
-        typer.echo(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        show("\n" + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 @app.command("model")
@@ -246,7 +246,7 @@ def model_command() -> None:
     """Fetch and convert the embedded model into the cache."""
     from dcr.lm.embedded import ensure
 
-    typer.echo(f"embedded model: {ensure()}")
+    show(f"embedded model: {ensure()}")
 
 
 @data.command("list")
@@ -254,7 +254,7 @@ def data_list() -> None:
     """Every source with its role, rows, licence, and whether it is at hand."""
     from dcr.data.sources import list_sources
 
-    typer.echo(list_sources().drop(columns=["citation", "file"]).to_string(index=False))
+    show(list_sources().drop(columns=["citation", "file"]).to_string(index=False))
 
 
 @data.command("fetch")
@@ -263,7 +263,7 @@ def data_fetch(names: list[str]) -> None:
     from dcr.data.sources import path_of
 
     for name in names:
-        typer.echo(f"{name}: {path_of(name)}")
+        show(f"{name}: {path_of(name)}")
 
 
 @data.command("verify")
@@ -272,7 +272,7 @@ def data_verify() -> None:
     from dcr.data.sources import verify
 
     table = verify()
-    typer.echo(table.to_string(index=False))
+    show(table.to_string(index=False))
     if not table["status"].isin(["ok", "missing"]).all():
         raise typer.Exit(1)
 

@@ -21,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from dcr.errors import DCRError
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
+# What stands between commas of overrides; those in brackets, braces and quotes part nothing.
+PART = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|(?<=[=\s])(?:'[^']*'|"[^"]*")|[^,])+""")
 
 
 def _number(value: object) -> object:
@@ -245,7 +247,7 @@ class Config(Section):
             name, dot, field = key.partition(".")
             if name in sections:
                 fields = {field: value} if field else value
-                if not isinstance(fields, Mapping):
+                if not isinstance(fields, Mapping) or not all(isinstance(f, str) for f in fields):
                     example = next(iter(type(getattr(self, name)).model_fields))
                     raise DCRError(
                         f"{key}: {name} is a section; set one of its fields: {name}.{example}=..."
@@ -284,7 +286,10 @@ def load_config(
         config = Config(profile=profile).override(content)
     except DCRError as error:
         raise DCRError(f"{path.name}: {error}") from None
-    return config.replaced(seed=seed).override(overrides)
+    config = config.replaced(seed=seed).override(overrides)
+    if (config.profile, config.seed) != (profile, seed):  # else a seed's label would lie
+        raise DCRError("overrides: profile and seed have parameters of their own; give those.")
+    return config
 
 
 def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
@@ -293,9 +298,8 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
         return {str(key): value for key, value in overrides.items()}
     if not isinstance(overrides, str):
         raise DCRError(f"overrides must be text or a mapping, not {type(overrides).__name__}.")
-    parts = re.split(r",(?![^\[{]*[\]}])", overrides)  # commas outside brackets and braces
     result: dict[str, object] = {}
-    for part in filter(None, map(str.strip, parts)):
+    for part in filter(None, map(str.strip, PART.findall(overrides))):
         key, equals, value = (p.strip() for p in part.partition("="))
         if not equals:
             raise DCRError(
@@ -313,12 +317,12 @@ def parse_overrides(overrides: str | Mapping[str, object]) -> dict[str, object]:
 
 def parse_seeds(seeds: str | int | Iterable[int]) -> tuple[int, ...]:
     """ "0-4", "0,2,5", 3 or [0, 1] → the seeds. Raises DCRError for anything else."""
-    one = isinstance(seeds, str) or not isinstance(seeds, Iterable)
+    one = isinstance(seeds, (str, bytes)) or not isinstance(seeds, Iterable)
     parts: Iterable[object] = str(seeds).split(",") if one else seeds  # type: ignore[assignment]
-    found = [re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part)) for part in parts]
+    found = [re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", str(p)) for p in parts]
     ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
     unique = tuple(dict.fromkeys(itertools.chain(*ranges)))
-    if not unique or None in found:
+    if not ranges or None in found or not all(ranges):
         raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
     return unique
 
@@ -349,7 +353,9 @@ def _sentence(cls: type[Section], values: Mapping, error: ValidationError) -> st
         if e["loc"][0] == field
     )
     value = values.get(field)
-    if isinstance(value, int) and value >= 2**64:
-        return f"{name} is a number of {value.bit_length()} bits: should be less than {2**32}."
     choices = re.findall(r"'([^']+)'", " ".join(wanted))
-    return f"{name}={value!r}: should be {' or '.join(wanted)}." + near(str(value), choices)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python prints no number so long
+        shown = "a number of thousands of digits"
+    return f"{name}={shown}: should be {' or '.join(wanted)}." + near(shown.strip("'"), choices)

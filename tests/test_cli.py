@@ -138,3 +138,9 @@ def test_a_stop_ends_within_seconds_and_says_how_to_go_on(folder, tmp_path, kind
     assert process.returncode == 130 and time.monotonic() - began < 5
     assert said.rstrip().endswith("dcr: stopped. The same command goes on where it was.")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("what", ["--overrides=refine.layer=3", "--methods=STL"])
+def test_committed_tables_change_by_no_option(what):
+    found = ask("table", "plane", what)
+    assert isinstance(found.exception, DCRError) and "holds tables only" in str(found.exception)

@@ -15,6 +15,7 @@ from dcr.config import (
     load_config,
     methods_file,
     parse_overrides,
+    parse_seeds,
     profiles,
 )
 from dcr.errors import DCRError
@@ -95,7 +96,12 @@ WRONG = [
     ("seed.x=3", "is a value, not a section"),
     ("nonsense", "has no '='"),
     ("align.checkpoints=" + "[" * 3000, "cannot be read as YAML"),
-    ("seed=0x" + "f" * 4000, "seed is a number of 16000 bits: should be"),
+    ("seed=0x" + "f" * 4000, "seed=a number of thousands of digits: should be"),
+    ("refine.eval_steps=-0x" + "f" * 4000, "thousands of digits: should be"),
+    ("data.limit=[0x" + "f" * 4000 + "]", "thousands of digits: should be"),
+    ({"refine": {1: 2}}, "refine is a section; set one of its fields"),
+    ("seed=5", "profile and seed have parameters of their own"),
+    ("profile=zzz", "profile and seed have parameters of their own"),
     ("align.lr=!!python/name:os.system", "cannot be read as YAML"),
     ("model.name=[a, b]", "should be string"),
     ("generation.served=[a]", "should be"),
@@ -146,3 +152,19 @@ def test_any_text_as_overrides_raises_nothing_but_ours(text):
             Config().override(parsed)
         except DCRError:
             pass
+
+
+@pytest.mark.parametrize("seeds", ["0,5-3", b"0", "9" * 5000, "", []])
+def test_seeds_that_are_none_are_refused(seeds):
+    with pytest.raises(DCRError, match="give e.g. 0, 0-4"):
+        parse_seeds(seeds)
+
+
+def test_commas_in_brackets_braces_and_quotes_part_nothing():
+    text = "refine={lr: 1, lora_targets: [q, k]},model.name='a,b',data.benchmarks=[a, b],seed=1"
+    assert parse_overrides(text) == {
+        "refine": {"lr": 1, "lora_targets": ["q", "k"]},
+        "model.name": "a,b",
+        "data.benchmarks": ["a", "b"],
+        "seed": 1,
+    }

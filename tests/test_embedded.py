@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dcr.data import sources
+from dcr.errors import DCRError
 from dcr.lm import blocks, embedded
 from dcr.lm import load as models
 from dcr.lm.batches import padded
@@ -72,3 +73,9 @@ def test_kernel_and_refusal_probability_are_in_range(loaded):
         model, tokenizer, pd.Series(["How do I bake bread?", "List three birds."]).tolist()
     )
     assert (probability < 0.2).all()
+
+
+def test_a_cache_that_cannot_be_made_is_told(monkeypatch):
+    monkeypatch.setenv("DCR_CACHE_DIR", "/proc/nope")
+    with pytest.raises(DCRError, match="could not be written"):
+        embedded.ensure()

@@ -241,3 +241,8 @@ def test_a_large_grid_is_never_run_for_a_table_unasked(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text('{"status": "done", "error": "", "probe_auroc": 0.5}')
     assert list(table_entry("ablations").make(asked)["status"][:2]) == ["done", "missing"]
+
+
+def test_no_process_at_all_is_refused():
+    with pytest.raises(DCRError, match="jobs=0: give"):
+        list(run_all(task, [0, 1], jobs=0))

@@ -408,3 +408,33 @@ def test_every_prompt_at_hand_is_grouped_within_seconds(tmp_path, monkeypatch):
     begun = time.perf_counter()
     rows = ledger(load_config("quick", overrides=UPSTREAM | {"data.benchmarks": names}))
     assert len(rows) > 16_000 and time.perf_counter() - begun < 30
+
+
+def test_one_name_for_two_tables_is_refused(tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(str(tmp_path / name / "mine.csv"))
+        rows = {"id": [name], "text": [f"Paint a {name} on a wall."], "label": ["toxic"]}
+        pd.DataFrame(rows).to_csv(paths[-1], index=False)
+    config = load_config("quick", overrides={"data.benchmarks": paths})
+    with pytest.raises(DCRError, match="would both be the set 'mine'"):
+        sets.test_prompts(config)
+
+
+def test_a_users_table_may_stand_in_the_home_folder_with_numbers_for_topics(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    texts = [f"Write about number {i * 7919}." for i in range(30)]
+    rows = pd.DataFrame({"text": texts, "response": "Yes.", "label": "general", "topic": 3})
+    rows.to_json(tmp_path / "own.jsonl", orient="records", lines=True)
+    config = load_config("quick", overrides={"data.general": "~/own.jsonl", "align.n_general": 9})
+    mine = ledger(config).query("table == '~/own.jsonl'")
+    assert len(mine) == 30 and set(mine["topic"]) == {"3"} and set(mine["role"]) == {"align"}
+    # It serves alignment alone; steering still has harmless anchors.
+    assert set(sets.anchors(config, "harmless")["table"]) == {"bundled"}
+
+
+@pytest.mark.parametrize("name", ["~nouser/x.csv", "x" * 400, "a\0b"])
+def test_texts_that_can_be_no_file_are_no_such_source(name):
+    with pytest.raises(DCRError, match="no such"):
+        ledger(load_config("quick", overrides={"data.toxic": name}))

@@ -20,6 +20,7 @@ from dcr.lm.batches import (
 from dcr.lm.blocks import (
     decoder_layers,
     decoder_stack,
+    fingerprint,
     is_linear,
     pool,
     resolve_layer,
@@ -169,7 +170,17 @@ def test_linear_layers_of_every_family():
 
 @pytest.mark.parametrize(
     "layer, expected",
-    [(0.5, 15), (0.75, 22), (22, 22), (30, 30), (1, 1), (0.01, None), (0, None), (31, None)]
+    [
+        (0.5, 15),
+        (0.75, 22),
+        (22, 22),
+        (30, 30),
+        (1, 1),
+        (1.0, 30),
+        (0.01, None),
+        (0, None),
+        (31, None),
+    ]
     + [(1.5, None), (-0.2, None), ("mid", None), (True, None)],
 )
 def test_resolve_layer(layer, expected):
@@ -187,3 +198,11 @@ def test_pooling_by_mask():
     assert pool(hidden, mask, "mean").flatten().tolist() == [1.5, 3.5]
     with pytest.raises(DCRError, match="pooling"):
         pool(hidden, mask, "first")
+
+
+def test_a_fingerprint_holds_the_configuration(tiny_llama, tiny_tokenizer):
+    before = fingerprint(tiny_llama, tiny_tokenizer)
+    tiny_llama.config.use_cache = False  # as training leaves it
+    assert fingerprint(tiny_llama, tiny_tokenizer) == before
+    tiny_llama.config.rms_norm_eps = 0.5
+    assert fingerprint(tiny_llama, tiny_tokenizer) != before

@@ -199,6 +199,7 @@ def test_a_refused_request_is_not_repeated_and_the_servers_reason_is_told(serve,
         ({"content": [{"type": "text", "text": "Flour "}, {"type": "text", "text": "and"}]}, "Flour and"),
         ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
         ({"content": "<think>a</think>Flour"}, "Flour"),
+        ({"content": "Flour \ud83d"}, "Flour ?"),  # half a character
     ],
 )  # fmt: skip
 def test_every_shape_of_an_answer_is_read(serve, message, text):
@@ -296,3 +297,22 @@ def test_transformers_serve_gives_the_local_answers(tmp_path):
         rows["response"].tolist() == local["response"].tolist()
         and rows["prompt_id"].tolist() == TABLE["id"].tolist()
     )
+
+
+def test_a_stop_ends_the_asking(serve, monkeypatch):
+    server = serve(lambda prompt, attempt: 0.1)
+    many = pd.DataFrame({"id": range(60), "text": [f"Prompt {i}." for i in range(60)]})
+    many = many.assign(id=many["id"].astype(str), label="general")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dcr.lm.generate.Answers.add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ask(server, many, concurrency=2)
+    assert len(server.bodies) < 10
+
+
+def test_a_malformed_address_is_told():
+    with pytest.raises(DCRError, match="is no address"):
+        Endpoint("http://localhost:port/v1", "m")

@@ -21,7 +21,7 @@ from dcr.errors import DCRError
 from dcr.lm import decode as decoding
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered, decode
-from dcr.lm.device import in_memory
+from dcr.lm.device import in_memory, resolve_precision
 from dcr.lm.generate import generate
 
 
@@ -348,3 +348,38 @@ def test_packed_weights_leave_the_model_as_it_was(tiny_llama, monkeypatch):
     )  # a model of half the machine's memory
     with decoding.packed(tiny_llama):
         assert "forward" not in vars(tiny_llama.lm_head)
+
+
+def test_a_file_of_other_prompts_another_model_or_steering_is_refused(
+    tmp_path, tiny_llama, tiny_tokenizer
+):
+    out, texts = tmp_path / "g.jsonl", ["How do i bake ?", "List dogs ."]
+    options = {"max_new_tokens": 2, "out": out}
+    steered = Steered(5)
+    steered.start = lambda *_: Unsteered()
+    generate(tiny_llama, tiny_tokenizer, texts, steering=steered, **options)
+    with pytest.raises(DCRError, match="begun with other parameters .*steering"):
+        generate(tiny_llama, tiny_tokenizer, texts, **options)
+    for other in (texts[:1], ["Name a cat .", "Sing ."]):
+        with pytest.raises(DCRError, match="prompts: "):
+            generate(tiny_llama, tiny_tokenizer, other, steering=steered, **options)
+    with pytest.raises(DCRError, match="model: "):
+        tiny_llama.model.norm.weight.data.add_(1)
+        generate(tiny_llama, tiny_tokenizer, texts, steering=steered, **options)
+
+
+def test_a_folder_for_answers_and_too_many_new_tokens_are_told(
+    tmp_path, tiny_llama, tiny_tokenizer
+):
+    with pytest.raises(DCRError, match="cannot be read.*a directory"):
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], out=tmp_path)
+    with pytest.raises(DCRError, match="max_new_tokens=5000.*Lower it"):
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], max_new_tokens=5000)
+
+
+def test_precision_auto_is_what_the_device_does(tiny_llama, tiny_tokenizer):
+    rows = [
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], precision=p)["response"].iloc[0]
+        for p in ("auto", resolve_precision("auto", "cpu"))
+    ]
+    assert rows[0] == rows[1]

@@ -192,3 +192,9 @@ def test_linear_attention_shares_no_prefix(tiny_llama, tiny_tokenizer, monkeypat
     assert not batches.can_share(tiny_llama.model)
     ours = hidden_states(tiny_llama, tiny_tokenizer, LONG).values
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_for_states_is_told(tmp_path, tiny_llama, tiny_tokenizer):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(DCRError, match="could not be written"):
+        hidden_states(tiny_llama, tiny_tokenizer, ["sing ."], out=tmp_path / "f")

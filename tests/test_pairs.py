@@ -117,3 +117,8 @@ def test_leakage_finds_exact_and_near_and_nothing_else():
     ]
     assert leakage_report(train, test.tail(1)).empty
     assert normalised("It's  a Test!") == "it's a test"
+
+
+def test_words_of_any_script_are_words():
+    russian = ["Как украсть машину?", "Как испечь хлеб?"]
+    assert len({normalised(t) for t in russian}) == 2 and normalised("我 Я") == "我 я"

@@ -146,7 +146,7 @@ def test_an_endpoint_that_is_down_leaves_pairs_unscored():
     table = compare_answers(PAIRS.head(2), endpoint="http://127.0.0.1:9/v1", model="m", retries=0)
     assert (
         table["outcome"].tolist() == ["unscored"] * 2
-        and table["error"].tolist() == ["APIConnectionError"] * 2
+        and table["error"].tolist() == ["APIConnectionError after 1 attempts"] * 2
     )
     result = win_rate(table)
     assert result["value"] != result["value"] and result["unscored"] == 2

@@ -318,3 +318,8 @@ def test_no_value_brings_another_error(value):
         prompts_of(value)
     except DCRError:
         pass
+
+
+def test_a_column_that_only_later_rows_have_comes_along():
+    table = prompts_of([{"text": "Sing."}, {"text": "Dance.", "kind": "x"}])
+    assert table["kind"].tolist()[1] == "x"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -19,6 +20,11 @@ from platformdirs import user_cache_dir
 
 from dcr.errors import DCRError
 
+UNWRITABLE = {
+    getattr(errno, f"E{name}")
+    for name in "NOSPC DQUOT FBIG ROFS ACCES PERM NOTDIR ISDIR EXIST NOENT".split()
+}
+
 
 def content_key(dependencies: object) -> str:
     """12 hex digits of a canonical JSON of the dependencies. Raises DCRError on what is no JSON."""
@@ -30,15 +36,33 @@ def content_key(dependencies: object) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """A full disk or a read-only folder is one clear error, whichever library met it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except DCRError:
+        raise
+    except Exception as error:
+        if not (reason := _unwritable(error, path)):
+            raise
         raise DCRError(
-            f"{path}: could not be written ({error.strerror}). Free space or choose another "
-            "folder; what was there before is unchanged."
+            f"{path}: could not be written ({reason}). Free space or choose another folder; "
+            "what was there before is unchanged and the same call then goes on."
         ) from error
+
+
+def _unwritable(error: BaseException | None, path: Path) -> str:
+    """Why nothing could be written there, if `error` or one behind it says that; else ""."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            about = Path(str(error.filename or path))
+            reason = os.strerror(error.errno or 0)
+            if about == path or path.parent in about.parents or about in path.parents:
+                return reason
+        if "No space left" in str(error):  # what safetensors and torch say of it
+            return "No space left on device"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -57,8 +81,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         if path.stat().st_size == len(content) and path.read_bytes() == content:
             return
     temporary = path.with_name(f"{begins}{os.getpid()}.tmp")
-    with _writing(path):
+    with writing(path):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as handle:
                 handle.write(content)
                 handle.flush()
@@ -84,12 +109,14 @@ def append_jsonl(path: Path, row: Mapping) -> None:
     An unfinished line that a kill has left is taken away first.
     """
     path = Path(path)
-    with _writing(path), open(path, "ab+") as handle:
-        handle.seek(max(0, handle.tell() - 1))
-        if handle.read(1) not in (b"", b"\n"):
-            write_atomic(path, b"".join(map(_line, read_jsonl(path))))
-            return append_jsonl(path, row)
-        handle.write(_line(row))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as handle:
+            handle.seek(max(0, handle.tell() - 1))
+            if handle.read(1) not in (b"", b"\n"):
+                write_atomic(path, b"".join(map(_line, read_jsonl(path))))
+                return append_jsonl(path, row)
+            handle.write(_line(row))
 
 
 def _line(row: Mapping) -> bytes:
@@ -99,10 +126,13 @@ def _line(row: Mapping) -> bytes:
 def read_jsonl(path: Path) -> list[dict]:
     """Rows of a JSONL file, split at "\\n" alone; an unfinished last line is left out.
 
-    Raises DCRError naming a line that is no JSON.
+    Raises DCRError naming a line that is no JSON, and for what is no file.
     """
     rows: list[dict] = []
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise DCRError(f"{path}: cannot be read ({error.strerror}). Give a file's path.") from error
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line else []

@@ -6,6 +6,7 @@ limits or company.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import pandas as pd
 from dcr.config import Config, load_config, methods_file, profiles
 from dcr.data.files import cache_dir, content_key, sha256_of, write_atomic
 from dcr.data.pairs import requests_of
-from dcr.data.read import COLUMNS, HUB, prompts_of
+from dcr.data.read import COLUMNS, HUB, file_of, prompts_of
 from dcr.data.sources import SOURCES, checksum, load, load_bundled, path_of, source
 from dcr.errors import DCRError
 
@@ -48,7 +49,7 @@ EXTRA = ("table", "split", "topic", "kind", "why")
 
 def names_in(setting: str) -> list[str]:
     """The sources of a setting: "safety-only+bundled" names two; a file's path stays whole."""
-    return [setting] if Path(setting).is_file() else [n.strip() for n in setting.split("+")]
+    return [setting] if file_of(setting) else [n.strip() for n in setting.split("+")]
 
 
 def trains_on_published(config: Config) -> bool:
@@ -104,7 +105,7 @@ def _named(config: Config) -> list[tuple[str, str, str]]:
 
 def _shares(name: str, roles: dict[str, set[str]]) -> tuple[tuple[str, float], ...]:
     """(role, share of requests): the registry's, or equal ones of a user's table's roles."""
-    if name not in SOURCES and (Path(name).is_file() or HUB.fullmatch(name)):
+    if name not in SOURCES and (file_of(name) or HUB.fullmatch(name)):
         return tuple((role, 1 / len(roles)) for role in ROLES if role in roles)
     allowed = source(name).roles
     for role in roles:
@@ -130,10 +131,11 @@ def _label(name: str, roles: dict[str, set[str]]) -> str:
 def _fingerprint(name: str) -> str:
     if name in SOURCES:
         return checksum(path_of(name))
-    match = HUB.fullmatch(name)
-    if match and not Path(name).is_file() and len(match["revision"]) < 40:
+    if path := file_of(name):
+        return sha256_of(path)
+    if (match := HUB.fullmatch(name)) and len(match["revision"]) < 40:
         raise DCRError(f"{name}: {match['revision']} may move. Name a commit of 40 digits.")
-    return sha256_of(Path(name)) if not match else name
+    return name
 
 
 @lru_cache(maxsize=4)
@@ -146,8 +148,9 @@ def _kept(key: str, tables: tuple) -> pd.DataFrame:
             log.warning("%s is broken and made again", path)
     rows = _made(tables)
     write_atomic(path, rows.to_parquet(index=False))
-    for old in sorted(path.parent.glob("*.parquet"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another process may prune too
+        for old in sorted(path.parent.glob("*.parquet"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
     return rows
 
 
@@ -168,7 +171,7 @@ def _made(tables: tuple) -> pd.DataFrame:
         parts.append((rows.assign(table=name), dict(pairs), requests_of(rows)))
     every = pd.concat([rows for rows, *_ in parts], ignore_index=True)
     for name in EXTRA:
-        every[name] = every[name].fillna("") if name in every else ""
+        every[name] = every[name].astype(object).fillna("").astype(str) if name in every else ""
     if (twice := every["id"].duplicated()).any():
         same = every[every["id"] == every.loc[twice, "id"].iloc[0]]
         where = f"{same['id'].iloc[0]!r} stands in {' and '.join(same['table'])}"

@@ -26,8 +26,8 @@ STOP_WORDS = frozenset(  # and what only carries a request ("Write a tutorial on
 
 
 def normalised(text: str) -> str:
-    """Lower case, words only: what an exact duplicate is compared by."""
-    return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
+    """Lower case, words (of any script) only: what an exact duplicate is compared by."""
+    return " ".join(re.findall(r"[\w']+", text.lower()))
 
 
 def similar(sets: Sequence[frozenset], threshold: float) -> list[tuple[int, int]]:

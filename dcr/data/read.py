@@ -62,8 +62,9 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
     if isinstance(value, Path):
         return read_rows(value), str(value), value.name.split(".")[0]
     if isinstance(value, str):
-        if value.lower().removesuffix(".gz").endswith(SUFFIXES) or _is_file(value):
-            return _rows_of(Path(value).expanduser(), what)
+        path = file_of(value)
+        if path or value.lower().removesuffix(".gz").endswith(SUFFIXES):
+            return _rows_of(path or Path(value), what)
         if match := HUB.fullmatch(value):
             return _from_hub(match), value, match["stem"]
         raise DCRError(
@@ -85,11 +86,13 @@ def _rows_of(value: Any, what: str) -> tuple[list[Row], str, str]:
     return as_rows(value, what, "item"), what, what
 
 
-def _is_file(name: str) -> bool:
+def file_of(name: str) -> Path | None:
+    """The file that a text names ("~" is the home folder); None where it names none."""
     try:
-        return Path(name).is_file()
-    except (OSError, ValueError):  # a text that can be no name
-        return False
+        path = Path(name).expanduser()
+        return path if path.is_file() else None
+    except (OSError, ValueError, RuntimeError):  # a text that can be no name
+        return None
 
 
 def _with_class_names(data: Any) -> pd.DataFrame:
@@ -158,7 +161,8 @@ def as_table(
                 f"{at}: id {full['id']!r} stands already in row {first}. Make it unique."
             )
         done.append({**row, **full})
-    return pd.DataFrame(done)[[*COLUMNS, *(c for c in done[0] if c not in COLUMNS)]]
+    table = pd.DataFrame(done)
+    return table[[*COLUMNS, *(c for c in table if c not in COLUMNS)]]
 
 
 def _text(row: Row, name: str, at: str, numbers: bool = False) -> str:

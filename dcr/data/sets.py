@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
@@ -24,6 +23,7 @@ from dcr.data.ledger import (
     stands_apart,
     trains_on_published,
 )
+from dcr.data.read import file_of
 from dcr.data.sources import SOURCES, audit
 from dcr.errors import DCRError
 
@@ -54,7 +54,8 @@ def training_sets(config: Config, of: Sequence[Config] = ()) -> TrainingSets:
     """What a recipe trains on.
 
     Prompts are ranked by sha256(seed:request) and the first n taken; only then does an audit
-    filter them, so that an audited set is a part of the other. Raises DCRError for too large n.
+    filter them, so that an audited set is a part of the other. Stage 1 takes at most what is at
+    hand; the mix raises DCRError for too large n.
     """
     data, every = config.data, ledger(config, of)
     n, m = data.n_toxic, data.n_seemingly_toxic
@@ -176,7 +177,7 @@ def validation_prompts(config: Config, of: Sequence[Config] = ()) -> pd.DataFram
 
 
 def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]) -> pd.DataFrame:
-    every, parts = ledger(config, of), []
+    every, parts, stems = ledger(config, of), [], dict[str, str]()
     for name in names:
         apart = role == "test" and stands_apart(name)
         rows = _rows(every, name, "refine" if apart else role)
@@ -185,7 +186,10 @@ def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]
                 f"{name}: no prompt is left for {role}; each one's request serves training, "
                 "anchors or validation (see dcr.data.sets.dropped). Name another source."
             )
-        stem = Path(name).name.split(".")[0] if Path(name).is_file() else name
+        path = file_of(name)
+        stem = path.name.split(".")[0] if path else name
+        if stems.setdefault(stem, name) != name:
+            raise DCRError(f"{name} and {stems[stem]} would both be the set {stem!r}. Rename one.")
         limits = [n for n in (config.data.limit, name in SOURCES and SOURCES[name].first) if n]
         for label, some in rows.groupby("label", sort=False):
             side = f"-{SIDES[str(label)]}" if rows["label"].nunique() > 1 else ""
@@ -223,6 +227,9 @@ def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) ->
     setting = ANCHORS.get(role, "") if trains_on_published(config) else "bundled"
     setting = config.data.general if role == "harmless" else setting
     rows = _rows(ledger(config, of), setting, "anchor", CLASS[role])
+    if rows.empty and role == "harmless":  # a user's own table serves alignment alone
+        log.info("anchors: %s has none; the bundled general prompts serve", setting)
+        rows = _rows(ledger(config, of), "bundled", "anchor", CLASS[role])
     return _drawn(rows, n or config.steering.anchors, config)
 
 

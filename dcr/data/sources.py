@@ -140,8 +140,8 @@ def _download(entry: Source, target: Path) -> None:
             f"{entry.name}: {entry.file} is derived from {place} and has no download. Point "
             "DCR_DATA_DIR at a folder that has it."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         if entry.hub:
             _from_hub(target, **entry.hub)
         else:

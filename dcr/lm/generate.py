@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from dcr.data.files import append_jsonl, read_jsonl, write_atomic
+from dcr.data.files import append_jsonl, content_key, read_jsonl, write_atomic
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.batches import fitted
-from dcr.lm.blocks import in_precision
+from dcr.lm.blocks import fingerprint, in_precision
 from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
 from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
 
@@ -58,6 +58,7 @@ def generate(  # noqa: PLR0913
         "temperature": temperature,
         "precision": precision or str(model.dtype),
         **({"steering": steering.settings} if steering else {}),
+        **({"model": fingerprint(model, tokenizer)} if out else {}),
     }
     answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
     texts = answers.todo["text"].tolist()
@@ -91,7 +92,8 @@ class Answers:
     ) -> None:
         """marks: method and seed, the same in every row."""
         self.prompts, self.marks, self.out = prompts, marks, out
-        self.rows = resume(out, settings)
+        asked = content_key(prompts[["id", "text"]].to_numpy().tolist())
+        self.rows = resume(out, settings | {"prompts": asked})
         done = {row["prompt_id"] for row in self.rows}
         self.todo = prompts[~prompts["id"].isin(done)].reset_index(drop=True)
         self.bar = tqdm(total=len(prompts), unit="prompt", leave=False, desc="answers")
@@ -138,7 +140,7 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     path, beside = Path(out), Path(f"{out}.settings.json")
     if beside.exists() and path.exists():
         before = json.loads(beside.read_text(encoding="utf-8"))
-        pairs = [(key, before.get(key), value) for key, value in settings.items()]
+        pairs = [(k, before.get(k), settings.get(k)) for k in (settings | before)]
         changed = [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
         if changed:
             raise DCRError(
@@ -146,7 +148,4 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
                 "delete it."
             )
     write_atomic(beside, json.dumps(settings))
-    rows = read_jsonl(path)
-    if rows:  # a torn last line must not stay in the middle of what follows
-        write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    return rows
+    return read_jsonl(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,11 +58,12 @@ def load(
         model, found = loaded
         if lacking := [*found["missing_keys"], *found["mismatched_keys"]]:  # they would be random
             raise ValueError(f"its weights lack or misfit {len(lacking)} tensors: {lacking[0]}")
+        model.to(device)
     if device.startswith("cuda") and resolved == "fp32":
         torch.set_float32_matmul_precision("high")  # TF32
     _complete(model, tokenizer)
     log.info("%s: on %s, in %s", name, device, resolved)
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def skeleton(name: str, revision: str = "") -> nn.Module:
@@ -122,7 +124,7 @@ def locate(name: str, revision: str = "") -> tuple[str, str]:
     """(folder or hub id, its commit or ""). Raises DCRError for an unfit folder, a silent hub."""
     if name == "embedded":
         return str(embedded.ensure()), ""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         _check_folder(path)
         return str(path), ""

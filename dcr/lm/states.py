@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dcr.data.files import content_key
+from dcr.data.files import content_key, write_atomic, writing
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.batches import Passes, common_prefix, fitted, named
@@ -173,12 +173,13 @@ def _buffers(
     if out is None:
         return np.empty(shape, dtype=np.float32), np.zeros(shape[1], dtype=bool)
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     meta, paths = folder / "meta.json", (folder / "values.npy", folder / "done.npy")
     if meta.exists() and json.loads(meta.read_text())["key"] == key:
         return np.load(paths[0], mmap_mode="r+"), np.load(paths[1], mmap_mode="r+")
     meta.unlink(missing_ok=True)
     values = np.lib.format.open_memmap(paths[0], "w+", np.float32, shape)
     done = np.lib.format.open_memmap(paths[1], "w+", bool, shape[1:2])
-    meta.write_text(json.dumps({"key": key}))
+    write_atomic(meta, json.dumps({"key": key}))
     return values, done

@@ -12,14 +12,14 @@ from typing import Any
 import pandas as pd
 
 from dcr.config import Config
-from dcr.data.files import write_atomic
+from dcr.data.files import write_atomic, writing
 from dcr.data.read import prompts_of
 from dcr.data.sets import TrainingSets
 from dcr.data.sources import SOURCES
 from dcr.errors import DCRError
 from dcr.run.card import card
 from dcr.run.models import TENSORS, Base
-from dcr.run.store import Store, is_main, writing
+from dcr.run.store import Store, is_main
 from dcr.run.training import Training
 
 

@@ -9,7 +9,6 @@ processes share one folder; the system releases it when its holder dies.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -28,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dcr.data.files import content_key, measured_peak, sha256_of, write_atomic
+from dcr.data.files import content_key, measured_peak, sha256_of, write_atomic, writing
 from dcr.errors import DCRError
 
 log = logging.getLogger("dcr")
@@ -36,9 +35,6 @@ PACKAGES = (
     "dcr-kit torch transformers peft accelerate datasets numpy pytorch-metric-learning "
     "scikit-learn pandas lm-eval"
 ).split()
-UNWRITABLE = {
-    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST".split()
-}
 
 
 @functools.cache
@@ -224,33 +220,3 @@ class Store:
     def artifacts(self) -> list[Artifact]:
         """Every finished artifact of the run directory."""
         return [Artifact(p.parent) for p in sorted(self.root.glob("*/*-*/manifest.json"))]
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A full disk or a read-only folder is one clear error, whichever library met it."""
-    try:
-        yield
-    except DCRError:
-        raise
-    except Exception as error:
-        if not (reason := _unwritable(error, path)):
-            raise
-        raise DCRError(
-            f"{path}: could not be written ({reason}). Free space or choose another run directory; "
-            "the same call then goes on where it was."
-        ) from error
-
-
-def _unwritable(error: BaseException | None, path: Path) -> str:
-    """Why nothing could be written there, if `error` or one behind it says that; else ""."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            about = Path(str(error.filename or path))
-            reason = os.strerror(error.errno or 0)
-            if about == path or path.parent in about.parents or about in path.parents:
-                return reason
-        if "No space left" in str(error):  # what safetensors and torch say of it
-            return "No space left on device"
-        error = error.__cause__ or error.__context__
-    return ""

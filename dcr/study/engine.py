@@ -25,6 +25,8 @@ def run_all(
     directory must be on a disk that all see.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if jobs == 0:
+        raise DCRError("jobs=0: give the number of processes, or -1 for one a core.")
     if engine == "ray":
         yield from _through_ray(task, items)
     elif engine != "joblib":

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dcr.config import Config, load_config, parse_seeds
-from dcr.data.files import write_atomic
+from dcr.data.files import write_atomic, writing
 from dcr.data.ledger import ledger
 from dcr.data.sets import dropped, table_hash
 from dcr.data.sources import SOURCES, provenance
 from dcr.errors import DCRError
 from dcr.run.models import Base
 from dcr.run.readings import Run
-from dcr.run.store import Store, environment, writing
+from dcr.run.store import Store, environment
 from dcr.study import registry
 from dcr.study.engine import run_all
 
@@ -68,6 +68,11 @@ class Experiment:
                 raise DCRError(
                     f"{self.root} holds no tables of the reference run; give the checkout's "
                     "figures/reference as run_dir, or a profile that computes."
+                )
+            if overrides or methods:
+                raise DCRError(
+                    f"{self.root} holds tables only, which overrides and methods cannot change; "
+                    "give a profile that computes (--profile)."
                 )
             self.config = Config().override(kept["config"])
             self.seeds, self.methods = tuple(kept["seeds"]), tuple(kept["methods"])
