@@ -9,7 +9,7 @@ from sklearn.metrics import cohen_kappa_score
 from test_rates import verdicts, world
 
 from dcr.errors import DCRError
-from dcr.evaluate.checks import WRAPPERS, changes, examples, length_agreement, robustness, wrap
+from dcr.evaluate.checks import WRAPPERS, changes, length_agreement, robustness, wrap
 
 PROMPTS = world({"t": ("toxic", "imperative", 5), "s": ("seemingly_toxic", "question", 5)})
 PROMPTS = PROMPTS.assign(category="c", text=[f"Bake a cake {i}." for i in range(len(PROMPTS))])
@@ -83,10 +83,3 @@ def test_fixed_and_broken_prompts_by_the_majority_of_seeds():
     assert changes(prompts, table[table["method"] == "STL"]).empty
     with pytest.raises(DCRError, match="'DCR' was not run; methods: STL, m"):
         changes(prompts, table, "DCR")
-
-
-def test_examples_never_show_a_toxic_prompt():
-    said = verdicts(PROMPTS, "refuse").assign(response="No.")
-    table = examples(PROMPTS, said)
-    assert len(table) == 10 and set(table["benchmark"]) == {"s"} and set(table["answer"]) == {"No."}
-    assert examples(PROMPTS, said, "comply").empty

@@ -502,7 +502,7 @@ def test_every_option_of_generation_reaches_the_decoder(folder, root, monkeypatc
 def test_answer_losses_are_those_of_the_base_model(run, monkeypatch):
     few = run.validation.head(2)
     said = pd.DataFrame({"prompt_id": few["id"], "response": ["sure , the cat .", ""]})
-    monkeypatch.setattr(run, "answers", lambda method, prompts: said)
+    monkeypatch.setattr(run, "generations", lambda method: said)
     losses = run.answer_losses("STL", few)
     assert losses["item"].tolist() == [few["id"].iloc[0]] and (losses["tokens"] > 3).all()
     assert next((run.store.root / "losses").iterdir()).name.startswith("base-")

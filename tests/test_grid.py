@@ -122,7 +122,7 @@ def test_cells_are_screened_the_best_aligned_failures_are_rows_and_a_second_call
     assert (
         fine.loc[aligned, ["compliance", "general_compliance", "refusal_auroc"]].notna().all().all()
     )
-    saved = pd.read_csv(tmp_path / "run" / "tables" / "small.csv")
+    saved = pd.read_csv(tmp_path / "run" / "grid" / "small.csv")
     assert saved["cell"].tolist() == rows.index.tolist()
     asked = []
     monkeypatch.setattr(grids, "_run_cell", lambda *a: asked.append(a[-1].name))
@@ -246,3 +246,13 @@ def test_a_large_grid_is_never_run_for_a_table_unasked(tmp_path):
 def test_no_process_at_all_is_refused():
     with pytest.raises(DCRError, match="jobs=0: give"):
         list(run_all(task, [0, 1], jobs=0))
+
+
+def test_a_row_belongs_to_its_whole_grid(tmp_path, folder):
+    """All cells share one ledger, so another cell's sources may change a cell's prompts."""
+    paths = set()
+    for other in ({}, {"data.toxic": "pairs-toxic"}):
+        recipes = {"a": {}, "b": other}
+        grid = load_grid(written(tmp_path, folder, recipes=recipes))
+        paths.add(grid.row_path(tmp_path, grid.cells[0], "screen"))
+    assert len(paths) == 2

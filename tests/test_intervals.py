@@ -130,3 +130,10 @@ def test_nonsense_is_refused():
         request_weights([])
     with pytest.raises(DCRError, match="same prompts"):
         mcnemar_exact([True], [True, False])
+
+
+def test_p_is_read_about_the_intervals_centre():
+    """Requests made up at the bounds draw the interval to the middle, and p with it."""
+    draws = request_weights(list("abcdefgh")) @ np.array([[1.0]] * 5 + [[0.0]] * 3) / 8
+    free, bound = (interval(draws, 8, b) for b in (None, (-1.0, 1.0)))
+    assert free["p"] < bound["p"] and free["value"] == bound["value"]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,8 +115,16 @@ def test_missing_answers_are_unscored_and_faults_refused():
 
 
 def test_identity_holds_name_and_code():
-    assert identity("phrases") == identity("phrases") != identity("guard:x/y")
+    assert identity("phrases") == identity("phrases")
     assert set(identity("phrases")) == {"judge", "code"}
+
+
+def test_identity_of_a_guard_holds_its_weights(folder, tmp_path):
+    guard = shutil.copytree(folder, tmp_path / "guard")
+    before = identity(f"guard:{guard}")
+    (weights,) = guard.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")  # trained on in place
+    assert identity(f"guard:{guard}") != before
     assert code_of("phrases") != code_of("guard:x/y"), "what only guards run is no matter of rules"
 
 

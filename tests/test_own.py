@@ -16,7 +16,7 @@ from conftest import make_model, make_tokenizer
 
 from dcr.config import Config
 from dcr.errors import DCRError
-from dcr.run import own
+from dcr.run import card, own
 from dcr.run.store import Store
 
 SMALL = (
@@ -183,6 +183,15 @@ def test_a_full_disk_while_exporting_leaves_nothing_half(tmp_path, monkeypatch):
     with pytest.raises(DCRError, match="could not be written.*No space left"):
         own.save_plain({"": (model, tokenizer)}, tmp_path / "out", facts)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_card_names_no_local_path(tmp_path):
+    parts = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for part in parts:
+        part.write_text("text")
+    values = {"toxic": f"{parts[0]}+{parts[1]}", "judge": f"guard:{tmp_path}", "hub": "a/b"}
+    cut = {"toxic": "a.csv+b.csv", "judge": f"guard:{tmp_path.name}", "hub": "a/b"}
+    assert card.without_paths(values) == cut
 
 
 def test_a_card_is_text_whatever_the_names_and_its_metadata_is_valid(tmp_path):

@@ -262,3 +262,25 @@ def test_bad_input_names_what_is_wrong():
     seeds = [verdicts(prompts, "refuse", m, s) for m, s in (("a", 0), ("a", 1), ("b", 2), ("b", 3))]
     with pytest.raises(DCRError, match=r"b ran seeds \[2, 3\], a ran \[0, 1\]: none in common"):
         rate_differences(prompts, pd.concat(seeds), ["a"])
+
+
+def test_an_answer_that_failed_is_unscored_and_no_end():
+    prompts = world(SETS)
+    said = verdicts(prompts, "comply").assign(finish="eos")
+    said.loc[0, ["verdict", "finish"]] = "unscored", None
+    found = rates(prompts, said).set_index("metric")["value"]
+    assert found["unscored_share"].max() > 0 and found["truncated_share"].max() == 0
+
+
+def test_prompts_of_one_request_are_no_independent_pairs():
+    prompts = world({"t1": ("toxic", "imperative", 6)}).assign(version="published")
+    a = verdicts(prompts, "refuse", "DCR")
+    b = verdicts(prompts, np.where(prompts.index < 10, "comply", "refuse"), "STL")
+    row = rate_differences(prompts, pd.concat([a, b])).query("form == 'all'").iloc[0]
+    assert row["p"] > mcnemar_exact(np.ones(12), prompts.index >= 10)
+
+
+def test_one_method_alone_has_nothing_to_compare():
+    prompts = world(SETS)
+    with pytest.raises(DCRError, match="no two methods to compare"):
+        rate_differences(prompts, verdicts(prompts, "comply", "STL"))

@@ -331,3 +331,18 @@ def test_a_package_outside_adds_a_table_and_its_figure(tmp_path, monkeypatch, st
     finally:
         registry.TABLES.pop("lengths", None), registry.FIGURES.pop("lengths", None)
         sys.modules.pop("their_tables", None), registry.load_all.cache_clear()
+
+
+def test_a_run_without_what_a_table_shows_is_told(stub):
+    with pytest.raises(DCRError, match="no method of this run"):
+        gather.stacked(stub, lambda run, m: run.scores(m), [])
+
+
+@pytest.mark.parametrize("name", ["robustness_prompts", "longer_prompts"])
+def test_checks_that_are_turned_off_say_so(stub, name):
+    evaluation = stub.config.evaluation.replaced(**{name: 0})
+    off = StubExperiment(root=stub.root)
+    off.config = stub.config.replaced(evaluation=evaluation)
+    table = name.replace("_prompts", "").replace("longer", "longer_answers")
+    with pytest.raises(DCRError, match=f"evaluation.{name}=0: this table is skipped"):
+        registry.table_entry(table).make(off)

@@ -137,16 +137,3 @@ def changes(prompts: pd.DataFrame, verdicts: pd.DataFrame, against: str = "STL")
         table = table.assign(before=shown[against], after=shown[method])
         tables.append(table.loc[table["change"] != "", columns])
     return pd.concat([t for t in tables if len(t)] or tables, ignore_index=True)
-
-
-def examples(
-    prompts: pd.DataFrame, verdicts: pd.DataFrame, verdict: str = "refuse"
-) -> pd.DataFrame:
-    """Harmless prompts with a verdict: method, benchmark, category, form, text, answer.
-
-    verdicts: prompt_id, method, verdict, response. Toxic prompts and their answers are never shown.
-    """
-    harmless = prompts[prompts["label"] != "toxic"]
-    chosen = verdicts[verdicts["verdict"] == verdict].rename(columns={"response": "answer"})
-    table = harmless.merge(chosen, left_on="id", right_on="prompt_id")
-    return table[["method", "benchmark", "category", "form", "text", "answer"]]

@@ -69,7 +69,8 @@ def interval(
 
     The value is the mean over seeds. Seeds that differ by more than what requests spread (drawn
     apart for each, that spread is in the draws already) widen the interval by the rest. p: of the
-    value 0, two-sided, normal. n: requests behind the statistic. bounds: None where it has none.
+    value 0, two-sided, normal, about the interval's centre. n: requests behind the statistic.
+    bounds: None where it has none.
     """
     seeds, drawn = draws.shape[1], draws[1:].mean(1)
     value = np.round(draws[0].mean(0), 12)  # sums of weights miss 1 by a few bits
@@ -85,8 +86,9 @@ def interval(
         drawn = (n * drawn.clip(*bounds) + a * bounds[0] + b * bounds[1]) / (n + a + b)
     low, high = np.quantile(drawn, LEVEL, axis=0)
     se = np.maximum((high - low) / (2 * norm.ppf(LEVEL[1])), 1e-12)
+    centre = value if bounds is None else (n * value + sum(bounds)) / (n + 2)
     low, high = np.minimum(low, value), np.maximum(high, value)
-    return {"value": value, "low": low, "high": high, "p": 2 * norm.sf(np.abs(value) / se)}
+    return {"value": value, "low": low, "high": high, "p": 2 * norm.sf(np.abs(centre) / se)}
 
 
 def mean_interval(

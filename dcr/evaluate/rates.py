@@ -79,7 +79,8 @@ def rates(
     said = aligned(prompts, verdicts, "verdict")
     ended: Values = {}
     if "finish" in verdicts:  # a rule has none: nothing of it is cut
-        ended = aligned(prompts, verdicts.dropna(subset=["finish"]), "finish")
+        told = verdicts[verdicts.groupby("method")["finish"].transform("count") > 0]
+        ended = aligned(prompts, told.fillna({"finish": "eos"}), "finish")  # one may be unscored
     known = [m for m in METRICS if ended or m != "truncated_share"]
     hits = {}  # method: [prompts, seeds, metrics]
     for method, (seeds, table) in said.items():
@@ -141,7 +142,7 @@ def rate_differences(
 
     Columns: method, against, metric, benchmark, label, version, form, sets, statements, apart, n,
     difference, low, high, p, seeds, p_holm (over the table); as published and form-balanced. p:
-    exact McNemar for one set as published and one seed, from the interval elsewhere.
+    exact McNemar for one set of requests that come once and one seed, else from the interval.
     """
     right, rows, sample = _right(prompts, verdicts), [], _sample(prompts, n_boot)
     shown = (("published", "all"), ("both", "balanced"))
@@ -150,10 +151,12 @@ def rate_differences(
         a, b = same_seeds(right, method, other)
         for cell in cells:
             numbers = _differences(cell, a - b, *sample)
-            if len(cell.parts) == 1 and a.shape[1] == 1:
+            if cell.single(sample[1]) and a.shape[1] == 1:
                 numbers["p"] = mcnemar_exact(a[cell.index, 0], b[cell.index, 0])
             named = {"method": method, "against": other, "metric": HEADLINE[cell.label]}
             rows.append({**named, **cell.names, **numbers})
+    if not rows:
+        raise DCRError("differences: no two methods to compare; run a baseline (STL) too.")
     table = pd.DataFrame(rows)
     return table.assign(p_holm=holm(table["p"]))
 

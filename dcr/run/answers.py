@@ -127,7 +127,7 @@ class Answers(Training):
         answers = self.answers(method, prompts, point, tokens=tokens)
         name = self.config.evaluation.judge
         said = answers.drop(columns=["method", "seed"]).to_dict("records")
-        key = {"answers": content_key(said), **identity(name)}
+        key = {"answers": content_key(said), "prompts": table_hash(prompts), **identity(name)}
 
         def build(folder: Path) -> None:
             rows = judge(prompts, answers, name=name)

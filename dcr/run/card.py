@@ -72,6 +72,9 @@ def without_paths(value: Any) -> Any:
         return {k: without_paths(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_paths(v) for v in value]
-    if isinstance(value, str) and ("/" in value or os.sep in value) and Path(value).exists():
-        return Path(value).name
-    return value
+    if not isinstance(value, str):
+        return value
+    parts = re.split(r"(\+|^guard:)", value)  # joined tables, a judge's folder
+    parts = [value] if Path(value).exists() else parts
+    local = [("/" in p or os.sep in p) and Path(p).exists() for p in parts]
+    return "".join(Path(p).name if own else p for p, own in zip(parts, local, strict=True))

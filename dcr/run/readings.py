@@ -155,10 +155,11 @@ class Run(Answers):
         return pd.DataFrame(read_jsonl(folder / "items.jsonl"))
 
     def answer_losses(self, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
-        """item, loss, tokens: how unlikely the base model finds a method's (not empty) answers."""
+        """item, loss, tokens: how unlikely the base model finds a method's answers to prompts among
+        `answered` (those that are not empty)."""
         from dcr.evaluate.ability import answer_losses
 
-        said = self.answers(method, prompts)
+        said = self.generations(method)  # those that are judged: a batch of its own reads others
         said = said.rename(columns={"prompt_id": "id"})[["id", "response"]]
         rows = prompts.drop(columns="response", errors="ignore").merge(said, on="id")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from dcr.config import Config
+from dcr.data.sets import training_sets
 from dcr.errors import DCRError
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.rates import HEADLINE, rates
@@ -31,7 +32,7 @@ class CellRun(Run):
         self.method, self._recipe = method, recipe
 
     def recipe(self, method: str) -> Config:
-        """The method's configuration with the cell's overrides on top; others' as they are."""
+        """The method's configuration with the cell's overrides on top; others' under its own."""
         recipe = super().recipe(method)
         return recipe.override(self._recipe) if method == self.method else recipe
 
@@ -52,8 +53,9 @@ def screened(run: CellRun) -> dict[str, float]:
     cosines = cosine_structure(states, asked, [layer]).set_index("pair")["cosine"]
     within = (cosines["toxic-toxic"] + cosines["seemingly-seemingly"]) / 2
     found = {"layer": layer, "cross_similarity": cosines["cross"], "within_similarity": within}
-    for name, recipe in (("probe_auroc", method), ("harm_auroc", "DCR-matched")):
-        sets = run.sets(recipe)
+    pairs = run.of[0].replaced(seed=run.seed).override(run.entry("DCR-matched")["overrides"])
+    read = {"probe_auroc": run.sets(method), "harm_auroc": training_sets(pairs, of=run.of)}
+    for name, sets in read.items():
         rows = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
         probe = fit_probe(run.states(method, rows, 0).layer(layer), is_toxic(rows))
         found[name] = _auroc(asked, probe.decision_function(states.layer(layer)))

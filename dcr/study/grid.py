@@ -41,6 +41,7 @@ from dcr.config import (
 )
 from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
+from dcr.evaluate.judges import identity
 from dcr.run.store import Store
 from dcr.study.cell import CellRun, outcome, screened
 from dcr.study.engine import run_all
@@ -77,7 +78,9 @@ class Grid:
 
     def row_path(self, root: Path, cell: Cell, phase: str) -> Path:
         """Where a cell's row of a phase stands in the run directory."""
-        parts = [self.profile, self.base, cell.recipe, cell.method, cell.seed, phase]
+        every = [self.config(c).to_dict() for c in (cell, *self.cells)]  # they share a ledger
+        judge = identity(self.config(cell).evaluation.judge)
+        parts = [every, judge, cell.method, cell.seed, phase]
         slug = re.sub(r"[^A-Za-z0-9.=_-]+", "_", cell.name)[:80]
         folder = root / "grid" / self.name
         return folder / f"{slug}-s{cell.seed}-{phase}-{content_key(parts)}.json"
@@ -164,7 +167,7 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
 def run_grid(
     grid: Grid, root: str | Path, *, engine: str = "joblib", jobs: int = 1, retry: bool = False
 ) -> pd.DataFrame:
-    """Run what is missing of a grid; its table (see `collect`) goes to tables/<name>.csv.
+    """Run what is missing of a grid; its table (see `collect`) goes to grid/<name>.csv.
 
     A cell that fails keeps its error as its row; `retry` runs such cells again.
     """
@@ -179,7 +182,7 @@ def run_grid(
                 log.warning("grid %s: %s, %s failed: %s", grid.name, cell.name, phase, error)
                 grid.write(root, cell, phase, {"status": "failed", "error": error})
     table = collect(grid, root)
-    write_atomic(root / "tables" / f"{grid.name}.csv", table.to_csv(index=False))
+    write_atomic(root / "grid" / f"{grid.name}.csv", table.to_csv(index=False))
     return table
 
 

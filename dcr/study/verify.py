@@ -36,7 +36,8 @@ def verify(root: str | Path) -> pd.DataFrame:
     kept = run_manifest(root)
     if not rows or not kept:
         raise DCRError(f"{root} holds no finished run: no manifest.json or no artifact.")
-    values = {k: v for k, v in kept["config"].items() if isinstance(v, dict)}
+    named = ("profile", "seed", "methods")  # what the call itself says
+    values = {k: v for k, v in kept["config"].items() if k not in named}
     experiment = Experiment(
         kept["config"]["profile"],
         seeds=kept["seeds"],

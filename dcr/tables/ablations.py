@@ -24,7 +24,7 @@ def ablations(experiment: Experiment) -> pd.DataFrame:
     """
     profile = experiment.config.profile
     wanted = grid.grid_for(profile)
-    if (grid.GRIDS / f"{profile}.yaml").exists():
+    if (grid.GRIDS / f"{profile}.yaml").exists() and not experiment.store.complete:
         return grid.run_grid(wanted, experiment.root)
     rows = grid.collect(wanted, experiment.root)
     if (rows["status"] == "missing").all():

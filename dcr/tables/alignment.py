@@ -15,7 +15,7 @@ from dcr.run.readings import Run
 from dcr.run.training import Point
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, methods_of, stacked
+from dcr.tables.gather import followed_prompts, joined, methods_of, stacked
 
 NOTEBOOK = "03_alignment"
 
@@ -25,7 +25,7 @@ def mix(experiment: Experiment) -> pd.DataFrame:
     """Alignment examples of every aligned method by part and form (first seed)."""
     run = experiment.runs[0]
     parts = [run.sets(m).mix.assign(method=m) for m in methods_of(experiment, "align")]
-    grouped = pd.concat(parts).groupby(["method", "part", "form"], sort=False)
+    grouped = joined(parts).groupby(["method", "part", "form"], sort=False)
     return grouped.size().rename("n").reset_index()
 
 
@@ -64,7 +64,7 @@ def curves(experiment: Experiment) -> pd.DataFrame:
             found = rates(experiment.curve_prompts, said)
             found = found[found["benchmark"] == "mean"]  # few prompts: sets alone tell nothing
             parts.append(found.assign(step=point.step, strength=point.strength))
-    return pd.concat(parts, ignore_index=True)
+    return joined(parts)
 
 
 def _verdicts(point: Point, run: Run, method: str) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def kernel_trajectory(experiment: Experiment) -> pd.DataFrame:
             norms = [run.kernel(method, prompts, steps[at]) for run in runs]
             found = class_matrix(norms, prompts["label"].tolist())
             parts.append(found.assign(method=method, step=steps[at], seeds=len(norms)))
-    rows = pd.concat(parts, ignore_index=True)
+    rows = joined(parts)
     rows = rows[(rows["class_a"] == "toxic") & (rows["class_b"] == "seemingly_toxic")]
     numbers = ["normalised", "normalised_low", "normalised_high"]
     return rows[["method", "step", *numbers, "seeds"]]

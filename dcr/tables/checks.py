@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from dcr.errors import DCRError
 from dcr.evaluate import ability as measured
 from dcr.evaluate import checks, rates
 from dcr.evaluate import quality as answered
@@ -17,8 +18,10 @@ LIMIT = 100  # prompts a class whose answers are compared for quality
 STAGES = ("refine", "align", "fit", "generate", "score")  # artifacts that cost
 
 
-def few(experiment: Experiment, per_class: int) -> pd.DataFrame:
-    """`per_class` test prompts of both classes as published, sets in turn."""
+def few(experiment: Experiment, option: str) -> pd.DataFrame:
+    """As many test prompts a class as `evaluation.<option>` says, as published, sets in turn."""
+    if not (per_class := getattr(experiment.config.evaluation, option)):
+        raise DCRError(f"evaluation.{option}=0: this table is skipped. Give a number above 0.")
     rows = experiment.answered.query("role == 'test' and version == 'published'")
     return in_turn(rows[rows["label"] != "general"], per_class, ["benchmark"])
 
@@ -52,7 +55,7 @@ def changed(experiment: Experiment) -> pd.DataFrame:
 @table("robustness", notebook=NOTEBOOK)
 def robustness(experiment: Experiment) -> pd.DataFrame:
     """Refusal rate of both classes under mild rewordings, and its paired change."""
-    plain = few(experiment, experiment.config.evaluation.robustness_prompts)
+    plain = few(experiment, "robustness_prompts")
     prompts = pd.concat([checks.wrap(plain, w) for w in checks.WRAPPERS], ignore_index=True)
     said = stacked(experiment, lambda run, m: run.judged(m, prompts), answering(experiment))
     return checks.robustness(prompts, said)
@@ -61,11 +64,13 @@ def robustness(experiment: Experiment) -> pd.DataFrame:
 @table("longer_answers", notebook=NOTEBOOK)
 def longer_answers(experiment: Experiment) -> pd.DataFrame:
     """What short answers hide: verdicts at the run's length against longer answers."""
-    options, methods = experiment.config.evaluation, answering(experiment)
-    prompts, tokens = few(experiment, options.longer_prompts), options.longer_tokens
+    methods, prompts = answering(experiment), few(experiment, "longer_prompts")
+    if not (tokens := experiment.config.evaluation.longer_tokens):
+        raise DCRError("evaluation.longer_tokens=0: this table is skipped. Give a number above 0.")
     long = stacked(experiment, lambda run, m: run.judged(m, prompts, tokens=tokens), methods)
-    short = verdicts(experiment, methods)
-    return checks.length_agreement(short[short["prompt_id"].isin(prompts["id"])], long)
+    # Asked again in the same batches, so that length alone differs.
+    short = stacked(experiment, lambda run, m: run.judged(m, prompts), methods)
+    return checks.length_agreement(short, long)
 
 
 @table("ability", notebook=NOTEBOOK)
@@ -96,7 +101,8 @@ def quality(experiment: Experiment) -> pd.DataFrame:
 @table("judge_calibration", notebook=NOTEBOOK)
 def judge_calibration(experiment: Experiment) -> pd.DataFrame:
     """Agreement of the judge with people on published completions, whole and cut as here."""
-    return calibration.calibration(tokens=(0, experiment.config.generation.max_new_tokens))
+    cuts = (0, experiment.config.generation.max_new_tokens)
+    return calibration.calibration((experiment.config.evaluation.judge,), tokens=cuts)
 
 
 @table("cost", notebook=NOTEBOOK)

@@ -139,7 +139,8 @@ def table1_paper(experiment: Experiment) -> pd.DataFrame:
     if len(asked):  # those of the five that are test sets here
         found = headline(rates_of(experiment, asked.reset_index(drop=True)))
         safety = found.query("benchmark == 'mean' and forms == 'published'")
-        safety = safety.assign(benchmark="safety", trained=False)
+        seen = rows[rows["benchmark"].isin(SAFETY)].groupby("method")["trained"].any()
+        safety = safety.assign(benchmark="safety", trained=safety["method"].map(seen))
     ours = pd.concat([rows[rows["benchmark"].isin(PAPER_SETS)], safety])
     ours = ours.assign(source="this run", model=experiment.config.model.name, reading="")
     paper = pd.read_csv(PAPER).rename(columns={"mark": "reading"})
@@ -185,7 +186,7 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     """The paper's claims, DCR less STL (above 0: as it says): published, forms, sources controlled.
 
     Controlled: sets of sources that no method met in training, AUROC averaged over harmless
-    sources. The other AUROCs pool sources, as is usual.
+    sources. The other AUROCs pool sources, as is usual. Nine intervals, not corrected for that.
     """
     pair = [needed(experiment, m, "claims") for m in ("DCR", "STL")]
     said, read, prompts = verdicts(experiment, pair), scores(experiment, pair), experiment.prompts
@@ -208,6 +209,5 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     whole = pd.concat(found, ignore_index=True).rename(columns={"difference": "value"})
     whole = whole[whole["label"].isin(CLAIMS)]
     whole = whole.sort_values("label", key=lambda c: c.map(list(CLAIMS).index), kind="stable")
-    where = whole["label"].map(lambda m: "auroc_by_source" if m == "auroc" else "paired")
-    whole = whole.assign(claim=whole["label"].map(CLAIMS), where=NOTEBOOK + ": " + where)
+    whole = whole.assign(claim=whole["label"].map(CLAIMS), where=f"{NOTEBOOK}: claims")
     return whole[["claim", "reading", *NUMBERS, "n", "where"]].reset_index(drop=True)

@@ -23,21 +23,29 @@ def methods_of(experiment: Experiment, stage: str = "") -> list[str]:
 
 
 def stacked(
-    experiment: Experiment, read: Callable[[Run, str], pd.DataFrame], methods: Sequence[str] = ()
+    experiment: Experiment,
+    read: Callable[[Run, str], pd.DataFrame],
+    methods: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """`read(run, method)` of every method and seed of it, with columns method and seed."""
-    methods = methods or methods_of(experiment)
+    """`read(run, method)` of every method (default: all) and seed, with columns method and seed."""
+    methods = methods_of(experiment) if methods is None else methods
     pairs = [(run, m) for m in methods for run in experiment.runs_of(m)]
-    found = [read(run, m).assign(method=m, seed=run.seed) for run, m in pairs]
-    return pd.concat(found, ignore_index=True)
+    return joined([read(run, m).assign(method=m, seed=run.seed) for run, m in pairs])
 
 
-def verdicts(experiment: Experiment, methods: Sequence[str] = ()) -> pd.DataFrame:
+def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables below one another. Raises DCRError where there is none."""
+    if not parts:
+        raise DCRError("no method of this run has what this table shows; run one that has.")
+    return pd.concat(parts, ignore_index=True)
+
+
+def verdicts(experiment: Experiment, methods: Sequence[str] | None = None) -> pd.DataFrame:
     """Verdicts on the test prompts: prompt_id, method, seed, verdict, finish where known."""
     return stacked(experiment, lambda run, m: run.verdicts(m), methods)
 
 
-def scores(experiment: Experiment, methods: Sequence[str] = ()) -> pd.DataFrame:
+def scores(experiment: Experiment, methods: Sequence[str] | None = None) -> pd.DataFrame:
     """Refusal scores of test and validation prompts: prompt_id, method, seed, score."""
     return stacked(experiment, lambda run, m: run.scores(m), methods)
 

@@ -9,7 +9,7 @@ from dcr.evaluate.intervals import mean_over_seeds
 from dcr.run.readings import Run
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, methods_of, needed, stacked
+from dcr.tables.gather import followed_prompts, joined, methods_of, needed, stacked
 
 NOTEBOOK = "02_refinement"
 PER_CLASS = 12  # prompts a class in maps and drifts
@@ -48,7 +48,7 @@ def losses(experiment: Experiment) -> pd.DataFrame:
                 return run.history(method, stage)
 
             parts.append(stacked(experiment, read, methods).assign(stage=stage))
-    return pd.concat(parts, ignore_index=True)[["method", "seed", "stage", "step", "loss"]]
+    return joined(parts)[["method", "seed", "stage", "step", "loss"]]
 
 
 @table("refinement_maps", notebook=NOTEBOOK)
@@ -81,7 +81,7 @@ def refinement_drift(experiment: Experiment) -> pd.DataFrame:
             )
             parts.append(long.assign(method=method, seed=run.seed, refined_at=run.layer(method)))
     keys = ["method", "layer", "label", "refined_at"]
-    return mean_over_seeds(pd.concat(parts, ignore_index=True), keys, "drift")
+    return mean_over_seeds(joined(parts), keys, "drift")
 
 
 @table("similarity", notebook=NOTEBOOK)

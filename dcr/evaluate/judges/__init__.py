@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from dcr.data import forms
 from dcr.errors import DCRError
 from dcr.evaluate.judges.degenerate import is_degenerate
+from dcr.lm import chat
 from dcr.lm.chat import strip_thinking, unfinished
 
 log = logging.getLogger("dcr")
@@ -49,15 +51,21 @@ def check(name: str) -> None:
 def identity(name: str) -> dict:
     """What verdicts of this judge depend on besides the answers, for artifact keys."""
     check(name)
-    return {"judge": name, "code": code_of(name)}
+    found: dict = {"judge": name, "code": code_of(name)}
+    if name != "phrases":
+        from dcr.lm.load import identity as weights_of
+
+        found["model"] = weights_of(name.removeprefix("guard:"))
+    return found
 
 
 def code_of(name: str) -> str:
     """12 hex digits of the code and cues that a judge's verdicts come from."""
     others = {"calibration.py"} | ({"guard.py"} if name == "phrases" else set())
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.*")):
-        if path.suffix in (".py", ".yaml") and path.name not in others:
+    own = [p for p in sorted(Path(__file__).parent.glob("*.*")) if p.suffix in (".py", ".yaml")]
+    for path in (*own, Path(forms.__file__), Path(chat.__file__)):
+        if path.name not in others:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

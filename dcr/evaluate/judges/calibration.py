@@ -189,14 +189,9 @@ def agreement(
         "f1": float(f1),
         "kappa_all": kappa(np.isin(people, ["refuse", "partial"]), given == "refuse"),
         "n_partial": len(partial),
-        **{
-            f"partial_{kind}": int((partial == verdict).sum())
-            for kind, verdict in (
-                ("refused", "refuse"),
-                ("partial", "partial"),
-                ("complied", "comply"),
-            )
-        },
+        "partial_refused": int((partial == "refuse").sum()),
+        "partial_partial": int((partial == "partial").sum()),
+        "partial_complied": int((partial == "comply").sum()),
     }
 
 
