@@ -41,9 +41,14 @@ def checkout(tmp_path, monkeypatch):
     folder = tmp_path / "figures" / "reference"
     folder.mkdir(parents=True)
     fake_run.tables()["claims"].to_csv(folder / "claims.csv", index=False)
+    fake_run.tables()["frontier_differences"].to_csv(
+        folder / "frontier_differences.csv", index=False
+    )
     standing().to_csv(folder / "standing.csv", index=False)
     manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
-    manifest |= {"data": {"test": {"rows": 400}}, "config": {"every_seed": ["c", "b"]}}
+    config = {"every_seed": ["c", "b"], "data": {"answered": 24}}
+    config |= {"generation": {"max_new_tokens": 16}}
+    manifest |= {"data": {"test": {"rows": 400}}, "config": config}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "README.md").write_text(TEXT)
     monkeypatch.setattr(readme, "CHECKOUT", tmp_path)
@@ -55,15 +60,19 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     text = path.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nbetween\n" in text
     assert (
-        "2 methods, 2 seeds of b (one of the others), 400 test prompts" in text
+        "2 methods, 2 seeds of b (one of the others); 400 test prompts are scored" in text
+        and "24 requests a set are answered in 16 tokens" in text
         and "0.123" not in text
     )
     claims = fake_run.tables()["claims"]
     assert all(f"{v:.2f} [" in text for v in claims["value"])
     rows = [
-        line.split(" | ") for line in text.splitlines() if re.match(r"\| (Gate|STL|base)", line)
+        line.split(" | ") for line in text.splitlines() if re.match(r"\| (Gate|STL|base) ", line)
     ]
-    assert [row[0].strip("| ") for row in rows] == ["Gate", "STL"]  # in the README's order
+    # In the README's order, with the number of seeds.
+    assert [row[0].strip("| ") for row in rows] == ["Gate (1)", "STL (1)"]
+    less = fake_run.tables()["frontier_differences"].query("method == 'DCR' and against == 'STL'")
+    assert f"let through: {less['difference'].iloc[0]:.2f} [" in text
     shown = standing().query("method == 'STL' and column != 'training, s ↓'")["value"]
     assert [float(cell.split(" [")[0]) for cell in rows[1][1:]] == shown.tolist()
     assert all(name in text for name in readme.COLUMNS.values()) and "training" not in text

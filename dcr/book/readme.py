@@ -71,12 +71,25 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     said = f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
     if len(seeds) > 1 and len(every := on_every_seed(manifest)) < len(methods):
         said += f" of {', '.join(every)} (one of the others)"
-    said = (
-        f"Reference run: {manifest['model']['name']} model, {said}, "
-        f"{manifest['data']['test']['rows']} test prompts. DCR less STL, 95 % intervals; above 0 "
-        "is as the paper says."
+    config, asked = manifest["config"], manifest["data"]["test"]["rows"]
+    tokens = config["generation"]["max_new_tokens"]
+    answered = (
+        f"{config['data']['answered'] or 'all'} requests a set are answered in {tokens} tokens"
     )
-    return f"{said}\n\n{markdown(claims.rename(columns={'reading': 'column'}))}"
+    first = (
+        f"Reference run: {manifest['model']['name']} model, {said}; {asked} test prompts are "
+        f"scored (AUROC, thresholds), {answered} (compliance, DSR). DCR less STL, 95 % "
+        "intervals, not corrected for looking at nine; in the second row 0 is as the paper says, else above 0."
+    )
+    less = read("frontier_differences")
+    less = less[(less["method"] == "DCR") & (less["against"] == "STL")]
+    (row,) = less[(less["measure"] == "compliance") & (less["target"] == TARGET)].to_dict("records")
+    last = (
+        f"At one DSR (thresholds from validation prompts, {TARGET:.2f}), forms equal, DCR less STL "
+        "in harmless prompts let through: {difference:.2f} [{low:.2f}, {high:.2f}].".format(**row)
+    )
+    table = markdown(claims.rename(columns={"reading": "column"})).rstrip()
+    return f"{first}\n\n{table}\n\n{last}"
 
 
 def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
@@ -85,10 +98,12 @@ def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     rows = rows[rows["method"].isin(METHODS) & rows["column"].isin(COLUMNS)]
     rows = rows.assign(place=rows["method"].map(METHODS.index))
     rows = rows.sort_values("place", kind="stable").drop(columns="place")
+    seeds = rows.groupby("method")["seeds"].max().astype(int).astype(str)
+    rows = rows.assign(method=rows["method"] + " (" + rows["method"].map(seeds) + ")")
     rows = rows.assign(column=rows["column"].map(COLUMNS))
     said = (
         f"Threshold from validation prompts for a DSR of {TARGET:.2f}; test prompts, forms equal, "
-        "95 % intervals; AUROC on unseen sources."
+        "95 % intervals; AUROC on unseen sources; in brackets the seeds."
     )
     return f"{said}\n\n{markdown(rows[['method', 'column', 'value', 'low', 'high']])}"
 
