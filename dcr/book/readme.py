@@ -79,7 +79,8 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     first = (
         f"Reference run: {manifest['model']['name']} model, {said}; {asked} test prompts are "
         f"scored (AUROC, thresholds), {answered} (compliance, DSR). DCR less STL, 95 % "
-        "intervals, not corrected for looking at nine; in the second row 0 is as the paper says, else above 0."
+        "intervals, not corrected for looking at nine; in the second row 0 is as the paper "
+        "says, else above 0."
     )
     less = read("frontier_differences")
     less = less[(less["method"] == "DCR") & (less["against"] == "STL")]
