@@ -1,4 +1,4 @@
-"""The kernel against jacrev on tiny models, the random-probe estimate, ratios, bad input."""
+"""The kernel against jacrev on tiny models, the random-probe estimate, bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.analysis.kernel import class_matrix, entk
+from dcr.analysis.kernel import entk
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import render
@@ -181,25 +181,6 @@ def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
         result = entk(model, tiny_tokenizer, a, b, k=4)
         oracle = exact(model, tiny_tokenizer, [*a, *b], result.tokens, lambda n: True)
         np.testing.assert_allclose(result.cross, oracle[:1, 1:], rtol=1e-4)
-
-
-def test_class_matrix_means_and_intervals():
-    rng = np.random.default_rng(0)
-    labels = ["toxic"] * 12 + ["general"] * 10
-    norms = np.where(np.equal.outer(labels, labels), 0.8, 0.3) + rng.normal(
-        scale=0.05, size=(22, 22)
-    )
-    norms = (norms + norms.T) / 2
-    np.fill_diagonal(norms, 2.0)
-    table = class_matrix(norms, labels).set_index(["class_a", "class_b"])
-    assert table.loc[("toxic", "toxic"), "normalised"] == pytest.approx(
-        0.4, abs=0.02
-    )  # a prompt against itself would be 1
-    cross = table.loc[("toxic", "general")]
-    assert cross["normalised"] == pytest.approx(0.15, abs=0.02) and cross["n"] == 120
-    assert cross["normalised_low"] < cross["normalised"] < cross["normalised_high"] < 0.2
-    with pytest.raises(DCRError, match="1 prompt of class 'general'"):
-        class_matrix(norms[:13, :13], labels[:13])
 
 
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):

@@ -28,7 +28,6 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.states import last_logits
 
 log = logging.getLogger("dcr")
-DRAWS = 500  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -121,48 +120,6 @@ def entk(  # noqa: PLR0913
         return KernelResult(norms, len(prompts_a), shown, (low, high), degenerate)
     norms = inner.double().pow(2).sum((-2, -1)).sqrt().numpy()
     return KernelResult(norms, len(prompts_a), shown, degenerate=degenerate)
-
-
-def class_matrix(norms: np.ndarray | Sequence[np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
-    """Rows class_a, class_b, normalised, symmetric, each with _low and _high, n.
-
-    norms: ‖K(x', x)‖_F, [n, n], x' of class_a, x of class_b; or several, one a seed, on the same
-    prompts. A prompt is never set against itself. Intervals (95 %) draw prompts, not pairs, and
-    seeds. Raises DCRError for a class with fewer than 2 prompts.
-    """
-    stack = np.stack(norms if isinstance(norms, (list, tuple)) else [norms])  # [seeds, n, n]
-    own = np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]
-    members = {c: np.flatnonzero(np.asarray(labels) == c) for c in dict.fromkeys(labels)}
-    for name, found in members.items():
-        if len(found) < 2:
-            raise DCRError(
-                f"kernel by class: {len(found)} prompt of class {name!r}; give at least 2."
-            )
-    ratios = {
-        "normalised": stack / own[:, :, None],
-        "symmetric": stack / np.sqrt(own[:, :, None] * own[:, None]),
-    }
-    rng, rows = np.random.default_rng([0, 0x4B]), []
-    for a, i in members.items():
-        for b, j in members.items():
-            drawn = [
-                (rng.choice(i, len(i)), rng.choice(j, len(j)), rng.choice(len(stack), len(stack)))
-                for _ in range(DRAWS)
-            ]
-            if a == b:
-                drawn = [(x, x, s) for x, _, s in drawn if len(set(x)) > 1]
-            row: dict[str, object] = {"class_a": a, "class_b": b}
-            for name, ratio in ratios.items():
-                draws = [_mean_of_others(ratio[s], x, y) for x, y, s in drawn]
-                low, high = np.quantile(draws, [0.025, 0.975])
-                value = _mean_of_others(ratio, i, j)
-                row |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
-            rows.append({**row, "n": len(i) * len(j) - (len(i) if a == b else 0)})
-    return pd.DataFrame(rows)
-
-
-def _mean_of_others(ratio: np.ndarray, i: np.ndarray, j: np.ndarray) -> float:
-    return float(ratio[:, i[:, None], j[None]][:, i[:, None] != j[None]].mean())
 
 
 def _probe_norms(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
