@@ -154,6 +154,8 @@ def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
         ({"tokens": "some"}, "top-k, refusal or all"),
         ({"parameters": "head"}, "all, blocks or lora"),
         ({"tokens": "all", "k": 2}, "k >= 3"),
+        ({"k": 0}, "k=0; tokens='top-k' needs k >= 1 and <= 128"),
+        ({"k": 129}, "k=129; tokens='top-k' needs k >= 1 and <= 128"),
     ],
 )
 def test_bad_choices(change, message, tiny_tokenizer):
@@ -162,8 +164,16 @@ def test_bad_choices(change, message, tiny_tokenizer):
 
 
 def test_empty_class_is_refused(tiny_tokenizer):
-    with pytest.raises(DCRError, match="0 and 3 prompts"):
+    with pytest.raises(DCRError, match="prompts_a: no rows"):
         entk(make_model(), tiny_tokenizer, [], B)
+
+
+def test_prompts_are_read_from_a_path(tiny_tokenizer, tmp_path):
+    path = tmp_path / "b.csv"
+    path.write_text("text\n" + "\n".join(B))
+    model = make_model(layers=2, hidden=16)
+    read, given = (entk(model, tiny_tokenizer, A, b, k=2).cross for b in (path, B))
+    np.testing.assert_array_equal(read, given)
 
 
 def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
