@@ -48,14 +48,21 @@ def class_matrix(
         i, j = (x[names[i] != names[j]] for x in (i, j))
         weights = drawn[:, i] * drawn[:, j]
         weights /= weights.sum(1, keepdims=True)
-        row: dict[str, object] = {"class_a": a, "class_b": b}
+        least, row = min(behind[a], behind[b]), {"class_a": a, "class_b": b}
         for name, ratio in ratios.items():
-            draws = widened(weights @ ratio[:, i, j].T, min(behind[a], behind[b]))
+            draws = weights @ ratio[:, i, j].T  # [1 + n_boot, seeds]
+            draws = _within(draws, behind[a]) if a == b else widened(draws, least)
             found = interval(draws, bounds=None)
             row |= {name: float(found["value"])}
             row |= {f"{name}_{side}": float(found[side]) for side in ("low", "high")}
         rows.append({**row, "n": len(i)})
     return pd.DataFrame(rows)
+
+
+def _within(draws: np.ndarray, m: int) -> np.ndarray:
+    """`widened`, and for a statistic of the pairs among m requests: each meets m - 1 others, so
+    that what it differs by shows in its own pairs as (m - 2) / (m - 1) of that."""
+    return draws[:1] + (m - 1) / max(m - 2, 1) * (widened(draws, m) - draws[:1])
 
 
 def bound_pairs(
@@ -91,7 +98,7 @@ def bound_check(pairs: pd.DataFrame, requests: Names) -> dict[str, float]:
     drawn, m = request_weights(requests), len(set(requests))
     weights = drawn[:, pairs["a"]] * drawn[:, pairs["b"]]
     read = spearman(pairs["bilinear"].to_numpy(), pairs["kernel"].to_numpy(), weights)
-    found = interval(widened(read, m)[:, None], m, SIGNED)
+    found = interval(_within(read, m)[:, None], m, SIGNED)
     ratio = pairs["kernel"] / pairs["bilinear"].clip(lower=np.finfo(float).tiny)
     return {
         "spearman": float(found["value"]),
