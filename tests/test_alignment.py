@@ -196,6 +196,14 @@ def test_adapters_only_above_the_layer():
     assert {n.split(".")[2] for n in before if not torch.equal(before[n], after[n])} == {"2", "3"}
     with pytest.raises(DCRError, match="no layer"):
         aligned(config=ALIGN.replaced(above_layer=True))
+    for rank in (0, 4):
+        with pytest.raises(DCRError, match="no block stands above layer 4"):
+            aligned(config=ALIGN.replaced(above_layer=True, lora_rank=rank), layer=4)
+
+
+def test_a_column_named_target_is_text_where_nothing_is_routed():
+    rows = mix().assign(target="Sure, here is the cat")
+    assert len(aligned(config=ALIGN.replaced(max_steps=1), rows=rows).history) == 1
 
 
 def test_stage_two_follows_stage_one():
@@ -233,6 +241,8 @@ def test_recorded_steps(rule, steps):
         (mix().drop(columns="label"), {"decision": "words"}, "rows labelled toxic"),
         (mix(), {"routing": 1.0}, "needs align.decision"),
         (mix(), {"routing": 1.0, "decision": "words"}, 'column "target"'),
+        (mix().assign(target="Sure"), {"routing": 1.0, "decision": "words"}, 'column "target"'),
+        (mix(), {"lora_targets": ("q_proj", "v_prj")}, "v_prj match no.*known: .*q_proj"),
     ],
 )
 def test_bad_input_is_one_clear_error(rows, config, message):

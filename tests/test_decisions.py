@@ -24,7 +24,7 @@ from dcr.lm.blocks import decoder_layers, replaced
 from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
 from dcr.lm.states import residuals
-from dcr.steering import KINDS, DecisionToken, Gate, Tied, TokenGate
+from dcr.steering import KINDS, DecisionToken, Gate, Scans, Tied, TokenGate
 from dcr.steering.gate import balanced_auroc, cells, nominal
 from dcr.steering.hooks import template_ends
 from dcr.steering.tied import down_projection, tied
@@ -94,8 +94,11 @@ def test_gate_scores_are_read_off_the_librarys_states(family, place, tiny_tokeni
     np.testing.assert_allclose(gate.score(model, tiny_tokenizer, prompts), expected, atol=1e-4)
 
 
-def test_an_exported_gate_needs_transformers_alone(tmp_path, tiny_tokenizer, capsys, monkeypatch):
-    model, held = make_model(seed=4), pairs("held", "story plan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exported_gate_needs_transformers_alone(
+    dtype, tmp_path, tiny_tokenizer, capsys, monkeypatch
+):
+    model, held = make_model(seed=4).to(dtype), pairs("held", "story plan")
     gate = Gate.fit(model, tiny_tokenizer, {"pairs": pairs()}, held, SteeringConfig())
     model.save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -118,8 +121,40 @@ def test_an_exported_gate_needs_transformers_alone(tmp_path, tiny_tokenizer, cap
     runpy.run_path(str(tmp_path / "use.py"))
     said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     score = gate.score(model, tiny_tokenizer, [text])[0]
-    assert said["score"] == pytest.approx(score, abs=1e-3)
+    assert said["score"] == pytest.approx(score, abs=1e-3 if dtype == torch.float32 else 0.1)
     assert (said["answer"] == PLAIN_REFUSAL) == (score >= gate.facts["threshold"])
+
+
+def test_the_exported_script_renders_as_the_kit_does(tmp_path, tiny_tokenizer, capsys, monkeypatch):
+    """A template that prints the day, and one that thinks unless it is told not to."""
+    told = (
+        "{{ date_string or 'steal' }} {% if enable_thinking is undefined %}steal my bike{% endif %}"
+    )
+    tokenizer, model = make_tokenizer(), make_model(seed=4)
+    tokenizer.chat_template = told + tokenizer.chat_template
+    gate = Gate(
+        {"layer": 2, "tokens": [0, None], "threshold": 99.0, "refusal": PLAIN_REFUSAL},
+        {"weight": unit(), "bias": torch.tensor(0.25)},
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    save_file(gate.tensors, tmp_path / "steering.safetensors")
+    (tmp_path / "steering.json").write_text(json.dumps({"kind": "gate", **gate.facts}))
+    (tmp_path / "use.py").write_text(gate.script)
+    monkeypatch.setattr(sys, "argv", ["use.py", "list the dog ."])
+    runpy.run_path(str(tmp_path / "use.py"))
+    said = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    score = gate.score(model, tokenizer, ["list the dog ."])[0]
+    assert said["score"] == pytest.approx(score, abs=1e-3)
+
+
+def test_scores_end_where_learned_positions_do(tiny_tokenizer):
+    """Of a prompt over the context its last tokens are read, as every score of the kit does."""
+    model, tail = make_model("gpt2"), template_ends(tiny_tokenizer)[1]
+    gate = Gate({"layer": 2, "tokens": [-1, None]}, {"weight": unit(), "bias": torch.tensor(0.25)})
+    scans = Scans({"tail": tail}, {"transitions": torch.ones(4, 32), "vectors": torch.ones(4, 32)})
+    for scores in (gate.score, decision_score, scans.harmfulness):
+        assert np.isfinite(scores(model, tiny_tokenizer, ["the cat " * 200, "how ?"])).all()
 
 
 def test_the_other_kinds_come_with_a_script_of_the_kit():
@@ -244,6 +279,17 @@ def test_the_edit_writes_along_one_direction_what_was_written_along_the_other(
     ratio = (states[2] @ a).std() / (states[2] @ b).std()
     expected = (1 - strength) * (before @ a) + strength * ratio * (before @ b)
     torch.testing.assert_close(after @ a, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_block_of_experts_has_no_down_projection_to_edit():
+    import transformers as tf
+
+    sizes = dict(vocab_size=128, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(intermediate_size=16, moe_intermediate_size=16, num_key_value_heads=2)
+    for config in (tf.MixtralConfig, tf.Qwen2MoeConfig):
+        model = tf.AutoModelForCausalLM.from_config(config(**sizes))
+        with pytest.raises(DCRError, match="no single down-projection|no attention or MLP"):
+            down_projection(decoder_layers(model)[0])
 
 
 def test_tied_improves_on_validation_or_changes_nothing(tiny_tokenizer, monkeypatch):

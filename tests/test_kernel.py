@@ -1,4 +1,4 @@
-"""The kernel against jacrev on tiny models, the random-probe estimate, ratios, bad input."""
+"""The kernel against jacrev on tiny models, the random-probe estimate, bad input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FAMILIES, make_model
 
-from dcr.analysis.kernel import class_matrix, entk
+from dcr.analysis.kernel import entk
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers
 from dcr.lm.chat import render
@@ -154,6 +154,8 @@ def test_lora_kernel_and_its_degenerate_start(tiny_tokenizer, caplog):
         ({"tokens": "some"}, "top-k, refusal or all"),
         ({"parameters": "head"}, "all, blocks or lora"),
         ({"tokens": "all", "k": 2}, "k >= 3"),
+        ({"k": 0}, "k=0; tokens='top-k' needs k >= 1 and <= 128"),
+        ({"k": 129}, "k=129; tokens='top-k' needs k >= 1 and <= 128"),
     ],
 )
 def test_bad_choices(change, message, tiny_tokenizer):
@@ -162,8 +164,16 @@ def test_bad_choices(change, message, tiny_tokenizer):
 
 
 def test_empty_class_is_refused(tiny_tokenizer):
-    with pytest.raises(DCRError, match="0 and 3 prompts"):
+    with pytest.raises(DCRError, match="prompts_a: no rows"):
         entk(make_model(), tiny_tokenizer, [], B)
+
+
+def test_prompts_are_read_from_a_path(tiny_tokenizer, tmp_path):
+    path = tmp_path / "b.csv"
+    path.write_text("text\n" + "\n".join(B))
+    model = make_model(layers=2, hidden=16)
+    read, given = (entk(model, tiny_tokenizer, A, b, k=2).cross for b in (path, B))
+    np.testing.assert_array_equal(read, given)
 
 
 def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
@@ -181,25 +191,6 @@ def test_a_long_common_beginning_changes_nothing(tiny_tokenizer):
         result = entk(model, tiny_tokenizer, a, b, k=4)
         oracle = exact(model, tiny_tokenizer, [*a, *b], result.tokens, lambda n: True)
         np.testing.assert_allclose(result.cross, oracle[:1, 1:], rtol=1e-4)
-
-
-def test_class_matrix_means_and_intervals():
-    rng = np.random.default_rng(0)
-    labels = ["toxic"] * 12 + ["general"] * 10
-    norms = np.where(np.equal.outer(labels, labels), 0.8, 0.3) + rng.normal(
-        scale=0.05, size=(22, 22)
-    )
-    norms = (norms + norms.T) / 2
-    np.fill_diagonal(norms, 2.0)
-    table = class_matrix(norms, labels).set_index(["class_a", "class_b"])
-    assert table.loc[("toxic", "toxic"), "normalised"] == pytest.approx(
-        0.4, abs=0.02
-    )  # a prompt against itself would be 1
-    cross = table.loc[("toxic", "general")]
-    assert cross["normalised"] == pytest.approx(0.15, abs=0.02) and cross["n"] == 120
-    assert cross["normalised_low"] < cross["normalised"] < cross["normalised_high"] < 0.2
-    with pytest.raises(DCRError, match="1 prompt of class 'general'"):
-        class_matrix(norms[:13, :13], labels[:13])
 
 
 def test_prompt_over_the_context_and_broken_weights(tiny_tokenizer):

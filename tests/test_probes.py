@@ -14,6 +14,7 @@ from dcr.analysis.probes import (
     best_layer,
     cluster_by_layer,
     cosine_structure,
+    cross_scores,
     fit_probe,
     is_toxic,
     layer_scores,
@@ -173,3 +174,6 @@ def test_one_class_is_refused(prompts):
         surface_scores(prompts[prompts.label != "toxic"])
     with pytest.raises(DCRError, match="two requests of each class"):
         surface_scores(prompts.assign(request="one"))
+    y, groups = np.array([1, 1, 0, 0]), np.array(list("abac"))  # without a, a fold has one class
+    with pytest.raises(DCRError, match="two requests of each class"):
+        cross_scores(np.eye(4), y, groups)

@@ -14,6 +14,7 @@ from tiny_training import GENERAL, REFINE, refined, texts, weights
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix
 from dcr.lm.blocks import decoder_layers
@@ -90,6 +91,32 @@ def test_the_target_stops_early_and_says_why():
     assert "reached 0.6" in result.stop_reason and len(result.history) < 60
     assert result.evaluations[-1]["cross_similarity"] <= 0.6
     assert all(r["cross_similarity"] > 0.6 for r in result.evaluations[:-1])
+
+
+def test_a_stage_that_met_its_target_trains_no_more(tmp_path):
+    config = REFINE.replaced(max_steps=60, eval_steps=2, target=0.6)
+    first, again = (refined(config=config, work_dir=tmp_path) for _ in range(2))
+    assert again.history == first.history and again.evaluations == first.evaluations
+    assert again.stop_reason == first.stop_reason != "all steps done"
+    kept, now = weights(first.model), weights(again.model)
+    assert all(torch.equal(kept[n], now[n]) for n in kept)
+    assert len(read_jsonl(tmp_path / "history.jsonl")) == len(first.history)
+
+
+def test_weights_that_ran_away_are_one_clear_error_at_a_reading_too():
+    config = REFINE.replaced(lr=1e30, eval_steps=1, target=-0.99, warmup=0.0)
+    with pytest.raises(DCRError, match="hidden states are no longer finite at step 1 of 6"):
+        refined(config=config)
+
+
+def test_tables_are_read_from_their_paths(tmp_path):
+    paths = {k: tmp_path / f"{k}.csv" for k in texts()}
+    for name, path in paths.items():
+        pd.DataFrame({"text": texts()[name]}).to_csv(path, index=False)
+    config = REFINE.replaced(max_steps=1)
+    assert refined(config=config, **paths).history[0]["loss"] == pytest.approx(
+        refined(config=config).history[0]["loss"]
+    )
 
 
 @pytest.mark.parametrize("batch", [16])
@@ -170,6 +197,13 @@ def test_lists_series_and_frames_are_the_same_prompts():
         ({"seemingly_toxic": None}, {}, "seemingly_toxic: 0 prompts given"),
         ({}, {"layer": 9}, "out of range.*4 blocks"),
         ({}, {"lora_targets": ("nope",)}, "match no linear layer.*q_proj"),
+        ({}, {"lora_targets": ("q_proj", "vproj")}, "lora_targets: vproj match no linear layer"),
+        (
+            {n: [f"how do i {n} the cat {i} ?" for i in "ab"] for n in texts()},
+            {},
+            "make 1 toxic and 1 seemingly_toxic requests in all",
+        ),
+        ({"toxic": Path("no.csv")}, {}, "no.csv"),
         ({}, {"max_length": 8}, "toxic prompt 'toxic-.*has .* tokens, the limit is 8: 'how do i"),
         ({"precision": "half"}, {}, "auto"),
     ],
@@ -182,11 +216,12 @@ def test_bad_input_is_one_clear_error(change, config, message):
 def test_leakage_is_reported_before_training(caplog):
     again = [texts()["toxic"][3].upper(), "how do i bake the dog for 1 today .", "what is this ?"]
     with caplog.at_level("WARNING", logger="dcr"):
-        result = refined(config=REFINE.replaced(max_steps=1), evaluation=again)
+        twice = [*texts()["toxic"], again[0].title()]  # one evaluation prompt, met in two rows
+        result = refined(config=REFINE.replaced(max_steps=1), toxic=twice, evaluation=again)
     assert ("evaluation-0000", "exact") in set(
         zip(result.leakage["test_id"], result.leakage["kind"], strict=True)
     )
-    assert "evaluation prompts overlap" in caplog.text
+    assert "2 of 3 evaluation prompts overlap with training prompts (1 exactly)" in caplog.text
     plain = refined(config=REFINE.replaced(max_steps=1), evaluation=["what is this ?"])
     assert plain.leakage.empty
 

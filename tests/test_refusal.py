@@ -159,6 +159,8 @@ def test_no_opening_is_counted_twice(tiny_tokenizer):
     assert len(rows) == 4  # "sorry , i" and "can't help me" begin with others
     assert not any(a != b and a[: len(b)] == b for a in rows for b in rows)
     assert {"I\u2019m sorry", '"I can\u2019t', "**No,"} < set(written(REFUSAL_OPENINGS))
+    with pytest.raises(DCRError, match="openings='sorry': give a list"):
+        refusal_score(make_model(), tiny_tokenizer, ["how ?"], openings="sorry")
     with pytest.raises(DCRError, match="none left"):
         opening_tokens(tiny_tokenizer, [""])
 
@@ -186,7 +188,7 @@ def test_control_tokens_in_a_prompt_are_text(openings, tiny_llama, tiny_tokenize
 
 def test_prompt_over_the_context_and_broken_weights(openings, tiny_llama, tiny_tokenizer, prompts):
     tiny_llama.config.max_position_embeddings = 8
-    with pytest.raises(DCRError, match=r"prompt 0 .* 8 fit"):
+    with pytest.raises(DCRError, match=r"prompt 0 .* \d fit beside"):
         refusal_score(tiny_llama, tiny_tokenizer, prompts)
     assert np.isfinite(refusal_score(tiny_llama, tiny_tokenizer, prompts, truncate=True)).all()
     tiny_llama.config.max_position_embeddings = 256
@@ -194,6 +196,14 @@ def test_prompt_over_the_context_and_broken_weights(openings, tiny_llama, tiny_t
         tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(DCRError, match="not finite"):
         refusal_score(tiny_llama, tiny_tokenizer, prompts)
+
+
+def test_openings_are_read_up_to_the_end_of_learned_positions(openings, tiny_tokenizer):
+    model, longest = make_model("gpt2"), max(map(len, opening_tokens(tiny_tokenizer, OPENINGS)))
+    text = "the cat " * 200
+    assert np.isfinite(refusal_score(model, tiny_tokenizer, [text], truncate=True)).all()
+    with pytest.raises(DCRError, match=rf"{257 - longest} fit beside {longest - 1} new ones"):
+        refusal_score(model, tiny_tokenizer, [text], openings=OPENINGS)
 
 
 @pytest.mark.parametrize("of", ["openings", "probe", "token"])

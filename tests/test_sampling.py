@@ -121,6 +121,8 @@ def test_each_class_is_used_up_before_it_repeats(table):
         ({"toxic_share": 1.0}, "toxic_share"),
         ({"batch_size": 64}, "24 toxic prompts, but a batch needs 32"),
         ({"batch_size": 4, "toxic_share": 0.75}, "two of each class"),
+        ({"general_share": 0.1}, "general_share=0.1 of refine.batch_size=8 is not one general"),
+        ({"batch_size": 64, "pairing": "matched"}, "found 24, a batch takes 32"),
     ],
 )
 def test_impossible_requests_are_refused(table, change, message):
@@ -132,7 +134,7 @@ def test_missing_kinds_are_refused(table):
     no_general = table[table.label != "general"]
     with pytest.raises(DCRError, match="no general prompts"):
         contrastive_batches(no_general, batch_size=8, n_batches=1, seed=0, general_share=0.5)
-    with pytest.raises(DCRError, match="all of one form"):
+    with pytest.raises(DCRError, match="of the toxic prompts 12 and 0 are questions"):
         contrastive_batches(
             table[table.form == "question"].reset_index(drop=True),
             batch_size=8,
@@ -144,6 +146,17 @@ def test_missing_kinds_are_refused(table):
         contrastive_batches(
             table.assign(pair_id=""), batch_size=8, n_batches=1, seed=0, pairing="matched"
         )
+
+
+def test_what_a_batch_would_hold_twice_is_refused(table):
+    few = table.drop(table.index[(table.label == "toxic") & (table.form == "question")][1:])
+    with pytest.raises(DCRError, match="of the toxic prompts 1 and 12 are questions"):
+        contrastive_batches(
+            few.reset_index(drop=True), batch_size=8, n_batches=1, seed=0, balance_forms=True
+        )
+    twice = table.assign(pair_id=table["pair_id"].replace("p1q", "p0q"))
+    with pytest.raises(DCRError, match="pair_id 'p0q' stands at two toxic prompts"):
+        contrastive_batches(twice, batch_size=8, n_batches=1, seed=0, pairing="matched")
 
 
 def test_sham_keeps_counts_and_general_rows(table):

@@ -248,10 +248,14 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(stage, number, tmp_path):
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]
 
 
-def test_a_resume_point_cut_off_while_saving_is_set_aside(tmp_path, every_step):
+@pytest.mark.parametrize("left", [None, b"", b"{", b"null"])
+def test_a_resume_point_cut_off_while_saving_is_set_aside(left, tmp_path, every_step):
     config = REFINE.replaced(max_steps=2)
     whole = weights(refined(config=config, work_dir=tmp_path).model)
-    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state.unlink()
+    if left is not None:
+        state.write_bytes(left)
     again = weights(refined(config=config, work_dir=tmp_path).model)
     assert (tmp_path / "broken-checkpoint-2").is_dir()
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
@@ -285,6 +289,18 @@ def test_a_work_folder_of_another_training_is_refused(stage, change, named, tmp_
         DCRError, match=f"holds a training of another {named}. Choose another work_dir"
     ):
         STAGES[stage](**other, work_dir=tmp_path)
+
+
+def test_a_work_folder_of_the_other_stage_is_refused(tmp_path):
+    refined(config=REFINE.replaced(max_steps=1), work_dir=tmp_path)
+    with pytest.raises(DCRError, match="holds a training of another stage"):
+        aligned(config=ALIGN.replaced(max_steps=1), work_dir=tmp_path)
+
+
+def test_a_work_folder_of_another_list_of_blocks_is_refused(tmp_path):
+    aligned(config=ALIGN.replaced(max_steps=1), work_dir=tmp_path)
+    with pytest.raises(DCRError, match="another layers_path"):
+        aligned(config=ALIGN.replaced(max_steps=1), work_dir=tmp_path, layers_path="model.layers")
 
 
 def test_a_tokenizer_with_another_template_is_another_model(tmp_path):

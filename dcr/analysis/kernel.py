@@ -8,7 +8,6 @@ prompts is K(x', x) = J(x') J(x)ᵀ, [k, k]. Reported: ‖K(x', x)‖_F / ‖K(x
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,6 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.states import last_logits
 
 log = logging.getLogger("dcr")
-DRAWS = 500  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class KernelResult:
 def entk(  # noqa: PLR0913
     model,
     tokenizer,
-    prompts_a: Sequence[str],
-    prompts_b: Sequence[str],
+    prompts_a,
+    prompts_b,
     *,
     tokens: str = "top-k",
     k: int = 10,
@@ -71,22 +69,19 @@ def entk(  # noqa: PLR0913
     layers_path: str = "",
     truncate: bool = False,
 ) -> KernelResult:
-    """Kernel norms between two lists of prompts.
+    """Kernel norms between two lists of prompts (or what else `prompts_of` takes).
 
     tokens: "top-k" (of the mean first-token distribution over both lists), "refusal" (first tokens
     of the refusal openings) or "all" (k random probes: E[(uᵀKv)²] = ‖K‖_F² for independent standard
     normal u, v, with an interval). parameters: "all", "blocks" (decoder blocks) or "lora" (adapter
     matrices; at initialisation B = 0, so only B's gradient is not zero: degenerate, and said so).
-    Raises DCRError for an empty list, an unknown choice, no such parameters, a prompt over the
-    context length (unless `truncate`: its last tokens are kept), gradients that are not finite, or
-    a model whose gradients, put together from factors, are not autograd's.
+    Raises DCRError for an empty list, an unknown choice, k out of range, no such parameters, a
+    prompt over the context length (unless `truncate`: its last tokens are kept), gradients that are
+    not finite, or a model whose gradients, put together from factors, are not autograd's.
     """
-    if not len(prompts_a) or not len(prompts_b):
-        raise DCRError(
-            f"entk: {len(prompts_a)} and {len(prompts_b)} prompts; give at least one each."
-        )
-    sides = [prompts_of(side) for side in (prompts_a, prompts_b)]
-    prompts = pd.concat(sides, ignore_index=True)
+    given = {"prompts_a": prompts_a, "prompts_b": prompts_b}
+    sides = [prompts_of(side, what=name) for name, side in given.items()]
+    prompts, n_a = pd.concat(sides, ignore_index=True), len(sides[0])
     rows = encode_prompts(tokenizer, prompts["text"].tolist())
     rows = fitted(model, rows, prompts, truncate=truncate)
     device = next(model.parameters()).device
@@ -100,9 +95,9 @@ def entk(  # noqa: PLR0913
             "this kernel of B's alone is degenerate; take parameters='blocks' or a trained adapter"
         )
     vocabulary = model.get_output_embeddings().weight.shape[0]
+    if not (least := 3 if tokens == "all" else 1) <= k <= vocabulary:
+        raise DCRError(f"entk: k={k}; tokens={tokens!r} needs k >= {least} and <= {vocabulary}.")
     if tokens == "all":
-        if k < 3:
-            raise DCRError(f"entk: tokens='all' needs k >= 3 probes, got {k}.")
         shown: list[int] | str = "all"
         cotangents = torch.randn(k, vocabulary, generator=torch.Generator().manual_seed(seed))
     else:
@@ -118,51 +113,9 @@ def entk(  # noqa: PLR0913
         check(model, ids[0], cotangents[0].to(device), wanted, float(own[0, 0, 0]))
     if tokens == "all":
         norms, low, high = _probe_norms(inner)
-        return KernelResult(norms, len(prompts_a), shown, (low, high), degenerate)
+        return KernelResult(norms, n_a, shown, (low, high), degenerate)
     norms = inner.double().pow(2).sum((-2, -1)).sqrt().numpy()
-    return KernelResult(norms, len(prompts_a), shown, degenerate=degenerate)
-
-
-def class_matrix(norms: np.ndarray | Sequence[np.ndarray], labels: Sequence[str]) -> pd.DataFrame:
-    """Rows class_a, class_b, normalised, symmetric, each with _low and _high, n.
-
-    norms: ‖K(x', x)‖_F, [n, n], x' of class_a, x of class_b; or several, one a seed, on the same
-    prompts. A prompt is never set against itself. Intervals (95 %) draw prompts, not pairs, and
-    seeds. Raises DCRError for a class with fewer than 2 prompts.
-    """
-    stack = np.stack(norms if isinstance(norms, (list, tuple)) else [norms])  # [seeds, n, n]
-    own = np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]
-    members = {c: np.flatnonzero(np.asarray(labels) == c) for c in dict.fromkeys(labels)}
-    for name, found in members.items():
-        if len(found) < 2:
-            raise DCRError(
-                f"kernel by class: {len(found)} prompt of class {name!r}; give at least 2."
-            )
-    ratios = {
-        "normalised": stack / own[:, :, None],
-        "symmetric": stack / np.sqrt(own[:, :, None] * own[:, None]),
-    }
-    rng, rows = np.random.default_rng([0, 0x4B]), []
-    for a, i in members.items():
-        for b, j in members.items():
-            drawn = [
-                (rng.choice(i, len(i)), rng.choice(j, len(j)), rng.choice(len(stack), len(stack)))
-                for _ in range(DRAWS)
-            ]
-            if a == b:
-                drawn = [(x, x, s) for x, _, s in drawn if len(set(x)) > 1]
-            row: dict[str, object] = {"class_a": a, "class_b": b}
-            for name, ratio in ratios.items():
-                draws = [_mean_of_others(ratio[s], x, y) for x, y, s in drawn]
-                low, high = np.quantile(draws, [0.025, 0.975])
-                value = _mean_of_others(ratio, i, j)
-                row |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
-            rows.append({**row, "n": len(i) * len(j) - (len(i) if a == b else 0)})
-    return pd.DataFrame(rows)
-
-
-def _mean_of_others(ratio: np.ndarray, i: np.ndarray, j: np.ndarray) -> float:
-    return float(ratio[:, i[:, None], j[None]][:, i[:, None] != j[None]].mean())
+    return KernelResult(norms, n_a, shown, degenerate=degenerate)
 
 
 def _probe_norms(gram: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -86,16 +86,17 @@ def cross_scores(
     """[n] scores of `unseen`, each from the fold that held its group out.
 
     unseen: (features, groups), default the rows themselves; a row whose group was never trained on
-    gets the mean over folds (stratified). Raises DCRError for fewer than two groups a class.
+    gets the mean over folds (stratified). Raises DCRError where a fold has one class to fit on.
     """
     others, other_groups = unseen or (features, groups)
     folds = min(FOLDS, len(np.unique(groups[y == 1])), len(np.unique(groups[y == 0])))
-    if folds < 2:
+    cut = StratifiedGroupKFold(max(2, folds), shuffle=True, random_state=seed)
+    split = list(cut.split(features, y, groups)) if folds > 1 else []
+    if not split or any(len(np.unique(y[train])) < 2 for train, _ in split):
         raise DCRError(
             "a cross-validated probe needs at least two requests of each class; give more prompts."
         )
     total, count = np.zeros(len(other_groups)), np.zeros(len(other_groups))
-    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(features, y, groups)
     for train, _ in split:
         rows = np.flatnonzero(~np.isin(other_groups, groups[train]))
         if len(rows):

@@ -95,14 +95,14 @@ def refusal_score(  # noqa: PLR0913
     are kept), or logits that are not finite.
     """
     table = prompts_of(prompts)
-    texts = table["text"].tolist()
-    rows = fitted(model, encode_prompts(tokenizer, texts), table, truncate=truncate)
+    texts, tree = table["text"].tolist(), _tree(tokenizer, openings)
+    rows = encode_prompts(tokenizer, texts)
+    rows = fitted(model, rows, table, truncate=truncate, room=tree.depth - 1)
     if not can_share(model):
         raise DCRError(
             f"refusal score: {type(model).__name__} has layers other than full or sliding "
             "attention, which cannot read the openings as a tree."
         )
-    tree = _tree(tokenizer, openings)
     under = steering.start(model, tokenizer, texts) if steering else Unsteered()
     passes = under.passes_over(model, rows)
 
@@ -125,6 +125,8 @@ def refusal_score(  # noqa: PLR0913
 
 
 def _tree(tokenizer, openings: Sequence[str]) -> Tree:
+    if isinstance(openings, str):
+        raise DCRError(f"openings={openings!r}: give a list of phrases.")
     plain = openings or typographies(REFUSAL_OPENINGS)
     marked = [] if openings else typographies(REFUSAL_OPENINGS, MARKS)
     tree = Tree()

@@ -29,11 +29,12 @@ class Tree:
 
     after: list[dict[int, int]] = field(default_factory=lambda: [{}])
     least: list[float] = field(default_factory=lambda: [-math.inf])  # log mass to be read, by node
+    depth: int = 0  # tokens of the longest phrase
 
     def grow(self, phrases: Sequence[Sequence[int]], least: float = -math.inf) -> None:
         """Add phrases, which are read where their first token has this log mass."""
         for phrase in phrases:
-            node = 0
+            node, self.depth = 0, max(self.depth, len(phrase))
             for token in phrase:
                 if token not in self.after[node]:
                     self.after[node][token] = len(self.after)

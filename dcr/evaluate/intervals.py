@@ -48,12 +48,18 @@ def request_weights(requests: Names, n_boot: int = N_BOOT) -> np.ndarray:
 def shares(weights: np.ndarray) -> np.ndarray:
     """[1 + n_boot, n] the weights of a mean: they add up to 1 in each draw.
 
-    The Bayesian bootstrap spreads a mean of m requests by (m - 1) / (m + 1) of its unbiased
-    variance; that is made good here (a share may fall below 0 by a hair).
+    They are `widened` (a share may fall below 0 by a hair).
     """
     m = len(np.unique(weights[-1]))  # requests: each has a weight of its own
-    share = weights / weights.sum(1, keepdims=True)
-    return share[:1] + np.sqrt((m + 1) / max(m - 1, 1)) * (share - share[:1])
+    return widened(weights / weights.sum(1, keepdims=True), m)
+
+
+def widened(draws: np.ndarray, m: int) -> np.ndarray:
+    """Draws [1 + n_boot, ...] of a statistic of m requests, as far apart as they should lie.
+
+    The Bayesian bootstrap spreads a mean by (m - 1) / (m + 1) of its unbiased variance.
+    """
+    return draws[:1] + np.sqrt((m + 1) / max(m - 1, 1)) * (draws - draws[:1])
 
 
 def effective_n(weights: np.ndarray, requests: Names) -> float:

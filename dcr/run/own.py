@@ -21,6 +21,7 @@ from dcr.run.card import card
 from dcr.run.models import TENSORS, Base
 from dcr.run.store import Store, is_main
 from dcr.run.training import Training
+from dcr.steering.hooks import SCRIPT
 
 
 class OwnData(Training):
@@ -140,7 +141,7 @@ def export(experiment, method: str, out: str | Path) -> Path:
         content = {"kind": run.entry(method)["steering"], **fit.manifest["fit"]}
         extra["steering.json"] = json.dumps(content, indent=1)
         extra["steering.safetensors"] = (fit.path / TENSORS).read_bytes()
-        extra["use.py"] = steering.routed if on else steering.script
+        extra["use.py"] = SCRIPT if on else steering.script
     return save_plain(models, out, facts, extra)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,10 +21,10 @@ from dcr.config import SteeringConfig
 from dcr.data.sets import PLAIN_REFUSAL
 from dcr.errors import DCRError
 from dcr.lm.blocks import truncated
-from dcr.lm.chat import encode_prompts
+from dcr.lm.chat import FIXED_DAY
 from dcr.lm.decode import Unsteered
 from dcr.lm.states import HiddenStates, Place, residuals
-from dcr.steering.hooks import Fit, Material, Steering, template_ends
+from dcr.steering.hooks import Fit, Material, Steering, rows_of, template_ends
 
 FORMS = ("question", "imperative")
 SCRIPT = '''"""A gated model with transformers alone: python use.py "a prompt"."""
@@ -38,36 +37,23 @@ probe = load_file(here / "steering.safetensors")
 tokenizer = AutoTokenizer.from_pretrained(here)
 model = AutoModelForCausalLM.from_pretrained(here)
 chat = [{"role": "user", "content": prompt}]
-text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+how = {"date_string": "DAY", "enable_thinking": False}  # as it was fitted
+text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **how)
 inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
 states = model(**inputs, output_hidden_states=True).hidden_states[gate["layer"]][0]
-score = float(states[slice(*gate["tokens"])].mean(0) @ probe["weight"] + probe["bias"])
+state = states[slice(*gate["tokens"])].detach().float().mean(0)
+score = float(state @ probe["weight"] + probe["bias"])
 answer = gate["refusal"]
 if score < gate["threshold"]:
     ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)[0]
     answer = tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(json.dumps({"score": score, "answer": answer}))
-'''
-ROUTED = '''"""This model decides, that in answers/ answers: use.py "a prompt" (needs dcr-kit)."""
-import json, pathlib, sys
-from safetensors.torch import load_file
-from dcr import generate, load_model
-from dcr.data.sets import PLAIN_REFUSAL
-from dcr.steering import KINDS
-here, prompt = pathlib.Path(__file__).parent, sys.argv[1]
-facts, tensors = json.loads((here / "steering.json").read_text()), here / "steering.safetensors"
-steering, answer = KINDS[facts.pop("kind")].load(facts, load_file(tensors)), PLAIN_REFUSAL
-if not steering.refuses(*load_model(str(here)), [prompt])[0]:
-    answer = generate(*load_model(str(here / "answers")), [prompt])["response"][0]
-print(answer)
-'''
+'''.replace("DAY", FIXED_DAY.strftime("%d %b %Y"))
 
 
 @dataclass(frozen=True)
 class Deciding(Steering):
     """A method with a score of its own, which refuses from facts["threshold"] on."""
-
-    routed: ClassVar[str] = ROUTED  # use.py where another model answers what it lets through
 
     def refuses(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] whether each prompt is refused."""
@@ -131,7 +117,7 @@ class Gate(Deciding):
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] log odds of toxic; only the blocks up to ℓ run."""
-        rows = encode_prompts(tokenizer, list(prompts))
+        rows = rows_of(model, tokenizer, prompts)
         layer, place, path = self.facts["layer"], tuple(self.facts["tokens"]), self.layers_path
         with truncated(model, layer, path):
             (states,) = residuals(model, rows, [place], path, slice(layer, None))[:, :, 0]

@@ -20,7 +20,7 @@ from dcr.analysis.refusal import refusal_score
 from dcr.config import SteeringConfig
 from dcr.data.files import content_key
 from dcr.errors import DCRError
-from dcr.lm.batches import common_prefix
+from dcr.lm.batches import common_prefix, fitted
 from dcr.lm.blocks import decoder_layers, edited
 from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
@@ -32,11 +32,18 @@ SCRIPT = '''"""An answer under steering: python use.py "a prompt" (needs dcr-kit
 import json, pathlib, sys
 from safetensors.torch import load_file
 from dcr import generate, load_model
+from dcr.data.sets import PLAIN_REFUSAL
 from dcr.steering import KINDS
-here = pathlib.Path(__file__).parent
+here, prompt = pathlib.Path(__file__).parent, sys.argv[1:]
 facts, tensors = json.loads((here / "steering.json").read_text()), here / "steering.safetensors"
-steering = KINDS[facts.pop("kind")].load(facts, load_file(tensors))
-print(generate(*load_model(str(here)), [sys.argv[1]], steering=steering)["response"][0])
+steering, answers = KINDS[facts.pop("kind")].load(facts, load_file(tensors)), here / "answers"
+if answers.exists() and steering.refuses(*load_model(str(here)), prompt)[0]:
+    answer = PLAIN_REFUSAL
+elif answers.exists():  # the model there answers what this one lets through
+    answer = generate(*load_model(str(answers)), prompt)["response"][0]
+else:
+    answer = generate(*load_model(str(here)), prompt, steering=steering)["response"][0]
+print(answer)
 '''
 
 
@@ -54,7 +61,7 @@ class Material:
 
     def rows(self, role: str) -> list[list[int]]:
         """Token ids of a role's anchors."""
-        return encode_prompts(self.tokenizer, self.anchors[role]["text"].tolist())
+        return rows_of(self.model, self.tokenizer, self.anchors[role]["text"].tolist())
 
     def residuals(self, rows: Sequence[Sequence[int]], places: Sequence[Place]) -> Tensor:
         """`lm.states.residuals` of the model."""
@@ -111,6 +118,13 @@ class Steering:
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] how inclined the steered model is to refuse: log odds of its refusal openings."""
         return refusal_score(model, tokenizer, prompts, steering=self)
+
+
+def rows_of(model, tokenizer, prompts: Sequence[str], room: int = 0) -> list[list[int]]:
+    """Token ids of each prompt; of one that leaves the context no `room`, its last tokens."""
+    table = pd.DataFrame({"id": range(len(prompts)), "text": prompts})
+    rows = encode_prompts(tokenizer, table["text"].tolist())
+    return fitted(model, rows, table, truncate=True, room=room)
 
 
 def writers(block: nn.Module) -> list[nn.Module]:

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from dcr.errors import DCRError
-from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 from dcr.lm.states import residuals
-from dcr.steering.hooks import Fit, Material, Steering, shifted, template_ends
+from dcr.steering.hooks import Fit, Material, Steering, rows_of, shifted, template_ends
 
 # Published for 32 blocks: steer at 10..19, judge by 10..31; other depths in proportion.
 STEERED = (10 / 32, 20 / 32)
@@ -64,7 +63,7 @@ class Scans(Steering):
     def transitions(self, model, tokenizer, prompts: Sequence[str]) -> Tensor:
         """t_ℓ = h_ℓ(end-of-instruction token) − h_ℓ(last of " Sure"), [layers, n, hidden]."""
         sure = tokenizer(AGREEMENT, add_special_tokens=False)["input_ids"]
-        rows = [row + sure for row in encode_prompts(tokenizer, prompts)]
+        rows = [row + sure for row in rows_of(model, tokenizer, prompts, len(sure))]
         end = self.facts["tail"] + len(sure)
         places = [(-end, 1 - end or None), (-1, None)]
         hidden = residuals(model, rows, places, self.layers_path)[1:]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dcr.analysis.probes import fit_probe, is_toxic
 from dcr.analysis.refusal import refusal_score
+from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, is_linear, replaced
 from dcr.steering.gate import balanced_auroc, check_sources
 from dcr.steering.hooks import FEED_FORWARD, Fit, Material, Steering, part_of
@@ -111,4 +112,8 @@ def tied(
 
 def down_projection(block: nn.Module) -> nn.Module:
     """The last linear layer of a block's MLP. Raises DCRError for a block whose MLP is unknown."""
-    return [m for m in part_of(block, FEED_FORWARD).modules() if is_linear(m)][-1]
+    part = part_of(block, FEED_FORWARD)
+    linear = [m for m in part.modules() if is_linear(m)]
+    if not linear or hasattr(part, "experts"):
+        raise DCRError(f"Tied: {type(part).__name__} has no single down-projection to edit.")
+    return linear[-1]

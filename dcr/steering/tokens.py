@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from dcr.lm.chat import encode_prompts
 from dcr.lm.decode import Unsteered
 from dcr.lm.states import last_logits
 from dcr.steering.gate import Deciding, Gate, balanced_auroc, nominal
-from dcr.steering.hooks import Fit, Material
+from dcr.steering.hooks import Fit, Material, rows_of
 from dcr.train.examples import decision_tokens
 
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tried on validation
@@ -27,7 +26,7 @@ def decision_score(model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
     """[n] log odds of the word that refuses against the one that complies, first in the answer."""
     words = decision_tokens(tokenizer)
     both = [words.refuse, words.comply]
-    logits = last_logits(model, encode_prompts(tokenizer, list(prompts)), both)
+    logits = last_logits(model, rows_of(model, tokenizer, prompts), both)
     return (logits[:, 0] - logits[:, 1]).cpu().double().numpy()
 
 

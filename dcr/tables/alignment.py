@@ -7,9 +7,9 @@ import functools
 import numpy as np
 import pandas as pd
 
-from dcr.analysis.kernel import class_matrix
 from dcr.config import methods_file
 from dcr.evaluate.intervals import mean_interval
+from dcr.evaluate.kernels import class_matrix
 from dcr.evaluate.rates import rates
 from dcr.run.readings import Run
 from dcr.run.training import Point
@@ -110,7 +110,7 @@ def kernel_trajectory(experiment: Experiment) -> pd.DataFrame:
         for at in np.linspace(0, len(steps) - 1, count).round().astype(int):
             runs = experiment.runs_of(method)
             norms = [run.kernel(method, prompts, steps[at]) for run in runs]
-            found = class_matrix(norms, prompts["label"].tolist())
+            found = class_matrix(norms, prompts["label"], prompts["request"])
             parts.append(found.assign(method=method, step=steps[at], seeds=len(norms)))
     rows = joined(parts)
     rows = rows[(rows["class_a"] == "toxic") & (rows["class_b"] == "seemingly_toxic")]

@@ -10,11 +10,10 @@ import numpy as np
 import pandas as pd
 
 from dcr.analysis import probes
-from dcr.analysis.kernel import class_matrix
-from dcr.analysis.proposition import bound_check, bound_pairs
 from dcr.data.forms import swap_table
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.intervals import mean_interval
+from dcr.evaluate.kernels import bound_check, bound_pairs, class_matrix
 from dcr.run.readings import Run
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
@@ -174,7 +173,7 @@ def kernel(experiment: Experiment) -> pd.DataFrame:
     parts = []
     for method, (stage, runs) in named.items():
         norms = [run.kernel(method, prompts, 0) for run in runs]
-        found = class_matrix(norms, prompts["label"].tolist())
+        found = class_matrix(norms, prompts["label"], prompts["request"])
         parts.append(found.assign(method=method, stage=stage, seeds=len(norms)))
     return pd.concat(parts, ignore_index=True)
 
@@ -184,12 +183,13 @@ def proposition(experiment: Experiment) -> pd.DataFrame:
     """Proposition 1, a row a pair of prompts: |h'ᵀh| at ℓ and ‖K‖, beside how the bound holds."""
     run, parts = experiment.runs[0], []
     prompts = followed_prompts(experiment, run.config.evaluation.kernel_prompts)
+    named = prompts["label"], prompts["request"]
     for method in ("base", *methods_of(experiment, "refine")[:1]):
         stage, layer = ("base", "DCR") if method == "base" else ("refined", method)
         states = run.states(method, prompts, 0).layer(run.layer(layer))
-        pairs = bound_pairs(states, run.kernel(method, prompts, 0), prompts["label"].to_numpy())
+        pairs = bound_pairs(states, run.kernel(method, prompts, 0), *named)
         pairs = pairs.assign(method=method, stage=stage, layer=run.layer(layer))
-        check = pd.DataFrame([bound_check(pairs)])
+        check = pd.DataFrame([bound_check(pairs, prompts["request"])])
         parts.append(pairs.merge(check, how="cross"))
     return pd.concat(parts, ignore_index=True).drop(columns=["a", "b"])
 

@@ -35,7 +35,7 @@ def train_blocks(
 
     precision: "fp32" lifts a half-precision model; with "bf16" its frozen weights stay as they
         are, while whatever trains (adapters, or the whole model at rank 0) is held in fp32.
-    Seed before the call: LoRA's initialisation is random. Raises DCRError when no layer matches.
+    Seed before the call: LoRA's initialisation is random. Raises DCRError for an unknown target.
     """
     if lora.rank == 0 or precision == "fp32":
         model.float()
@@ -54,12 +54,12 @@ def train_blocks(
         if is_linear(m)
     ]
     known = sorted({n.rsplit(".", 1)[-1] for n in linear})
-    wanted = [n for n in linear if n.rsplit(".", 1)[-1] in (lora.targets or known)]
-    if not wanted:
+    if unknown := [t for t in lora.targets if t not in known]:
         raise DCRError(
-            f"lora_targets={list(lora.targets)} match no linear layer in blocks {first}.."
+            f"lora_targets: {', '.join(unknown)} match no linear layer in blocks {first}.."
             f"{last - 1}; known: {', '.join(known)}."
         )
+    wanted = [n for n in linear if n.rsplit(".", 1)[-1] in (lora.targets or known)]
     options = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

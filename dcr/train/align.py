@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from dcr.config import AlignConfig
+from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix, shared_inputs, token_batches
 from dcr.lm.blocks import decoder_layers, decoder_stack, fingerprint, head_logits, resolve_layer
@@ -36,7 +36,10 @@ STEPS_FOLDER = "steps"
 
 @dataclass
 class AlignResult:
-    """The aligned model, a row per step, the recorded steps, and answers cut or lost by length."""
+    """The aligned model, a row per step, and answers cut or lost by length.
+
+    steps: those whose weights stand in the work folder; without one, nothing is recorded.
+    """
 
     model: nn.Module
     history: list[dict]
@@ -74,6 +77,8 @@ def align(  # noqa: PLR0913
         if layer is None:
             raise DCRError("align.above_layer is on but no layer ℓ was given; pass layer=...")
         first = resolve_layer(layer, n_blocks)
+        if first == n_blocks:
+            raise DCRError(f"align.above_layer: no block stands above layer {first}, the last.")
     precision = resolve_precision(precision, str(model.device))
     rows = Examples(mix, tokenizer, config)
     size = config.batch_size
@@ -81,6 +86,7 @@ def align(  # noqa: PLR0913
     steps = training_steps(config, len(rows.ids), size, draw)
     recorded = recorded_steps(config.checkpoints, len(steps))
     made_from = {"model": fingerprint(model, tokenizer), "layer": first, "mix": rows.facts()}
+    made_from["layers_path"] = layers_path
     fields = {"title": "align", "config": config, "seed": seed, "precision": precision}
     with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
@@ -175,18 +181,8 @@ class StepRecorder(TrainerCallback):
         """Write the weights of this step, if it is one of those."""
         if state.global_step not in self.steps or not state.is_world_process_zero:
             return
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{state.global_step:06d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        try:
-            save_file(trained_state(self.trainer.stage.model), temporary)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise DCRError(
-                f"{path}: could not be written ({error}). Free space and call again; training "
-                "goes on from the last resume point."
-            ) from error
-        temporary.replace(path)
+        write_atomic(path, save(trained_state(self.trainer.stage.model)))
 
     on_train_begin = on_step_end
 

@@ -195,21 +195,29 @@ class HeldOutWatcher(TrainerCallback):
         self.rows = self.trainer.resumed(self.path)
         if not self.rows:
             self.measure(0)
+        elif self.rows[-1]["step"] == state.global_step > 0:
+            control.should_training_stop |= self.reached(self.rows[-1])
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Do what is due behind this step."""
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
-        cosine = self.measure(state.global_step)["cross_similarity"]
-        if -1 < self.config.target >= cosine:
+        control.should_training_stop |= self.reached(self.measure(state.global_step))
+
+    def reached(self, row: dict) -> bool:
+        """Whether an evaluation meets the target, which is then the reason to stop."""
+        met = -1 < self.config.target >= (cosine := row["cross_similarity"])
+        if met:
             self.reason = f"held-out cross-class cosine {cosine:.3f} reached {self.config.target}"
-            control.should_training_stop = True
+        return met
 
     def measure(self, step: int) -> dict:
         """One row of evaluations, in the run's precision; written and returned."""
         trainer, n = self.trainer, self.fitted
         with autocast(trainer.args.device, trainer.plan.precision):
             states = pooled_states(trainer.stage, self.prompts, range(len(self.toxic)))
+        if not states.isfinite().all():
+            trainer.give_up("hidden states are no longer finite", step)
         measures = held_out_measures(states[:n], self.toxic[:n], states[n:], self.toxic[n:])
         self.rows.append({"step": step, **measures})
         if trainer.args.should_save:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Examples:
 
     mix: whatever holds prompts with responses. With `align.decision` rows labelled toxic begin
         their answer with the token that refuses, the others with the one that complies. A column
-        `target` holds log odds of refusing for the routed loss (NaN: none for this row).
+        `target` holds log odds of refusing for the routed loss (NaN: none for this row); without
+        `align.routing` it is not read.
     Raises DCRError for a row without an answer, and when the length limit leaves no label at all.
     """
 
@@ -64,12 +66,15 @@ class Examples:
             tokens = self._decisions(table, self.decision)
             for row, start, token in zip(ids, starts, tokens, strict=True):
                 row.insert(start, token)
-        targets = pd.to_numeric(table.get("target", pd.Series(np.nan, table.index)))
-        if config.routing and (not self.decision or targets.isna().all()):
-            raise DCRError(
-                'align.routing needs align.decision="words" and a column "target" in the mix: the '
-                "log odds of refusing that a probe gives each prompt."
-            )
+        targets = pd.Series(np.nan, table.index)
+        if config.routing:
+            with contextlib.suppress(ValueError, TypeError):  # no numbers are no targets
+                targets = pd.to_numeric(table.get("target", targets))
+            if not self.decision or targets.isna().all():
+                raise DCRError(
+                    'align.routing needs align.decision="words" and a column "target" of numbers '
+                    "in the mix: the log odds of refusing that a probe gives each prompt."
+                )
         limit = config.max_length
         taught = [
             i for i, start in enumerate(starts) if start < limit

@@ -117,6 +117,10 @@ class StageTrainer(Trainer):
         gc.collect()
         torch.cuda.empty_cache()
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if not self.control.should_training_stop:  # else it had stopped at the resume point
+            super()._run_epoch(*args, **kwargs)
+
     def _clip_grad_norm(self, model):
         norm = super()._clip_grad_norm(model)
         self.recorder.metrics["grad_norm"] = norm

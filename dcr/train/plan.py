@@ -90,8 +90,9 @@ def planned(work_dir: str | Path | None, made_from: dict, **fields) -> Iterator[
     with contextlib.nullcontext(str(work_dir)) if keep else tempfile.TemporaryDirectory() as folder:
         plan = Plan(folder=Path(folder), keep=keep, **fields)
         facts = {"config": plan.config.model_dump(), "seed": plan.seed, "precision": plan.precision}
-        keys = {name: content_key(value) for name, value in {**made_from, **facts}.items()}
-        note = plan.folder / f"{plan.title}.json"
+        facts = {"stage": plan.title, **made_from, **facts}
+        keys = {name: content_key(value) for name, value in facts.items()}
+        note = plan.folder / "made_from.json"
         held = json.loads(note.read_text(encoding="utf-8")) if note.exists() else keys
         changed = [name for name, key in keys.items() if held.get(name) != key]
         if changed:

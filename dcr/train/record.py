@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import shutil
@@ -130,5 +131,9 @@ def stopping(trainer: Any) -> Iterator[None]:
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The resume points that were written to their end, in the order of their steps."""
-    found = [p.parent for p in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    found = []
+    for path in folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # cut off while it was written
+            json.loads(path.read_bytes())["global_step"]
+            found.append(path.parent)
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))

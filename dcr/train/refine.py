@@ -7,6 +7,7 @@ head are not executed at all, so they cannot move (τ_ℓ = 0) and cost nothing.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,7 @@ def refine(  # noqa: PLR0913
     draw = partial(contrastive_batches, seen, batches, seed=seed)
     steps = training_steps(config, batches_per_epoch(seen, batches), 1, draw)
     made_from = {"model": fingerprint(model, tokenizer), "prompts": table.to_dict("records")}
+    made_from["layers_path"] = layers_path
     fields = {"title": "refine", "config": config, "seed": seed, "precision": precision}
     with planned(work_dir, made_from, steps=steps, **fields) as plan:
         set_seed(seed)  # before the adapter: LoRA's initialisation is random
@@ -141,7 +143,7 @@ def prompt_table(toxic, seemingly_toxic, general=None) -> pd.DataFrame:
     given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
     parts = []
     for label, prompts in given.items():
-        if prompts is None or len(prompts) == 0:
+        if prompts is None or (isinstance(prompts, Sized) and not len(prompts)):
             part = pd.DataFrame({"text": []})
         else:
             part = prompts_of(prompts, what=label, label=label)
@@ -171,10 +173,11 @@ def overlap_report(table: pd.DataFrame, evaluation) -> pd.DataFrame:
         return leakage_report(table.iloc[:0], table.iloc[:0])
     other = prompts_of(evaluation, what="evaluation")
     report = leakage_report(table, other)
+    exact = report.loc[report["kind"] == "exact", "test_id"].nunique()
     log.log(
         logging.WARNING if len(report) else logging.INFO,
         "refine: %d of %d evaluation prompts overlap with training prompts (%d exactly)",
-        *(report["test_id"].nunique(), len(other), (report["kind"] == "exact").sum()),
+        *(report["test_id"].nunique(), len(other), exact),
     )
     return report
 
@@ -182,7 +185,8 @@ def overlap_report(table: pd.DataFrame, evaluation) -> pd.DataFrame:
 def hold_out(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(train, held out): whole requests until `share` of each class is held out; general in train.
 
-    A request is on one side with both its forms and both members of its minimal pairs.
+    A request is on one side with both its forms and both members of its minimal pairs. Raises
+    DCRError where that leaves a class nothing to train on.
     """
     contrast = table["label"] != "general"
     order = np.random.default_rng([seed, 0xE7]).permutation(
@@ -197,4 +201,12 @@ def hold_out(table: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame
                 break
             if (mine & (table["request"] == request)).any():
                 held |= contrast & (table["request"] == request)
+    if table["label"][contrast & ~held].nunique() < 2:
+        counts = table[contrast].groupby("label", sort=False)["request"].nunique()
+        found = " and ".join(f"{n} {label}" for label, n in counts.items())
+        raise DCRError(
+            f"refine: the prompts make {found} requests in all, and those held out whole "
+            "(refine.eval_share) leave one class nothing to train on. Give prompts that ask for "
+            "more different things."
+        )
     return table[~held].reset_index(drop=True), table[held].reset_index(drop=True)

@@ -44,7 +44,7 @@ class BatchPlan:
 
 
 def batch_plan(config: RefineConfig) -> BatchPlan:
-    """Places of each kind. Raises DCRError for shares that leave a class under two.
+    """Places of each kind. Raises DCRError for shares that leave a class too few.
 
     sources/sham: `toxic_share` of the places toxic. matched: as many pairs as fit, whatever
     `toxic_share`. `general_share` of the non-toxic places go to general prompts.
@@ -60,6 +60,11 @@ def batch_plan(config: RefineConfig) -> BatchPlan:
             f"refine.batch_size={size} leaves {harmless} seemingly toxic places, and the loss "
             "needs two of each class. Enlarge the batch or lower refine.toxic_share or "
             "refine.general_share."
+        )
+    if config.general_share > 0 and not general:
+        raise DCRError(
+            f"refine.general_share={config.general_share} of refine.batch_size={size} is not one "
+            "general prompt. Enlarge either, or set the share to 0."
         )
     retention = size // 4 if config.retention and not config.general_share else 0
     return BatchPlan(toxic, harmless, general, retention, matched, config.balance_forms)
@@ -78,7 +83,8 @@ def contrastive_batches(
     """`n_batches` lists of row numbers of `table` (columns label, form, pair_id), by epochs.
 
     With `balance_forms` questions and imperatives come equally often in both classes; matched puts
-    both members of a pair in one batch. Raises DCRError for a class that is missing or too small.
+    both members of a pair in one batch. Raises DCRError for a class, a form or pairs that are
+    missing or fewer than a batch takes.
     """
     epochs = (epoch_batches(table, plan, seed=seed, epoch=i) for i in itertools.count())
     return list(itertools.islice(itertools.chain.from_iterable(epochs), n_batches))
@@ -92,7 +98,7 @@ def epoch_batches(
     extra = plan.general + plan.retention
     deals = [(_dealer([[r] for r in _rows(table, "general", extra)], rng), extra)]
     if plan.matched:
-        pairs = _pairs(table)
+        pairs = _pairs(table, plan.toxic)
         deals.append((_dealer(pairs, rng, table if plan.balance_forms else None), plan.toxic))
     else:
         for label, n in (("toxic", plan.toxic), ("seemingly_toxic", plan.harmless)):
@@ -119,17 +125,19 @@ def _rows(table: pd.DataFrame, label: str, need: int) -> list[int]:
     return rows
 
 
-def _pairs(table: pd.DataFrame) -> list[list[int]]:
+def _pairs(table: pd.DataFrame, need: int) -> list[list[int]]:
     """[toxic row, seemingly toxic row] of every minimal pair."""
     members: dict[str, dict[str, int]] = {}
     for row, (pair, label) in enumerate(zip(table["pair_id"], table["label"], strict=True)):
         if pair and label != "general":
-            members.setdefault(pair, {})[label] = row
+            if members.setdefault(pair, {}).setdefault(label, row) != row:
+                raise DCRError(f"pair_id {pair!r} stands at two {label} prompts; a pair has one.")
     pairs = [[p["toxic"], p["seemingly_toxic"]] for p in members.values() if len(p) == 2]
-    if len(pairs) < 2:
+    if len(pairs) < need:
         raise DCRError(
             "refine.pairing=matched needs minimal pairs (a toxic and a seemingly toxic prompt with "
-            f"one pair_id); found {len(pairs)}. Use the bundled pairs or refine.pairing=sources."
+            f"one pair_id); found {len(pairs)}, a batch takes {need}. Use the bundled pairs or "
+            "refine.pairing=sources, or lower refine.batch_size."
         )
     return pairs
 
@@ -145,18 +153,20 @@ def _dealer(
     if balanced is not None:
         forms = balanced["form"].to_numpy()
         decks = [[u for u in units if forms[u[0]] == f] for f in ("question", "imperative")]
-        if not all(decks):
-            label = balanced["label"].iloc[units[0][0]]
-            raise DCRError(
-                f"refine.balance_forms is on, but the {label} prompts are all of "
-                "one form. Add the other form (dcr.data.forms) or turn it off."
-            )
     queues: list[list[int]] = [[] for _ in decks]
 
     def deal(n: int) -> list[int]:
         first = (n + int(rng.integers(2))) // 2 if len(decks) == 2 else n
         taken: list[int] = []
         for deck, queue, share in zip(decks, queues, (first, n - first), strict=False):
+            if balanced is not None and share > len(deck):
+                label = balanced["label"].iloc[units[0][0]]
+                raise DCRError(
+                    f"refine.balance_forms is on, but of the {label} prompts "
+                    f"{' and '.join(str(len(d)) for d in decks)} are questions and imperatives: "
+                    "too few of one form for a batch. Add that form (dcr.data.forms), lower "
+                    "refine.batch_size or turn it off."
+                )
             for _ in range(share):
                 if not queue:
                     queue.extend(rng.permutation(len(deck)).tolist())
