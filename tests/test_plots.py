@@ -157,12 +157,16 @@ def test_frontier_shows_compliance_and_the_dsr_that_the_threshold_gives():
 def test_sources_are_read_with_forms_equal_and_the_mean_stands_last():
     frame = fake_run.tables()["auroc_by_source"]
     figure = FIGURES["auroc_by_source"].draw(frame)
-    assert [ax.get_title() for ax in figure.axes] == ["oktest", "or-80k", "mean"]
+    titles = ["oktest", "or-80k (met; not in the mean)", "mean"]
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes] == titles
     equal = frame[frame["toxic_form"] == "balanced"].set_index(["source", "method"])["auroc"]
     assert [x for x, _ in marks(figure.axes[2])] == equal["mean"].tolist()
-    labels = [t.get_text() for t in FIGURES["source_shortcut"].draw(
-        fake_run.tables()["source_shortcut"]).axes[0].get_yticklabels()]  # fmt: skip
-    assert labels == ["oktest", "or-80k", "mean"]
+    every = FIGURES["auroc_by_source"].draw(frame.assign(met=True))
+    assert [ax.get_title() for ax in every.axes] == ["oktest", "or-80k", "mean"]
+    ax = FIGURES["source_shortcut"].draw(fake_run.tables()["source_shortcut"]).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["oktest", "or-80k", "mean"]
+    faces = {round(float(d.get_ydata()[0])): d.get_markerfacecolor() for d in ax.lines[:-1]}
+    assert [faces[row] == "white" for row in range(3)] == [False, True, False]
 
 
 def test_differences_are_filled_where_the_corrected_p_is_small():

@@ -253,6 +253,24 @@ def test_the_source_shortcut_shows_in_its_own_row_alone(stub):
     assert set(table["source"]) == {"oktest", "or-80k", "mean"}  # none met in training
 
 
+def test_a_pairings_mean_leaves_out_its_own_sources_and_what_methods_met():
+    stub = StubExperiment(methods=("base", "STL"))
+    stub.prompts.loc[stub.prompts["benchmark"] == "or-80k", "met"] = True
+    phtest = stub_experiment.prompt_rows("phtest", "seemingly_toxic", 0.5, "test", met=False)
+    for run in stub.runs:
+        run.prompts = pd.concat([stub.prompts, phtest], ignore_index=True)
+    table = stub.table("source_shortcut").query("toxic_form == 'balanced'")
+    read = table.pivot(index="pairing", columns="source", values="auroc")
+    both = read.loc["matched pairs", ["oktest", "phtest"]].mean()
+    assert read.loc["matched pairs", "mean"] == pytest.approx(both)
+    own, other = read.loc["oktest against refusals"], read.loc["or-80k against refusals"]
+    assert own["mean"] == pytest.approx(own["phtest"]) != pytest.approx(own["oktest"])
+    assert other["mean"] == pytest.approx(other[["oktest", "phtest"]].mean())
+    met = table.set_index(["pairing", "source"])["met"]
+    assert met["oktest against refusals", "oktest"] and met["matched pairs", "or-80k"]
+    assert not met["matched pairs", "oktest"] and not met[:, "mean"].any()
+
+
 def test_the_gap_is_read_by_probes_of_sources_that_hold_both_classes(stub, monkeypatch):
     from dcr.tables import frontier
 

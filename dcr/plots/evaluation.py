@@ -116,9 +116,9 @@ def _differences(
 ) -> Figure:
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
-    look: Look = {"zero": 0, "across": across, "shade": shade, "open": ["p ≥ 0.05"]}
+    look: Look = {"zero": 0, "across": across, "shade": shade}
     how = Dots("row", "panel", "sure", f"difference {what}", _reach(table), **look, width=1.5)
-    return dots(table.assign(sure=sure), "difference", how)
+    return dots(table.assign(sure=sure, hollow=table["p_holm"] >= 0.05), "difference", how)
 
 
 def _reach(table: pd.DataFrame) -> tuple[float, float]:
@@ -130,11 +130,14 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
 @drawing
 def auroc_by_source(table: pd.DataFrame) -> Figure:
     """How well a method's refusal score orders toxic above harmless prompts, by harmless source,
-    forms equal (95 % intervals). No method met these sources in training; they are averaged
-    (last panel), never pooled.
+    forms equal (95 % intervals). Sources are averaged (last panel), never pooled; one that some
+    method met in training is not in the mean.
     """
-    how = Dots("method", "source", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
-    return dots(by_source(table), "auroc", how)
+    rows = by_source(table)
+    met = rows["met"] & ~rows["met"].all()  # where all are met, all are averaged
+    panel = rows["source"] + met.map({True: "\n(met; not in\nthe mean)", False: ""})
+    how = Dots("method", "panel", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
+    return dots(rows.assign(panel=panel), "auroc", how)
 
 
 @drawing
@@ -143,9 +146,10 @@ def gap(table: pd.DataFrame) -> Figure:
     of a probe on its hidden states at ℓ (open), harmless sources averaged, forms equal (95 %
     intervals). Between the two lies harm that is read and not used.
     """
-    mark = table["reader"].where(table["reader"] == "refusal", "probe " + table["stage"])
-    how = Dots("method", "", "mark", "AUROC", None, width=4.2, open=sorted(set(mark) - {"refusal"}))
-    return dots(table.assign(mark=mark), "auroc", how)
+    probe = table["reader"] == "probe"
+    mark = ("probe " + table["stage"]).where(probe, "refusal")
+    how = Dots("method", "", "mark", "AUROC", None, zero=0.5, width=4.2)
+    return dots(table.assign(mark=mark, hollow=probe), "auroc", how)
 
 
 @drawing

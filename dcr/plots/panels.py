@@ -80,11 +80,13 @@ class Dots:
     across: int = 4
     width: float = 1.9
     shade: Sequence[str] = ()  # rows on grey
-    open: Sequence[str] = ()  # hues whose marker is not filled
 
 
 def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
-    """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`."""
+    """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`.
+
+    Dots are not filled where a column `hollow` says so.
+    """
     names, parts = in_order(frame[how.rows]), split(frame, how.panels)
     coloured = how.hue or (how.rows if how.rows == "method" else how.panels or how.rows)
     hues = in_order(frame[coloured])
@@ -101,7 +103,8 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
         ):
             aside = 0.6 * ((hues.index(hue) + 0.5) / beside - 0.5) if beside > 1 else 0
             style: Look = look[hue] | {"linestyle": "none", "markersize": 4.5, "elinewidth": 0.9}
-            style |= {"markerfacecolor": "white" if hue in how.open else look[hue]["color"]}
+            hollow = "hollow" in mine and mine["hollow"].any()
+            style |= {"markerfacecolor": "white" if hollow else look[hue]["color"]}
             style |= {"label": said(hue)} if how.hue else {}
             y = np.full(len(mine), names.index(name) + aside)
             ax.errorbar(mine[value], y, xerr=spread(mine, value), **style)

@@ -56,8 +56,8 @@ def similarity(table: pd.DataFrame) -> Figure:
     """Similarity before and after stage 1 (paper figure 5): cosines of held-out prompts at ℓ, and
     the normalised kernel of toxic prompts with each class (95 % intervals).
     """
-    how = Dots("method", "measure", "when", "similarity", None, width=2.3, open=["before"])
-    return dots(table.replace({"measure": MEASURES}), "value", how)
+    rows = table.assign(hollow=table["when"] == "before").replace({"measure": MEASURES})
+    return dots(rows, "value", Dots("method", "measure", "when", "similarity", None, width=2.3))
 
 
 @drawing

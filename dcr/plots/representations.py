@@ -56,11 +56,13 @@ def probe_cells(table: pd.DataFrame) -> Figure:
 @drawing
 def source_shortcut(table: pd.DataFrame) -> Figure:
     """The source is a second shortcut: what a probe was fitted on (colour), read on harmless
-    sources it never met, forms equal (95 % intervals). Where the two classes come from
-    different hands, it reads the hand.
+    sources, forms equal (95 % intervals). Where the two classes come from different hands, it
+    reads the hand. Hollow, and not in the mean: the probe's own source, and a source that some
+    method met in training.
     """
+    rows = by_source(table)
     how = Dots("source", "", "pairing", AUROC, zero=0.5, width=4.4, shade=["mean"])
-    return dots(by_source(table), "auroc", how)
+    return dots(rows.assign(hollow=rows.get("met", False)), "auroc", how)
 
 
 def by_source(table: pd.DataFrame) -> pd.DataFrame:
