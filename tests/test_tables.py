@@ -9,6 +9,7 @@ import importlib
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -149,6 +150,35 @@ def test_where_a_method_stands_takes_each_number_from_its_own_table(stub):
     assert wide.loc["DCR", "training, s ↓"] == cost["seconds"].sum() / 2 > 0
     tasks = [c for c in wide if c.endswith("less STL's ↑")]
     assert tasks and (wide.loc["STL", tasks] == 0).all()
+
+
+def test_seconds_are_summed_within_a_seed_and_lent_where_another_decides_or_answers(stub):
+    def made(name, kind, seed, seconds):
+        return {
+            "name": name,
+            "kind": kind,
+            "seed": seed,
+            "seconds": seconds,
+            "peak_memory_mib": 1.0,
+        }
+
+    found = [made("base", "generate", 0, 10.0), made("base", "generate", 0, 90.0)]
+    found += [made("STL", "generate", s, 40.0 + 20 * s) for s in (0, 1)]
+    found += [made("Token+Gate", "fit", s, 7.0) for s in (0, 1)]
+    found += [made("Token+Gate", "score", s, n) for s in (0, 1) for n in (1.0, 2.0, 3.0)]
+    some = SimpleNamespace(methods=("base", "STL", "Token+Gate-base"), artifacts=lambda **_: found)
+    cost = registry.TABLES["cost"].make(some)
+    assert not cost.duplicated(["method", "kind", "seed"]).any()
+    mean = cost.groupby(["method", "kind"])["seconds"].mean()
+    own = {"fit": 7.0, "generate": 100.0, "score": 6.0}
+    assert mean["Token+Gate-base"].to_dict() == own and "Token+Gate" not in mean
+    experiment = StubExperiment(root=stub.root)
+    experiment.made = {k: v for k, v in stub.made.items() if k != "standing"} | {"cost": cost}
+    wide = experiment.table("standing").pivot(index="method", columns="column", values="value")
+    assert wide["answering, times base's ↓"].dropna().to_dict() == {
+        **{"base": 1.0, "STL": 0.5, "Token+Gate-base": 1.0}
+    }
+    assert wide["training, s ↓"].dropna().to_dict() == {"Token+Gate-base": 7.0}
 
 
 def test_every_rate_stands_beside_what_a_judge_without_error_gives(stub, people):

@@ -234,11 +234,15 @@ def judge_calibration(table: pd.DataFrame) -> Figure:
 @drawing
 def cost(table: pd.DataFrame) -> Figure:
     """What each method took: wall time of each stage (mean of seeds), and the peak memory of its
-    largest.
+    largest. Where one method decides and another answers, theirs counts as its own.
     """
     kinds = table.groupby(["method", "kind"], sort=False, as_index=False).mean(numeric_only=True)
     most = table.groupby("method", sort=False, as_index=False)["peak_memory_mib"].max()
     seconds = kinds.assign(panel=kinds["kind"] + "\nseconds", value=kinds["seconds"])
     memory = most.assign(panel="peak memory\nMiB", value=most["peak_memory_mib"])
     how = Dots("method", "panel", "", "mean of seeds", None, across=6, width=1.4)
-    return dots(pd.concat([seconds, memory], ignore_index=True), "value", how)
+    figure = dots(pd.concat([seconds, memory], ignore_index=True), "value", how)
+    for ax in figure.axes:
+        ax.set_xlim(left=0)
+        ax.locator_params(axis="x", nbins=3)
+    return figure

@@ -112,7 +112,7 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
             place = names.index(name)
             ax.axhspan(place - 0.5, place + 0.5, color="#ececec", linewidth=0, zorder=0)
         if how.zero is not None:
-            ax.axvline(how.zero, color="black", linewidth=0.9, zorder=0.5)
+            ax.axvline(how.zero, color="black", linewidth=0.9, zorder=1)
         ax.set(title=panel, ylim=(len(names) - 0.5, -0.5), xlim=how.limits)
         ax.set_yticks(range(len(names)), [said(n) for n in names], fontsize=8.5)
         ax.locator_params(axis="x", nbins=4)

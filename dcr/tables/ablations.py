@@ -71,15 +71,13 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     rows = experiment.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
     parts.append(_as_value(rows, "change").assign(column="toxic refused, worst rewording ↑"))
-    cost = experiment.table("cost")
-    seeds = cost.groupby("method")["seed"].nunique()
-    made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
-    said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
-    made, said = made / seeds[made.index], said / seeds[said.index]
-    parts.append(made.rename("value").reset_index().assign(column="training, s ↓"))
-    if "base" in said:
-        said = said / said["base"]
-        parts.append(said.rename("value").reset_index().assign(column="answering, times base's ↓"))
+    cost = experiment.table("cost").pivot_table("seconds", "method", "kind")  # mean of seeds
+    made = cost.reindex(columns=["refine", "align", "fit"]).sum(axis=1, min_count=1)
+    for name, seconds in (
+        ("training, s ↓", made),
+        ("answering, times base's ↓", cost["generate"] / cost["generate"].get("base")),
+    ):
+        parts.append(seconds.rename("value").dropna().reset_index().assign(column=name))
     whole = pd.concat(parts, ignore_index=True)
     return whole[["method", "column", "value", "low", "high", "n", "seeds"]]
 
