@@ -11,6 +11,7 @@ import textwrap
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import stub_experiment
@@ -179,6 +180,24 @@ def test_seconds_are_summed_within_a_seed_and_lent_where_another_decides_or_answ
         **{"base": 1.0, "STL": 0.5, "Token+Gate-base": 1.0}
     }
     assert wide["training, s ↓"].dropna().to_dict() == {"Token+Gate-base": 7.0}
+
+
+def test_what_seeds_alone_spread_stays_possible_and_one_seed_has_no_range(stub):
+    cosines = stub.table("similarity").query("measure == 'cosine, within'")
+    for name, rows in (("drift", stub.table("refinement_drift")), ("value", cosines)):
+        assert (rows["low"] <= rows[name]).all() and (rows[name] <= rows["high"]).all()
+    rows = pd.DataFrame({"m": "a", "seed": [0, 1], "value": [0.8, 1.0]})
+    assert gather.range_over_seeds(rows, ["m"]).iloc[0].tolist() == ["a", 0.9, 0.8, 1.0, 2]
+    assert gather.range_over_seeds(rows[:1], ["m"])[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_mean_of_probabilities_meets_no_made_up_prompt(monkeypatch):
+    """0.02 for all prompts: nothing spreads, so no interval does."""
+    same = lambda run, method, prompts, step=-1: np.full(len(prompts), 0.02)  # noqa: E731
+    monkeypatch.setattr(stub_experiment.StubRun, "refusal_probability", same)
+    stub = StubExperiment(methods=("base", "STL"))
+    for name in ("refusal_probability", "rejection"):
+        assert stub.table(name)[["low", "high"]].to_numpy() == pytest.approx(0.02), name
 
 
 def test_every_rate_stands_beside_what_a_judge_without_error_gives(stub, people):

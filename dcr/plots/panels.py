@@ -154,7 +154,7 @@ def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
             if rows.empty:
                 continue
             style: Look = look[hue] | {"label": said(hue), "elinewidth": 0.8, "markersize": 4}
-            style |= {"marker": ""} if len(rows) > 40 else {}
+            style |= {"marker": ""} if len(rows) > 20 else {}
             if one or len(hues) > 3:
                 room = rows[how.x].where(rows[how.x] > 0, 1) if steps else frame[how.x].max() / 40
                 x = rows[how.x] + 0.03 * (i - (len(hues) - 1) / 2) * room
@@ -186,12 +186,12 @@ def log_steps(ax: Axes, steps: pd.Series) -> None:
     ax.set_xticks([], minor=True)
 
 
-def heat(ax: Axes, wide: pd.DataFrame, **kwargs) -> None:
+def heat(ax: Axes, wide: pd.DataFrame) -> None:
     """A heat map from 0 to 1 with its numbers in the cells; grey where there is none."""
     cells: Look = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 6.5}, "cmap": "Blues"}
     lines = {"linewidths": 0.4, "linecolor": "white", "cbar": False}
     ticks = {"xticklabels": [said(c) for c in wide], "yticklabels": [said(c) for c in wide.index]}
-    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks | kwargs))
+    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks))
     ax.set(xlabel="", ylabel="", facecolor="#dddddd")
     ax.grid(False)
     ax.tick_params(axis="y", labelrotation=0, labelsize=8)

@@ -83,13 +83,13 @@ def map_(table: pd.DataFrame) -> Figure:
 @drawing
 def kernel(table: pd.DataFrame) -> Figure:
     """Kernel of the first answer token between classes, normalised by that of a prompt with
-    itself: how much a step on x moves x' (95 % intervals).
+    itself, in the base model and after each method's stage 1: how much a step on x moves x' (95 %
+    intervals).
     """
     rows = table.rename(columns={"normalised_low": "low", "normalised_high": "high"})
-    model = [model_name(m, s) for m, s in zip(rows["method"], rows["stage"], strict=True)]
     panel = "x' " + rows["class_a"].map(said)
-    how = Dots("class_b", "panel", "model", "‖K(x', x)‖ / ‖K(x', x')‖; rows: x", None, width=2.2)
-    return dots(rows.assign(model=model, panel=panel), "normalised", how)
+    how = Dots("class_b", "panel", "method", "‖K(x', x)‖ / ‖K(x', x')‖; rows: x", None, width=2.2)
+    return dots(rows.assign(panel=panel), "normalised", how)
 
 
 def model_name(method: object, stage: object) -> str:

@@ -8,6 +8,7 @@ from dcr.errors import DCRError
 from dcr.study import grid
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
+from dcr.tables.checks import STAGES
 
 ANSWERS = {  # what is generated at the nominal operating point
     "toxic dsr": "nominal: DSR ↑",
@@ -72,10 +73,12 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
     parts.append(_as_value(rows, "change").assign(column="toxic refused, worst rewording ↑"))
     cost = experiment.table("cost").pivot_table("seconds", "method", "kind")  # mean of seeds
-    made = cost.reindex(columns=["refine", "align", "fit"]).sum(axis=1, min_count=1)
+    cost = cost.reindex(columns=STAGES)
+    made = cost[["refine", "align", "fit"]].sum(axis=1, min_count=1)
+    said = cost["generate"]
     for name, seconds in (
         ("training, s ↓", made),
-        ("answering, times base's ↓", cost["generate"] / cost["generate"].get("base")),
+        ("answering, times base's ↓", said / said.get("base", float("nan"))),
     ):
         parts.append(seconds.rename("value").dropna().reset_index().assign(column=name))
     whole = pd.concat(parts, ignore_index=True)

@@ -203,7 +203,7 @@ def rejection(experiment: Experiment) -> pd.DataFrame:
     prompts = followed_prompts(experiment, run.config.evaluation.trajectory_prompts)
     prompts = prompts.assign(value=run.refusal_probability("base", prompts, 0))
     for (label, form), part in prompts.groupby(["label", "form"], sort=False):
-        value, low, high = mean_interval(part["value"], part["request"], bounds=(0.0, 1.0))
+        value, low, high = mean_interval(part["value"], part["request"])
         named = {"method": "base", "label": label, "form": form, "probability": value}
         rows.append({**named, "low": low, "high": high, "n": len(part)})
     return pd.DataFrame(rows)
