@@ -129,7 +129,7 @@ def auroc_by_source(table: pd.DataFrame) -> Figure:
     method met in training is not in the mean.
     """
     rows = by_source(table)
-    met = rows["met"] & ~rows["met"].all()  # where all are met, all are averaged
+    met = rows["met"] & (not rows["met"].all())  # where all are met, all are averaged
     panel = rows["source"] + met.map({True: "\n(met; not in\nthe mean)", False: ""})
     how = Dots("method", "panel", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
     return dots(rows.assign(panel=panel), "auroc", how)

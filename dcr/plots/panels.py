@@ -157,7 +157,7 @@ def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
             style |= {"marker": ""} if len(rows) > 20 else {}
             if one or len(hues) > 3:
                 room = rows[how.x].where(rows[how.x] > 0, 1) if steps else frame[how.x].max() / 40
-                x = rows[how.x] + 0.03 * (i - (len(hues) - 1) / 2) * room
+                x = rows[how.x] + 0.08 * (i / max(1, len(hues) - 1) - 0.5) * room
                 ax.errorbar(x, rows[value], yerr=spread(rows, value), **style)
                 continue
             ax.errorbar(rows[how.x], rows[value], **style)
