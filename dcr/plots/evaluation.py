@@ -20,10 +20,10 @@ MOST, LEAST = 24, 5  # categories a class in the heat map, prompts a category
 
 @drawing
 def plane(table: pd.DataFrame) -> Figure:
-    """Compliance against safety, sets weighted equally. Left, the sets as published: harmless
-    prompts are nearly all questions, toxic ones imperatives. Right, both forms weighted
-    equally. Large: the finished method (95 % intervals); thin, where there are more than two:
-    checkpoints or strengths. The question-mark rule reads no model.
+    """Compliance against safety, sets weighted equally: left as published (harmless prompts are
+    nearly all questions, toxic ones imperatives), right with both forms weighted equally. Large:
+    the finished method (95 % intervals); thin, where there are more than two: checkpoints or
+    strengths. The question-mark rule reads no model.
     """
     names = [p for p in PANELS if p in set(table["forms"])]
     figure, axes = grid(len(names), Size(3.5, 3.5, 2, 1.4), sharex=True, sharey=True)

@@ -56,9 +56,9 @@ def probe_cells(table: pd.DataFrame) -> Figure:
 @drawing
 def source_shortcut(table: pd.DataFrame) -> Figure:
     """The source is a second shortcut: what a probe was fitted on (colour), read on harmless
-    sources, forms equal (95 % intervals). Where the two classes come from different hands, it
-    reads the hand. Hollow, and not in the mean: the probe's own source, and a source that some
-    method met in training.
+    sources, forms equal (95 % intervals). Hollow, and not in the mean: the probe's own source, and
+    one that some method met in training. Where the two classes come from different hands, it
+    reads the hand.
     """
     rows = by_source(table)
     how = Dots("source", "", "pairing", AUROC, zero=0.5, width=4.4, shade=["mean"])
