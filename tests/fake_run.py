@@ -88,7 +88,7 @@ def _tables() -> dict[str, pd.DataFrame]:
                 [*cells, *equal],
             ),
             "auroc",
-        ),
+        ).assign(met=lambda t: t["source"] == "or-80k"),
         "map": rows("pairing layer x y label form", pairings, [20], points()),
         "kernel": valued(kernel, "normalised").rename(columns=named),
         "proposition": pairs.assign(
@@ -153,7 +153,7 @@ def _tables() -> dict[str, pd.DataFrame]:
                 [*cells, *equal],
             ),
             "auroc",
-        ),
+        ).assign(met=lambda t: t["source"] == "or-80k"),
         "gap": valued(
             rows("method reader stage", METHODS, ["refusal", "probe"], ["aligned"]), "auroc"
         ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,6 @@ from dcr.evaluate.intervals import (
     interval,
     mcnemar_exact,
     mean_interval,
-    mean_over_seeds,
     request_weights,
     wilson,
 )
@@ -93,16 +91,6 @@ def test_seeds_that_differ_widen_and_noise_of_requests_is_not_counted_twice():
     assert width[0] < 1.25 * 3.92 * 0.5 / np.sqrt(1500)
     assert width[1] == pytest.approx(3.92 * apart.mean(0).std(ddof=1) / np.sqrt(5), rel=0.15)
     assert mean_interval(np.repeat(noise[:, :1], 5, 1)) == pytest.approx(mean_interval(noise[:, 0]))
-
-
-def test_mean_over_seeds_is_students():
-    rows = pd.DataFrame({"step": [0, 0, 0, 1], "seed": [0, 1, 2, 0], "value": [1.0, 2.0, 3.0, 5.0]})
-    table = mean_over_seeds(rows, ["step"]).set_index("step")
-    assert table.loc[0, ["value", "seeds"]].tolist() == [2.0, 3]
-    assert table.loc[0, "high"] == pytest.approx(2 + 4.30265 / np.sqrt(3), rel=1e-5)
-    assert table.loc[1, ["value", "low", "high", "seeds"]].tolist() == [5, 5, 5, 1]
-    other = mean_over_seeds(rows.rename(columns={"value": "loss"}), ["step"], "loss")
-    assert other["loss"].tolist() == [2, 5]
 
 
 def test_p_values_and_holm():

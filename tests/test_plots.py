@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import fake_run
@@ -138,9 +139,40 @@ def test_plane_shows_both_ways_of_counting_with_the_tables_points():
         assert drawn == {m: (r["dsr"], r["compliance"]) for m, r in known.iterrows()}
         way = [line for line in ax.lines if line.get_marker() == "."]
         assert len(way) == len(fake_run.METHODS) and all(len(w.get_xdata()) == 3 for w in way)
+        assert max(w.get_alpha() for w in way) < 0.5
         ends = ax.containers[0].lines[2][1].get_segments()[0][:, 1]  # bar of compliance
         row = known.loc["base"]
         assert np.allclose(ends, [row["compliance_low"], row["compliance_high"]])
+    two = FIGURES["plane"].draw(frame[frame["step"] != 0]).axes[0]
+    assert not [line for line in two.lines if line.get_marker() == "."]
+
+
+def test_losses_are_smoothed_and_families_of_stage_2_stand_apart():
+    frame = fake_run.rows("method stage seed step", ["STL", "DCR"], ["align"], [0], range(1, 10))
+    frame = frame.assign(loss=(frame["step"] == 5) * 5.0)
+    axes = FIGURES["losses"].draw(frame).axes
+    assert [ax.get_title()[-3:] for ax in axes] == ["STL", "DCR"]
+    drawn = [line.get_ydata() for line in axes[0].lines if len(line.get_ydata()) == 9]
+    assert drawn[0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_the_kernel_has_a_column_before_alignment_and_one_for_each_step():
+    frame = fake_run.tables()["kernel_trajectory"]
+    axes = FIGURES["kernel_trajectory"].draw(frame).axes
+    titles = ["before alignment", *(f"after step {s}" for s in (1, 4, 16, 64))]
+    assert [ax.get_title() for ax in axes] == titles
+    assert [y for _, y in marks(axes[1])] == [0, 1]  # nothing beside its tick
+
+
+def test_rare_categories_are_not_drawn_and_seconds_start_at_0():
+    frame = fake_run.tables()["categories"]
+    rare = frame.assign(n=frame["category"].map({"privacy": 4, "w & t": 5}))
+    labels = FIGURES["categories"].draw(rare).axes[0].get_yticklabels()
+    assert [t.get_text() for t in labels] == ["s: w & t (5)"]
+    few = FIGURES["categories"].draw(frame.assign(n=2)).axes[0].get_yticklabels()
+    assert len(few) == 2  # a small run shows what it has
+    cost = FIGURES["cost"].draw(fake_run.tables()["cost"])
+    assert all(ax.get_xlim()[0] == 0 for ax in cost.axes)
 
 
 def test_frontier_shows_compliance_and_the_dsr_that_the_threshold_gives():
@@ -157,12 +189,16 @@ def test_frontier_shows_compliance_and_the_dsr_that_the_threshold_gives():
 def test_sources_are_read_with_forms_equal_and_the_mean_stands_last():
     frame = fake_run.tables()["auroc_by_source"]
     figure = FIGURES["auroc_by_source"].draw(frame)
-    assert [ax.get_title() for ax in figure.axes] == ["oktest", "or-80k", "mean"]
+    titles = ["oktest", "or-80k (met; not in the mean)", "mean"]
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes] == titles
     equal = frame[frame["toxic_form"] == "balanced"].set_index(["source", "method"])["auroc"]
     assert [x for x, _ in marks(figure.axes[2])] == equal["mean"].tolist()
-    labels = [t.get_text() for t in FIGURES["source_shortcut"].draw(
-        fake_run.tables()["source_shortcut"]).axes[0].get_yticklabels()]  # fmt: skip
-    assert labels == ["oktest", "or-80k", "mean"]
+    every = FIGURES["auroc_by_source"].draw(frame.assign(met=True))
+    assert [ax.get_title() for ax in every.axes] == ["oktest", "or-80k", "mean"]
+    ax = FIGURES["source_shortcut"].draw(fake_run.tables()["source_shortcut"]).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["oktest", "or-80k", "mean"]
+    faces = {round(float(d.get_ydata()[0])): d.get_markerfacecolor() for d in ax.lines[:-1]}
+    assert [faces[row] == "white" for row in range(3)] == [False, True, False]
 
 
 def test_differences_are_filled_where_the_corrected_p_is_small():
@@ -251,7 +287,10 @@ def test_methods_are_told_apart_by_colour_and_marker_and_new_ones_keep_their_loo
 
     assert {*methods_file(), "question-mark"} <= set(style.METHODS) | {"SelfCD", "DCR-tuned"}
     looks = [tuple(map(str, style.METHODS[m])) for m in style.METHODS]
-    assert len(set(looks)) == len(looks) and len({m for _, m in looks}) == len(looks)
+    assert len({c for c, _ in looks}) == len(looks)
+    shared = [m for m, n in Counter(m for _, m in looks).items() if n > 1]
+    assert sorted(shared) == ["D", "v"]  # by families of hues far apart
+    assert style.METHODS["DCR"][1] != style.METHODS["DCR-token"][1]
     assert style.method_look("mine") == style.method_look("mine") != style.method_look("yours")
     assert style.in_order(["mine", "DCR", "base", "DCR"]) == ["base", "DCR", "mine"]
     assert set(style.looks(["toxic", "general"])) == {"toxic", "general"}

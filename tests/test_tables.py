@@ -9,7 +9,9 @@ import importlib
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import stub_experiment
@@ -151,6 +153,53 @@ def test_where_a_method_stands_takes_each_number_from_its_own_table(stub):
     assert tasks and (wide.loc["STL", tasks] == 0).all()
 
 
+def test_seconds_are_summed_within_a_seed_and_lent_where_another_decides_or_answers(stub):
+    def made(name, kind, seed, seconds):
+        return {
+            "name": name,
+            "kind": kind,
+            "seed": seed,
+            "seconds": seconds,
+            "peak_memory_mib": 1.0,
+        }
+
+    found = [made("base", "generate", 0, 10.0), made("base", "generate", 0, 90.0)]
+    found += [made("STL", "generate", s, 40.0 + 20 * s) for s in (0, 1)]
+    found += [made("Token+Gate", "fit", s, 7.0) for s in (0, 1)]
+    found += [made("Token+Gate", "score", s, n) for s in (0, 1) for n in (1.0, 2.0, 3.0)]
+    some = SimpleNamespace(methods=("base", "STL", "Token+Gate-base"), artifacts=lambda **_: found)
+    cost = registry.TABLES["cost"].make(some)
+    assert not cost.duplicated(["method", "kind", "seed"]).any()
+    mean = cost.groupby(["method", "kind"])["seconds"].mean()
+    own = {"fit": 7.0, "generate": 100.0, "score": 6.0}
+    assert mean["Token+Gate-base"].to_dict() == own and "Token+Gate" not in mean
+    experiment = StubExperiment(root=stub.root)
+    experiment.made = {k: v for k, v in stub.made.items() if k != "standing"} | {"cost": cost}
+    wide = experiment.table("standing").pivot(index="method", columns="column", values="value")
+    assert wide["answering, times base's ↓"].dropna().to_dict() == {
+        **{"base": 1.0, "STL": 0.5, "Token+Gate-base": 1.0}
+    }
+    assert wide["training, s ↓"].dropna().to_dict() == {"Token+Gate-base": 7.0}
+
+
+def test_what_seeds_alone_spread_stays_possible_and_one_seed_has_no_range(stub):
+    cosines = stub.table("similarity").query("measure == 'cosine, within'")
+    for name, rows in (("drift", stub.table("refinement_drift")), ("value", cosines)):
+        assert (rows["low"] <= rows[name]).all() and (rows[name] <= rows["high"]).all()
+    rows = pd.DataFrame({"m": "a", "seed": [0, 1], "value": [0.8, 1.0]})
+    assert gather.range_over_seeds(rows, ["m"]).iloc[0].tolist() == ["a", 0.9, 0.8, 1.0, 2]
+    assert gather.range_over_seeds(rows[:1], ["m"])[["low", "high"]].isna().all(axis=None)
+
+
+def test_a_mean_of_probabilities_meets_no_made_up_prompt(monkeypatch):
+    """0.02 for all prompts: nothing spreads, so no interval does."""
+    same = lambda run, method, prompts, step=-1: np.full(len(prompts), 0.02)  # noqa: E731
+    monkeypatch.setattr(stub_experiment.StubRun, "refusal_probability", same)
+    stub = StubExperiment(methods=("base", "STL"))
+    for name in ("refusal_probability", "rejection"):
+        assert stub.table(name)[["low", "high"]].to_numpy() == pytest.approx(0.02), name
+
+
 def test_every_rate_stands_beside_what_a_judge_without_error_gives(stub, people):
     rates = stub.table("rates")
     config = stub.config
@@ -251,6 +300,24 @@ def test_the_source_shortcut_shows_in_its_own_row_alone(stub):
     assert read["oktest against refusals", "or-80k"] < 0.75
     assert read["or-80k against refusals", "or-80k"] > 0.9
     assert set(table["source"]) == {"oktest", "or-80k", "mean"}  # none met in training
+
+
+def test_a_pairings_mean_leaves_out_its_own_sources_and_what_methods_met():
+    stub = StubExperiment(methods=("base", "STL"))
+    stub.prompts.loc[stub.prompts["benchmark"] == "or-80k", "met"] = True
+    phtest = stub_experiment.prompt_rows("phtest", "seemingly_toxic", 0.5, "test", met=False)
+    for run in stub.runs:
+        run.prompts = pd.concat([stub.prompts, phtest], ignore_index=True)
+    table = stub.table("source_shortcut").query("toxic_form == 'balanced'")
+    read = table.pivot(index="pairing", columns="source", values="auroc")
+    both = read.loc["matched pairs", ["oktest", "phtest"]].mean()
+    assert read.loc["matched pairs", "mean"] == pytest.approx(both)
+    own, other = read.loc["oktest against refusals"], read.loc["or-80k against refusals"]
+    assert own["mean"] == pytest.approx(own["phtest"]) != pytest.approx(own["oktest"])
+    assert other["mean"] == pytest.approx(other[["oktest", "phtest"]].mean())
+    met = table.set_index(["pairing", "source"])["met"]
+    assert met["oktest against refusals", "oktest"] and met["matched pairs", "or-80k"]
+    assert not met["matched pairs", "oktest"] and not met[:, "mean"].any()
 
 
 def test_the_gap_is_read_by_probes_of_sources_that_hold_both_classes(stub, monkeypatch):

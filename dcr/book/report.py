@@ -22,6 +22,7 @@ MAIN = (  # what the index of figures shows; the others it names
     *("source_shortcut", "separability", "similarity", "refusal_rates", "kernel_trajectory"),
     "same_rows",
 )
+BY_COMMAND = {"search": "dcr grid search"}  # tables that no notebook makes
 PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
 CLAIMS = (
     "The paper's claims in this run: differences with 95 % intervals, above 0 as the paper says"
@@ -60,7 +61,8 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
         source = folder / f"{name}.csv"
         try:
             if not source.exists():
-                raise DCRError(f"no table; run notebook {notebook_of(name)}".rstrip())
+                maker = BY_COMMAND.get(name, f"notebook {notebook_of(name)}")
+                raise DCRError(f"no table; run {maker}".rstrip())
             save(entry.draw(read_table(source)), out / name)
         except DCRError as error:
             missing[name] = str(error)
@@ -76,8 +78,8 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
             links[name] = f"[{name}]({name}.md) ([LaTeX]({name}.tex))"
     lines = ["# Figures", "", "Drawn by `dcr figures RUN --out DIR` from a run's tables alone.", ""]
     for name in (n for n in MAIN if n in links):
-        first = FIGURES[name].caption.split(". ")[0].rstrip(".")
-        lines += [f"{first}: {links.pop(name)}.", "", f"![{name}]({name}.png)", ""]
+        told = ". ".join(FIGURES[name].caption.split(". ")[:2]).rstrip(".")
+        lines += [f"{told}: {links.pop(name)}.", "", f"![{name}]({name}.png)", ""]
     lines += ["Further:", "", *(f"- {link}" for link in links.values())]
     lines += [f"- not drawn: {name} ({why})" for name, why in missing.items()]
     write_atomic(out / "README.md", "\n".join(lines) + "\n")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, t
+from scipy.stats import norm
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -110,17 +110,6 @@ def mean_interval(
     weights = request_weights(names, n_boot)
     found = interval(shares(weights) @ table, effective_n(weights[0], names), bounds)
     return float(found["value"]), float(found["low"]), float(found["high"])
-
-
-def mean_over_seeds(rows: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
-    """`by`, value, low, high, seeds: Student's t over seeds (column seed), for what no prompts
-    stand behind, such as losses; a single seed has no interval (low = high = value)."""
-    each = rows.groupby([*by, "seed"], sort=False, dropna=False)[value].mean().reset_index()
-    table = each.groupby(list(by), sort=False, dropna=False)[value].agg(["mean", "sem", "size"])
-    half = t.ppf(LEVEL[1], table["size"] - 1) * table["sem"]
-    low, high = table["mean"] - half.fillna(0), table["mean"] + half.fillna(0)
-    found = {value: table["mean"], "low": low, "high": high, "seeds": table["size"]}
-    return pd.DataFrame(found).reset_index()
 
 
 def holm(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:

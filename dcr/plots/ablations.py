@@ -21,21 +21,24 @@ MEASURES = {
 
 @drawing
 def ablations(table: pd.DataFrame) -> Figure:
-    """Ablations on validation prompts, forms averaged: a row a recipe, one dot a seed, colour the
-    lever. Left what the cheap screen after stage 1 tells, right what a short alignment then
-    shows; a recipe that failed says so.
+    """Ablations on validation prompts, forms averaged: a row a recipe, one dot a seed and no
+    intervals, colour the method. Left what the cheap screen after stage 1 tells, right what a
+    short alignment then shows; a recipe that failed says so.
     """
     shown = [m for m in MEASURES if m in table and table[m].notna().any()] or ["probe_auroc"]
     row = table["cell"] + table["status"].eq("failed").map({True: " (failed)", False: ""})
-    lever = table["cell"].str.extract(r"^([A-Za-z_-]+)", expand=False).fillna("other")
-    long = table.assign(row=row, lever=lever).melt(["row", "lever"], shown, "measure")
-    how = Dots("row", "measure", "lever", "value", None, across=len(shown), width=1.3)
-    return dots(long.replace({"measure": MEASURES}), "value", how)
+    long = table.assign(row=row).melt(["row", "method"], shown, "measure")
+    how = Dots("row", "measure", "method", "", None, across=len(shown), width=1.3)
+    figure = dots(long.replace({"measure": MEASURES}), "value", how)
+    for ax in figure.axes:
+        ax.set(xlabel=ax.get_title(), title="")
+        ax.locator_params(axis="x", nbins=2)
+    return figure
 
 
 @drawing
 def search(table: pd.DataFrame) -> Figure:
     """The search on validation prompts, as many recipes for the baselines as for ours: a row a
-    recipe, one dot a seed.
+    recipe, one dot a seed and no intervals.
     """
     return ablations(table)

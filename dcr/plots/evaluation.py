@@ -15,15 +15,15 @@ from dcr.plots.style import FORMS, Look, drawing, in_order, method_look, said
 
 PANELS = {"published": "as published", "equal": "forms equal"}
 CLASSES = ("seemingly_toxic", "toxic")
-MOST = 24  # categories a class in the heat map
+MOST, LEAST = 24, 5  # categories a class in the heat map, prompts a category
 
 
 @drawing
 def plane(table: pd.DataFrame) -> Figure:
-    """Compliance against safety, sets weighted equally. Left, the sets as published: harmless
-    prompts are nearly all questions, toxic ones imperatives. Right, both forms weighted
-    equally. Large: the finished method (95 % intervals); thin: checkpoints or strengths. The
-    question-mark rule reads no model.
+    """Compliance against safety, sets weighted equally: left as published (harmless prompts are
+    nearly all questions, toxic ones imperatives), right with both forms weighted equally. Large:
+    the finished method (95 % intervals); thin, where there are more than two: checkpoints or
+    strengths. The question-mark rule reads no model.
     """
     names = [p for p in PANELS if p in set(table["forms"])]
     figure, axes = grid(len(names), Size(3.5, 3.5, 2, 1.4), sharex=True, sharey=True)
@@ -44,21 +44,16 @@ def _way(ax: Axes, method: str, rows: pd.DataFrame) -> None:
     """One method: a thin line through its checkpoints, a large point where it is known by."""
     look = method_look(method)
     way = rows.assign(last=rows["step"] < 0).sort_values(["last", "step"])
-    thin = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 0.9}
-    ax.plot(way["dsr"], way["compliance"], **thin, alpha=0.6, marker=".", markersize=3)
+    if len(way) > 2:
+        thin: Look = {"linewidth": 0.7, "alpha": 0.35, "marker": ".", "markersize": 3}
+        ax.plot(way["dsr"], way["compliance"], **(look | thin))
     nominal = way[way["nominal"].astype(bool)]
     point = (nominal if len(nominal) else way).tail(1)
     bars: Look = {
         a: spread(point, m, f"{m}_low", f"{m}_high")
         for a, m in (("xerr", "dsr"), ("yerr", "compliance"))
     }
-    mark = {
-        "marker": look["marker"],
-        "linestyle": "none",
-        "color": look["color"],
-        "markersize": 7,
-        "elinewidth": 0.9,
-    }
+    mark = look | {"linestyle": "none", "markersize": 8, "elinewidth": 0.9}
     edge: Look = {"markeredgecolor": "white", "markeredgewidth": 0.5, "zorder": 5, "label": method}
     ax.errorbar(point["dsr"], point["compliance"], **bars, **mark, **edge)
 
@@ -108,7 +103,7 @@ def paired(table: pd.DataFrame) -> Figure:
     row = rows["benchmark"].mask(mean, "mean, " + rows["label"].map(said))
     panel = rows["method"] + "\n− " + rows["against"]
     toxic = tuple(row[rows["label"] == "toxic"])
-    return _differences(rows.assign(panel=panel, row=row), "of rates", 6, toxic)
+    return _differences(rows.assign(panel=panel, row=row), "of rates", 7, toxic)
 
 
 def _differences(
@@ -116,9 +111,9 @@ def _differences(
 ) -> Figure:
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
-    look: Look = {"zero": 0, "across": across, "shade": shade, "open": ["p ≥ 0.05"]}
-    how = Dots("row", "panel", "sure", f"difference {what}", _reach(table), **look, width=1.5)
-    return dots(table.assign(sure=sure), "difference", how)
+    look: Look = {"zero": 0, "across": across, "shade": shade}
+    how = Dots("row", "panel", "sure", f"difference {what}", _reach(table), **look, width=1.3)
+    return dots(table.assign(sure=sure, hollow=table["p_holm"] >= 0.05), "difference", how)
 
 
 def _reach(table: pd.DataFrame) -> tuple[float, float]:
@@ -130,11 +125,14 @@ def _reach(table: pd.DataFrame) -> tuple[float, float]:
 @drawing
 def auroc_by_source(table: pd.DataFrame) -> Figure:
     """How well a method's refusal score orders toxic above harmless prompts, by harmless source,
-    forms equal (95 % intervals). No method met these sources in training; they are averaged
-    (last panel), never pooled.
+    forms equal (95 % intervals). Sources are averaged (last panel), never pooled; one that some
+    method met in training is not in the mean.
     """
-    how = Dots("method", "source", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
-    return dots(by_source(table), "auroc", how)
+    rows = by_source(table)
+    met = rows["met"] & (not rows["met"].all())  # where all are met, all are averaged
+    panel = rows["source"] + met.map({True: "\n(met; not in\nthe mean)", False: ""})
+    how = Dots("method", "panel", "", "AUROC of the refusal score", zero=0.5, across=6, width=1.5)
+    return dots(rows.assign(panel=panel), "auroc", how)
 
 
 @drawing
@@ -143,9 +141,10 @@ def gap(table: pd.DataFrame) -> Figure:
     of a probe on its hidden states at ℓ (open), harmless sources averaged, forms equal (95 %
     intervals). Between the two lies harm that is read and not used.
     """
-    mark = table["reader"].where(table["reader"] == "refusal", "probe " + table["stage"])
-    how = Dots("method", "", "mark", "AUROC", None, width=4.2, open=sorted(set(mark) - {"refusal"}))
-    return dots(table.assign(mark=mark), "auroc", how)
+    probe = table["reader"] == "probe"
+    mark = ("probe " + table["stage"]).where(probe, "refusal")
+    how = Dots("method", "", "mark", "AUROC", None, zero=0.5, width=4.2)
+    return dots(table.assign(mark=mark, hollow=probe), "auroc", how)
 
 
 @drawing
@@ -174,8 +173,10 @@ def template_effect(table: pd.DataFrame) -> Figure:
 
 @drawing
 def categories(table: pd.DataFrame) -> Figure:
-    """Refusal rate by category (in brackets: prompts), the most frequent ones of each class."""
-    blocks = {}
+    """Refusal rate by category of at least five prompts (their number in brackets), the most
+    frequent ones of each class.
+    """
+    table, blocks = table[table["n"] >= min(LEAST, table["n"].max())], {}
     for label in (c for c in CLASSES if c in set(table["label"])):
         part = table[table["label"] == label].sort_values("n", ascending=False, kind="stable")
         short = part["category"].map(lambda c: textwrap.shorten(str(c), 40, placeholder=" …"))
@@ -218,8 +219,8 @@ def ability(table: pd.DataFrame) -> Figure:
 
 @drawing
 def judge_calibration(table: pd.DataFrame) -> Figure:
-    """Judges against people on published completions: Cohen's κ (95 % intervals), by the model
-    that answered.
+    """Judges against people on published completions: Cohen's κ (95 % intervals; no bar where none
+    is known), by the model that answered.
     """
     rows = table[table["half"] == "all"].sort_values("tokens", kind="stable")
     panel = [f"first {t} tokens" if t else "whole answers" for t in rows["tokens"]]
@@ -230,11 +231,15 @@ def judge_calibration(table: pd.DataFrame) -> Figure:
 @drawing
 def cost(table: pd.DataFrame) -> Figure:
     """What each method took: wall time of each stage (mean of seeds), and the peak memory of its
-    largest.
+    largest. Where one method decides and another answers, theirs counts as its own.
     """
     kinds = table.groupby(["method", "kind"], sort=False, as_index=False).mean(numeric_only=True)
     most = table.groupby("method", sort=False, as_index=False)["peak_memory_mib"].max()
     seconds = kinds.assign(panel=kinds["kind"] + "\nseconds", value=kinds["seconds"])
     memory = most.assign(panel="peak memory\nMiB", value=most["peak_memory_mib"])
     how = Dots("method", "panel", "", "mean of seeds", None, across=6, width=1.4)
-    return dots(pd.concat([seconds, memory], ignore_index=True), "value", how)
+    figure = dots(pd.concat([seconds, memory], ignore_index=True), "value", how)
+    for ax in figure.axes:
+        ax.set_xlim(left=0)
+        ax.locator_params(axis="x", nbins=3)
+    return figure

@@ -80,11 +80,13 @@ class Dots:
     across: int = 4
     width: float = 1.9
     shade: Sequence[str] = ()  # rows on grey
-    open: Sequence[str] = ()  # hues whose marker is not filled
 
 
 def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
-    """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`."""
+    """A dot with its interval a row, a panel each value of `how.panels`, aside by `how.hue`.
+
+    Dots are not filled where a column `hollow` says so.
+    """
     names, parts = in_order(frame[how.rows]), split(frame, how.panels)
     coloured = how.hue or (how.rows if how.rows == "method" else how.panels or how.rows)
     hues = in_order(frame[coloured])
@@ -101,7 +103,8 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
         ):
             aside = 0.6 * ((hues.index(hue) + 0.5) / beside - 0.5) if beside > 1 else 0
             style: Look = look[hue] | {"linestyle": "none", "markersize": 4.5, "elinewidth": 0.9}
-            style |= {"markerfacecolor": "white" if hue in how.open else look[hue]["color"]}
+            hollow = "hollow" in mine and mine["hollow"].any()
+            style |= {"markerfacecolor": "white" if hollow else look[hue]["color"]}
             style |= {"label": said(hue)} if how.hue else {}
             y = np.full(len(mine), names.index(name) + aside)
             ax.errorbar(mine[value], y, xerr=spread(mine, value), **style)
@@ -109,7 +112,7 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
             place = names.index(name)
             ax.axhspan(place - 0.5, place + 0.5, color="#ececec", linewidth=0, zorder=0)
         if how.zero is not None:
-            ax.axvline(how.zero, color="black", linewidth=0.9, zorder=0.5)
+            ax.axvline(how.zero, color="black", linewidth=0.9, zorder=1)
         ax.set(title=panel, ylim=(len(names) - 0.5, -0.5), xlim=how.limits)
         ax.set_yticks(range(len(names)), [said(n) for n in names], fontsize=8.5)
         ax.locator_params(axis="x", nbins=4)
@@ -151,10 +154,10 @@ def curves(frame: pd.DataFrame, value: str, how: Curves) -> Figure:
             if rows.empty:
                 continue
             style: Look = look[hue] | {"label": said(hue), "elinewidth": 0.8, "markersize": 4}
-            style |= {"marker": ""} if len(rows) > 40 else {}
+            style |= {"marker": ""} if len(rows) > 20 else {}
             if one or len(hues) > 3:
                 room = rows[how.x].where(rows[how.x] > 0, 1) if steps else frame[how.x].max() / 40
-                x = rows[how.x] + 0.03 * (i - (len(hues) - 1) / 2) * room
+                x = rows[how.x] + 0.08 * (i / max(1, len(hues) - 1) - 0.5) * room
                 ax.errorbar(x, rows[value], yerr=spread(rows, value), **style)
                 continue
             ax.errorbar(rows[how.x], rows[value], **style)
@@ -183,12 +186,12 @@ def log_steps(ax: Axes, steps: pd.Series) -> None:
     ax.set_xticks([], minor=True)
 
 
-def heat(ax: Axes, wide: pd.DataFrame, **kwargs) -> None:
+def heat(ax: Axes, wide: pd.DataFrame) -> None:
     """A heat map from 0 to 1 with its numbers in the cells; grey where there is none."""
     cells: Look = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 6.5}, "cmap": "Blues"}
     lines = {"linewidths": 0.4, "linecolor": "white", "cbar": False}
     ticks = {"xticklabels": [said(c) for c in wide], "yticklabels": [said(c) for c in wide.index]}
-    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks | kwargs))
+    sns.heatmap(wide, ax=ax, vmin=0, vmax=1, **(cells | lines | ticks))
     ax.set(xlabel="", ylabel="", facecolor="#dddddd")
     ax.grid(False)
     ax.tick_params(axis="y", labelrotation=0, labelsize=8)

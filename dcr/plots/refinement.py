@@ -13,6 +13,7 @@ MEASURES = {
     "within_similarity": "cosine within a class",
     "probe_auroc": "AUROC of a probe",
 }
+STEP = "step of stage 1 (log scale from the first on)"
 STAGES = {"refine": "Stage 1: contrastive refinement", "align": "Stage 2: safety alignment"}
 
 
@@ -46,18 +47,17 @@ def refinement(table: pd.DataFrame) -> Figure:
     """
     keys = [c for c in ("method", "step", "seed") if c in table]
     long = table.melt(keys, list(MEASURES), "measure").replace({"measure": MEASURES})
-    return curves(
-        long, "value", Curves("step", "method", "measure", "step of stage 1", limits=None)
-    )
+    return curves(long, "value", Curves("step", "method", "measure", STEP, "cosine or AUROC", None))
 
 
 @drawing
 def similarity(table: pd.DataFrame) -> Figure:
-    """Similarity before and after stage 1 (paper figure 5): cosines of held-out prompts at ℓ, and
-    the normalised kernel of toxic prompts with each class (95 % intervals).
+    """Similarity before and after stage 1 (paper figure 5): cosines of held-out prompts at ℓ (mean
+    and range over seeds; one seed: no bar), and the normalised kernel of toxic prompts with each
+    class (95 % intervals).
     """
-    how = Dots("method", "measure", "when", "similarity", None, width=2.3, open=["before"])
-    return dots(table.replace({"measure": MEASURES}), "value", how)
+    rows = table.assign(hollow=table["when"] == "before").replace({"measure": MEASURES})
+    return dots(rows, "value", Dots("method", "measure", "when", "similarity", None, width=2.3))
 
 
 @drawing
@@ -70,8 +70,8 @@ def refinement_maps(table: pd.DataFrame) -> Figure:
 
 @drawing
 def refinement_drift(table: pd.DataFrame) -> Figure:
-    """How far stage 1 moved each class from the base model, by layer; above ℓ (line) no weight
-    moved.
+    """How far stage 1 moved each class from the base model, by layer (band: range over seeds; one
+    seed: no band); above ℓ (line) no weight moved.
     """
     how = Curves("layer", "label", "method", "layer (blocks run)", "‖h − h₀‖² / ‖h₀‖²", (0, None))
     figure, at = curves(table, "drift", how), table.groupby("method")["refined_at"].first()

@@ -56,11 +56,13 @@ def probe_cells(table: pd.DataFrame) -> Figure:
 @drawing
 def source_shortcut(table: pd.DataFrame) -> Figure:
     """The source is a second shortcut: what a probe was fitted on (colour), read on harmless
-    sources it never met, forms equal (95 % intervals). Where the two classes come from
-    different hands, it reads the hand.
+    sources, forms equal (95 % intervals). Hollow, and not in the mean: the probe's own source, and
+    one that some method met in training. Where the two classes come from different hands, it
+    reads the hand.
     """
+    rows = by_source(table)
     how = Dots("source", "", "pairing", AUROC, zero=0.5, width=4.4, shade=["mean"])
-    return dots(by_source(table), "auroc", how)
+    return dots(rows.assign(hollow=rows.get("met", False)), "auroc", how)
 
 
 def by_source(table: pd.DataFrame) -> pd.DataFrame:
@@ -81,13 +83,13 @@ def map_(table: pd.DataFrame) -> Figure:
 @drawing
 def kernel(table: pd.DataFrame) -> Figure:
     """Kernel of the first answer token between classes, normalised by that of a prompt with
-    itself: how much a step on x moves x' (95 % intervals).
+    itself, in the base model and after each method's stage 1: how much a step on x moves x' (95 %
+    intervals).
     """
     rows = table.rename(columns={"normalised_low": "low", "normalised_high": "high"})
-    model = [model_name(m, s) for m, s in zip(rows["method"], rows["stage"], strict=True)]
     panel = "x' " + rows["class_a"].map(said)
-    how = Dots("class_b", "panel", "model", "‖K(x', x)‖ / ‖K(x', x')‖; rows: x", None, width=2.2)
-    return dots(rows.assign(model=model, panel=panel), "normalised", how)
+    how = Dots("class_b", "panel", "method", "‖K(x', x)‖ / ‖K(x', x')‖; rows: x", None, width=2.2)
+    return dots(rows.assign(panel=panel), "normalised", how)
 
 
 def model_name(method: object, stage: object) -> str:

@@ -1,6 +1,7 @@
 """One look for every figure: colour-blind safe, a colour, line and marker a method, the same bytes.
 
 Colours are Okabe and Ito's, a hue a family of methods; line and marker tell members apart in grey.
+A marker that two methods share is of hues far apart, to the colour-blind too.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ METHODS = {
     "STL": ("#D55E00", "s"),
     "STL-aug": ("#E69F00", "D"),
     "STL-audited": ("#8C510A", "d"),
-    "STL-pairs": ("#B8860B", "p"),
-    "STL-token": ("#A63603", "H"),
+    "STL-pairs": ("#C9A000", "p"),
+    "STL-token": ("#A50F15", ">"),
     "STL-pairs-token": ("#7F6000", (4, 1, 0)),
-    "STL-routed": ("#5C2E00", "8"),
+    "STL-routed": ("#4A2400", (8, 1, 0)),
     "DCR": ("#0072B2", "^"),
     "DCR-matched": ("#56B4E9", "v"),
-    "DCR-keep": ("#08306B", ">"),
-    "DCR-sham": ("#8DA0CB", "<"),
-    "DCR-token": ("#2C7FB8", (3, 1, 0)),
+    "DCR-keep": ("#08306B", "<"),
+    "DCR-sham": ("#8DA0CB", (5, 0, 180)),
+    "DCR-token": ("#4040E0", "H"),
     "SCANS": ("#CC79A7", "X"),
-    "Surgical": ("#882255", "P"),
+    "Surgical": ("#882255", "8"),
     "Gate": ("#009E73", "h"),
-    "Token+Gate": ("#1B5E20", (4, 1, 45)),
-    "Token+Gate-base": ("#66A61E", (5, 1, 0)),
-    "Tied": ("#6A8F00", (6, 1, 0)),
+    "Token+Gate": ("#1B5E20", "D"),
+    "Token+Gate-base": ("#66A61E", "P"),
+    "Tied": ("#33A02C", "v"),
     "question-mark": ("#000000", "*"),
 }
 CLASSES: dict[Any, Look] = {

@@ -8,6 +8,7 @@ from dcr.errors import DCRError
 from dcr.study import grid
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
+from dcr.tables.checks import STAGES
 
 ANSWERS = {  # what is generated at the nominal operating point
     "toxic dsr": "nominal: DSR ↑",
@@ -71,15 +72,15 @@ def standing(experiment: Experiment) -> pd.DataFrame:
     rows = experiment.table("robustness").query("label == 'toxic' and wrapper != 'plain'")
     rows = rows.loc[rows.groupby("method", sort=False)["change"].idxmin()]
     parts.append(_as_value(rows, "change").assign(column="toxic refused, worst rewording ↑"))
-    cost = experiment.table("cost")
-    seeds = cost.groupby("method")["seed"].nunique()
-    made = cost[cost["kind"].isin(["refine", "align", "fit"])].groupby("method")["seconds"].sum()
-    said = cost[cost["kind"] == "generate"].groupby("method")["seconds"].sum()
-    made, said = made / seeds[made.index], said / seeds[said.index]
-    parts.append(made.rename("value").reset_index().assign(column="training, s ↓"))
-    if "base" in said:
-        said = said / said["base"]
-        parts.append(said.rename("value").reset_index().assign(column="answering, times base's ↓"))
+    cost = experiment.table("cost").pivot_table("seconds", "method", "kind")  # mean of seeds
+    cost = cost.reindex(columns=STAGES)
+    made = cost[["refine", "align", "fit"]].sum(axis=1, min_count=1)
+    said = cost["generate"]
+    for name, seconds in (
+        ("training, s ↓", made),
+        ("answering, times base's ↓", said / said.get("base", float("nan"))),
+    ):
+        parts.append(seconds.rename("value").dropna().reset_index().assign(column=name))
     whole = pd.concat(parts, ignore_index=True)
     return whole[["method", "column", "value", "low", "high", "n", "seeds"]]
 

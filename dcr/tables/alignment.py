@@ -82,7 +82,7 @@ def refusal_rates(experiment: Experiment) -> pd.DataFrame:
 
 @table("refusal_probability", notebook=NOTEBOOK)
 def refusal_probability(experiment: Experiment) -> pd.DataFrame:
-    """Probability of refusal openings of each class over alignment (paper figure 6)."""
+    """Mean probability of refusal openings of each class over alignment (paper figure 6)."""
     prompts = followed_prompts(experiment, experiment.config.evaluation.trajectory_prompts)
     found = []
     for method in methods_of(experiment, "align"):
@@ -92,7 +92,7 @@ def refusal_probability(experiment: Experiment) -> pd.DataFrame:
             rows = pd.DataFrame(np.stack(read, axis=1))  # [n, seeds]
             for label, part in rows.groupby(prompts["label"], sort=False):
                 asked = prompts.loc[part.index, "request"]
-                value, low, high = mean_interval(part.to_numpy(), asked, bounds=(0.0, 1.0))
+                value, low, high = mean_interval(part.to_numpy(), asked)
                 named = {"method": method, "step": step, "label": label, "value": value}
                 named |= {"low": low, "high": high, "n": len(part), "seeds": len(read)}
                 found.append(named)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from dcr.config import methods_file
 from dcr.errors import DCRError
 from dcr.evaluate import ability as measured
 from dcr.evaluate import checks, rates
@@ -16,6 +17,7 @@ from dcr.tables.gather import RULE, first_of_each, in_turn, methods_of, stacked,
 NOTEBOOK = "04_evaluation"
 LIMIT = 100  # prompts a class whose answers are compared for quality
 STAGES = ("refine", "align", "fit", "generate", "score")  # artifacts that cost
+LENT = {"decides": ["fit", "score"], "answers": ["generate"]}  # what another method does for one
 
 
 def few(experiment: Experiment, option: str) -> pd.DataFrame:
@@ -107,7 +109,19 @@ def judge_calibration(experiment: Experiment) -> pd.DataFrame:
 
 @table("cost", notebook=NOTEBOOK)
 def cost(experiment: Experiment) -> pd.DataFrame:
-    """Measured wall time (s) and peak memory (MiB) of each artifact of the run's methods."""
+    """Measured wall time (s, of all artifacts) and peak memory (MiB) of a method, kind and seed.
+
+    Where one method decides and another answers, the first's fit and score and the second's answers
+    are its own.
+    """
     rows = pd.DataFrame(experiment.artifacts(of_methods=True)).rename(columns={"name": "method"})
-    rows = rows[rows["kind"].isin(STAGES) & rows["method"].isin(experiment.methods)]
-    return rows[["method", "kind", "seed", "seconds", "peak_memory_mib"]].reset_index(drop=True)
+    rows, recipes = rows[rows["kind"].isin(STAGES)], methods_file()
+    parts = [rows]
+    for method in (m for m in experiment.methods if m in recipes):
+        for role, kinds in LENT.items():
+            theirs = rows["kind"].isin(kinds) & (rows["method"] == recipes[method].get(role))
+            parts.append(rows[theirs].assign(method=method))
+    rows = pd.concat(parts, ignore_index=True)
+    rows = rows[rows["method"].isin(experiment.methods)]
+    groups = rows.groupby(["method", "kind", "seed"], sort=False, as_index=False)
+    return groups.agg({"seconds": "sum", "peak_memory_mib": "max"})

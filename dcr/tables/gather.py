@@ -55,6 +55,14 @@ def scored_prompts(experiment: Experiment) -> pd.DataFrame:
     return pd.concat([experiment.validation, experiment.prompts], ignore_index=True)
 
 
+def range_over_seeds(rows: pd.DataFrame, by: Sequence[str], value: str = "value") -> pd.DataFrame:
+    """`by`, value (mean), low, high (least and most of the seeds), seeds, for what no prompts
+    stand behind; a single seed has no range (NaN)."""
+    found = rows.groupby(list(by), sort=False)[value].agg(["mean", "min", "max", "size"])
+    found.loc[found["size"] == 1, ["min", "max"]] = float("nan")
+    return found.set_axis([value, "low", "high", "seeds"], axis=1).reset_index()
+
+
 def first_of_each(prompts: pd.DataFrame, n: int, by: Sequence[str] = ("label",)) -> pd.DataFrame:
     """All prompts of the first `n` requests of each group, in the order of the ledger's hash."""
     groups = [first_requests(rows, n) for _, rows in prompts.groupby(list(by), sort=False)]

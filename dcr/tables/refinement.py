@@ -5,11 +5,17 @@ from __future__ import annotations
 import pandas as pd
 
 from dcr.analysis.probes import map_2d
-from dcr.evaluate.intervals import mean_over_seeds
 from dcr.run.readings import Run
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, joined, methods_of, needed, stacked
+from dcr.tables.gather import (
+    followed_prompts,
+    joined,
+    methods_of,
+    needed,
+    range_over_seeds,
+    stacked,
+)
 
 NOTEBOOK = "02_refinement"
 PER_CLASS = 12  # prompts a class in maps and drifts
@@ -67,7 +73,7 @@ def refinement_maps(experiment: Experiment) -> pd.DataFrame:
 
 @table("refinement_drift", notebook=NOTEBOOK)
 def refinement_drift(experiment: Experiment) -> pd.DataFrame:
-    """How far each class moved from the base at every layer: mean ‖h − h₀‖²/‖h₀‖²."""
+    """How far each class moved from the base at every layer: mean ‖h − h₀‖²/‖h₀‖², seeds' range."""
     rows, parts = followed_prompts(experiment, PER_CLASS), []
     for method in methods_of(experiment, "refine"):
         for run in experiment.runs_of(method):
@@ -81,19 +87,21 @@ def refinement_drift(experiment: Experiment) -> pd.DataFrame:
             )
             parts.append(long.assign(method=method, seed=run.seed, refined_at=run.layer(method)))
     keys = ["method", "layer", "label", "refined_at"]
-    return mean_over_seeds(joined(parts), keys, "drift")
+    return range_over_seeds(joined(parts), keys, "drift")
 
 
 @table("similarity", notebook=NOTEBOOK)
 def similarity(experiment: Experiment) -> pd.DataFrame:
-    """Cosines at ℓ and toxic prompts' kernel with each class, before and after (figure 5)."""
+    """Cosines at ℓ (seeds' range) and toxic prompts' kernel with each class (95 % intervals),
+    before and after (figure 5).
+    """
     steps = (
         experiment.table("refinement").sort_values("step", kind="stable").rename(columns=FOLLOWED)
     )
     ends = steps.groupby(["method", "seed"], sort=False)[list(FOLLOWED.values())]
     both = pd.concat({"before": ends.first(), "after": ends.last()}, names=["when"]).reset_index()
     long = both.melt(["when", "method", "seed"], var_name="measure", value_name="value")
-    cosines = mean_over_seeds(long, ["method", "measure", "when"])
+    cosines = range_over_seeds(long, ["method", "measure", "when"])
     rows = experiment.table("kernel").query("class_a == 'toxic'")
     rows = rows.assign(measure="kernel, toxic with " + rows["class_b"].str.replace("_", " "))
     names = {"normalised": "value", "normalised_low": "low", "normalised_high": "high"}

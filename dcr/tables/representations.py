@@ -20,7 +20,7 @@ from dcr.study.registry import table
 from dcr.tables.gather import auroc_rows, first_of_each, followed_prompts, methods_of
 
 NOTEBOOK = "01_representations"
-SHOWN = ["pairing", "source", "toxic_form", "harmless_form", "auroc", "low", "high", "n"]
+SHOWN = ["pairing", "source", "toxic_form", "harmless_form", "auroc", "low", "high", "met", "n"]
 
 
 def pairings(run: Run) -> dict[str, pd.DataFrame]:
@@ -105,7 +105,7 @@ def probe_cells(experiment: Experiment) -> pd.DataFrame:
     for name, rows in pairings(run).items():
         both = pd.concat([rows, swap_table(rows)]).drop_duplicates("id").reset_index(drop=True)
         parts.append(_at_layer(run, {name: rows}, both, by="form"))
-    return pd.concat(parts, ignore_index=True).drop(columns="source")
+    return pd.concat(parts, ignore_index=True).drop(columns=["source", "met"])
 
 
 @table("source_shortcut", notebook=NOTEBOOK)
@@ -113,8 +113,8 @@ def source_shortcut(experiment: Experiment) -> pd.DataFrame:
     """Training pairing × unseen harmless source, forms equal: is harm read at ℓ, or the source?
 
     Beside the pairings, every harmless test source is itself set against the refusal file: its
-    own row says how well a source is told apart, its other rows whether that was harm. Nothing is
-    trained with these probes.
+    own row says how well a source is told apart, its other rows whether that was harm. A pairing's
+    mean leaves out its own sources and what some method met. Nothing is trained with these probes.
     """
     run = experiment.runs[0]
     held = unseen(run, run.config.evaluation.probe_pairs)
@@ -131,9 +131,11 @@ def _at_layer(run: Run, named: dict, held: pd.DataFrame, by: str) -> pd.DataFram
     layer, read, parts = run.layer("DCR"), run.states("base", held), []
     for name, rows in named.items():
         found = probes.transfer_scores(run.states("base", rows), rows, read, held, [layer])[layer]
-        parts.append(pd.DataFrame({"prompt_id": held["id"], "score": found, "method": name}))
-    rows = auroc(held, pd.concat(parts, ignore_index=True).assign(seed=0), by=by)
-    return rows.rename(columns={"method": "pairing"})[SHOWN].assign(layer=layer)
+        told = pd.DataFrame({"prompt_id": held["id"], "score": found, "method": name, "seed": 0})
+        met = held["source"].isin(rows["source"]) | held.get("met", False)
+        parts.append(auroc(held.assign(met=met), told, by=by))
+    rows = pd.concat(parts, ignore_index=True).rename(columns={"method": "pairing"})
+    return rows[SHOWN].assign(layer=layer)
 
 
 @table("structure", notebook=NOTEBOOK)
@@ -201,7 +203,7 @@ def rejection(experiment: Experiment) -> pd.DataFrame:
     prompts = followed_prompts(experiment, run.config.evaluation.trajectory_prompts)
     prompts = prompts.assign(value=run.refusal_probability("base", prompts, 0))
     for (label, form), part in prompts.groupby(["label", "form"], sort=False):
-        value, low, high = mean_interval(part["value"], part["request"], bounds=(0.0, 1.0))
+        value, low, high = mean_interval(part["value"], part["request"])
         named = {"method": "base", "label": label, "form": form, "probability": value}
         rows.append({**named, "low": low, "high": high, "n": len(part)})
     return pd.DataFrame(rows)
