@@ -46,12 +46,13 @@ def side(
 def change(
     before: Any,
     after: Any,
-    words: Sequence[str] = ("rises", "falls", "no change can be told"),
+    words: Sequence[str] = ("rises", "falls", "cannot be told to change"),
     low: str = "low",
 ) -> str:
     """The word for two intervals: the second lies above the first, below it, or they overlap.
 
-    Where one of the two has no interval, no change is told.
+    A cautious rule: intervals that overlap a little may still hide a change. Where one of the two
+    has no interval, no change is told.
     """
     high = low.replace("low", "high")
     if not (before[low] < before[high] and after[low] < after[high]):
