@@ -184,8 +184,6 @@ class EvaluationConfig(Section):
 
     section: ClassVar[str] = "evaluation"
     judge: str = "phrases"  # or guard:<id or folder>
-    curve_judge: str = "phrases"
-    bootstrap: Size = 1000
     forms: bool = True  # also evaluate every benchmark form-swapped
     forms_limit: Count = 0  # prompts of each benchmark that are swapped; 0 swaps all
     capability_tasks: Names = ()

@@ -159,7 +159,7 @@ def test_keys_hold_what_matters_and_nothing_else(run, folder, tmp_path, root):
         one = make(folder, root, **more).runs[0]
         return one.weights_key("base"), one.weights_key("STL")
 
-    assert keys(**{"data.limit": 3, "evaluation.bootstrap": 99}) == keys()
+    assert keys(**{"data.limit": 3, "evaluation.kernel_tokens": 9}) == keys()
     for change in ({"align.lr": 1e-4}, {"align.n_general": 16}):
         assert keys(**change)[0] == keys()[0] and keys(**change)[1] != keys()[1]
     assert keys(**{"model.precision": "bf16"})[0] != keys()[0]
