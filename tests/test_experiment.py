@@ -410,7 +410,6 @@ def test_verify_sees_a_changed_table_a_flipped_bit_and_what_is_missing(
     "file, old, new, said",
     [
         ("manifest.json", '"seconds": ', '"seconds_": ', "manifest.json: seconds is null"),
-        ("manifest.json", '"layer": 2', '"layer": -2', "refine.layer"),
         ("manifest.json", '"weights": [', '"weights": ["x", ', "manifest.json is that of"),
         ("generations.jsonl", '"finish": "', '"finish": "e', "row 1: finish is"),
         ("generations.jsonl", '"prompt_id"', '"prompt"', "row 1: prompt_id is null"),
