@@ -99,7 +99,6 @@ WRONG = [
     ("seed=0x" + "f" * 4000, "seed=a number of thousands of digits: should be"),
     ("refine.eval_steps=-0x" + "f" * 4000, "thousands of digits: should be"),
     ("data.limit=[0x" + "f" * 4000 + "]", "thousands of digits: should be"),
-    ({"refine": {1: 2}}, "refine is a section; set one of its fields"),
     ("seed=5", "profile and seed have parameters of their own"),
     ("profile=zzz", "profile and seed have parameters of their own"),
     ("align.lr=!!python/name:os.system", "cannot be read as YAML"),
@@ -133,6 +132,8 @@ def test_a_section_made_by_hand_is_checked_too():
 def test_overrides_of_another_type_are_refused():
     with pytest.raises(DCRError, match="text or a mapping, not int"):
         load_config("quick", overrides=123)
+    with pytest.raises(DCRError, match="refine is a section; set one of its fields"):
+        load_config("quick", overrides={"refine": {1: 2}})
 
 
 def test_unknown_profile_lists_the_known_ones():
