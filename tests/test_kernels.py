@@ -100,3 +100,11 @@ def test_a_reversed_relation_is_found():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(DCRError, match="18 states, kernel"):
         bound_pairs(states(), np.ones((4, 4)), LABELS, ASKED)
+
+
+def test_two_requests_of_a_class_give_no_interval_within_it():
+    norms = np.random.default_rng(0).uniform(1, 2, (8, 8))
+    found = class_matrix(norms, ["a"] * 4 + ["b"] * 4, [f"r{i // 2}" for i in range(8)])
+    within = found["class_a"] == found["class_b"]
+    assert found.loc[within, "normalised_low"].isna().all() and found["normalised"].notna().all()
+    assert (found.loc[~within, "normalised_low"] < found.loc[~within, "normalised_high"]).all()

@@ -28,7 +28,8 @@ def class_matrix(
     """Rows class_a, class_b, normalised, symmetric, each with _low and _high (95 %), n (pairs).
 
     norms: ‖K(x', x)‖_F, [n, n], x' of class_a, x of class_b; or several, one a seed, on the same
-    prompts. Intervals draw requests and seeds. Raises DCRError for a class of one request.
+    prompts. Intervals draw requests and seeds (NaN within a
+    class of two requests). Raises DCRError for a class of one request.
     """
     stack = np.stack(norms if isinstance(norms, (list, tuple)) else [norms])  # [seeds, n, n]
     own = np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]
@@ -54,7 +55,8 @@ def class_matrix(
             draws = _within(draws, behind[a]) if a == b else widened(draws, least)
             found = interval(draws, bounds=None)
             row |= {name: float(found["value"])}
-            row |= {f"{name}_{side}": float(found[side]) for side in ("low", "high")}
+            known = a != b or least > 2  # two requests are one pair: nothing to draw
+            row |= {f"{name}_{s}": float(found[s]) if known else np.nan for s in ("low", "high")}
         rows.append({**row, "n": len(i)})
     return pd.DataFrame(rows)
 

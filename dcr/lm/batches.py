@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr.errors import DCRError
@@ -26,6 +26,8 @@ MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
 # What this transformers version calls the keys and values in a forward pass.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+KINDS = ("activation", "gradient")  # of checkpointing: its new name, its old one
+CHECKPOINTING = next(n for k in KINDS if hasattr(PreTrainedModel, n := f"is_{k}_checkpointing"))
 
 
 def token_batches(
@@ -75,7 +77,7 @@ def common_prefix(
 def can_share(stack) -> bool:
     """Whether `stack` goes on from another row's cache: plain attention, not checkpointed."""
     kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()
-    checkpointed = stack.training and getattr(stack, "is_gradient_checkpointing", False)
+    checkpointed = stack.training and getattr(stack, CHECKPOINTING, False)
     return set(kinds) <= PLAIN_ATTENTION and not checkpointed
 
 
