@@ -21,7 +21,7 @@ MOST, LEAST = 24, 5  # categories a class in the heat map, prompts a category
 @drawing
 def plane(table: pd.DataFrame) -> Figure:
     """Compliance against safety, sets weighted equally: left as published (harmless prompts are
-    nearly all questions, toxic ones imperatives), right with both forms weighted equally. Large:
+    mostly questions, toxic ones imperatives), right with both forms weighted equally. Large:
     the finished method (95 % intervals); thin, where there are more than two: checkpoints or
     strengths. The question-mark rule reads no model.
     """
