@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from dcr.book.say import number
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.tables import markdown
@@ -84,10 +85,10 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     )
     less = read("frontier_differences")
     less = less[(less["method"] == "DCR") & (less["against"] == "STL")]
-    (row,) = less[(less["measure"] == "compliance") & (less["target"] == TARGET)].to_dict("records")
+    less = less[(less["measure"] == "compliance") & (less["target"] == TARGET)]
     last = (
         f"At one DSR (thresholds from validation prompts, {TARGET:.2f}), forms equal, DCR less STL "
-        "in harmless prompts let through: {difference:.2f} [{low:.2f}, {high:.2f}].".format(**row)
+        f"in harmless prompts let through: {number(less.iloc[0], 'difference')}."
     )
     table = markdown(claims.rename(columns={"reading": "column"})).rstrip()
     return f"{first}\n\n{table}\n\n{last}"
