@@ -25,8 +25,8 @@ MAIN = (  # what the index of figures shows; the others it names
 BY_COMMAND = {"search": "dcr grid search"}  # tables that no notebook makes
 PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
 CLAIMS = (
-    "The paper's claims in this run: differences with 95 % intervals; above 0 is as the paper says, "
-    "in the second row 0 is"
+    "The paper's claims in this run: differences with 95 % intervals; above 0 is as the paper "
+    "says, in the second row 0 is"
 )
 
 
