@@ -19,15 +19,20 @@ def main_rows(table: pd.DataFrame, methods: Sequence[str] = MAIN) -> pd.DataFram
     return rows.sort_values("method", key=lambda names: names.map(place), kind="stable")
 
 
+def _ends(row: Any, low: str) -> tuple[float, float] | None:
+    """The ends of a row's interval; None where there is none (a single seed, NaN)."""
+    ends = row[low], row[low.replace("low", "high")]
+    return ends if ends[0] < ends[1] else None
+
+
 def number(row: Any, value: str = "value", low: str = "low", form: str = ".2f") -> str:
     """ "0.44 [0.40, 0.48]" of a row; "(no interval)" where a single seed gives none.
 
     low: the column of the lower end; the upper end's has "high" for "low" in its name.
     """
-    ends = row[low], row[low.replace("low", "high")]
-    if not ends[0] < ends[1]:  # NaN as well
-        return f"{row[value]:{form}} (no interval)"
-    return f"{row[value]:{form}} [{ends[0]:{form}}, {ends[1]:{form}}]"
+    ends = _ends(row, low)
+    shown = f"[{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "(no interval)"
+    return f"{row[value]:{form}} {shown}"
 
 
 def side(
@@ -37,10 +42,10 @@ def side(
     low: str = "low",
 ) -> str:
     """The word for where a row's interval lies: above `at`, below it, or around it (or none)."""
-    ends = row[low], row[low.replace("low", "high")]
-    if not ends[0] < ends[1]:
-        return words[2]
-    return words[0] if ends[0] > at else words[1] if ends[1] < at else words[2]
+    ends = _ends(row, low)
+    if ends and ends[0] > at:
+        return words[0]
+    return words[1] if ends and ends[1] < at else words[2]
 
 
 def change(
@@ -54,13 +59,7 @@ def change(
     A cautious rule: intervals that overlap a little may still hide a change. Where one of the two
     has no interval, no change is told.
     """
-    high = low.replace("low", "high")
-    if not (before[low] < before[high] and after[low] < after[high]):
-        return words[2]
-    return (
-        words[0]
-        if after[low] > before[high]
-        else words[1]
-        if after[high] < before[low]
-        else words[2]
-    )
+    old, new = _ends(before, low), _ends(after, low)
+    if old and new and new[0] > old[1]:
+        return words[0]
+    return words[1] if old and new and new[1] < old[0] else words[2]

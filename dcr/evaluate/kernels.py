@@ -28,8 +28,8 @@ def class_matrix(
     """Rows class_a, class_b, normalised, symmetric, each with _low and _high (95 %), n (pairs).
 
     norms: ‖K(x', x)‖_F, [n, n], x' of class_a, x of class_b; or several, one a seed, on the same
-    prompts. Intervals draw requests and seeds (NaN within a
-    class of two requests). Raises DCRError for a class of one request.
+    prompts. Intervals draw requests and seeds (NaN within a class of two requests). Raises DCRError
+    for a class of one request.
     """
     stack = np.stack(norms if isinstance(norms, (list, tuple)) else [norms])  # [seeds, n, n]
     own = np.diagonal(stack, axis1=1, axis2=2)  # [seeds, n]

@@ -216,8 +216,10 @@ def fitted(
     config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     limit = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - room
     if limit < 1:
-        held = f"the model's context holds {limit + room} tokens, the prompt's among them"
-        raise DCRError(f"max_new_tokens={room}: {held}. Lower it.")
+        raise DCRError(
+            f"{room} new tokens leave a context of {limit + room} no room for a prompt: lower "
+            "max_new_tokens."
+        )
     for i, row in enumerate(rows):
         if len(row) > limit and not truncate:
             mend = (

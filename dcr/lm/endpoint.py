@@ -52,8 +52,7 @@ class Endpoint:
 
         if not _is_address(url):
             raise DCRError(
-                f"generation.endpoint={url!r} is no address; give one such as "
-                "http://localhost:8000/v1."
+                f"endpoint {url!r} is no address; give one such as http://localhost:8000/v1."
             )
         self.url, self.retries = url.rstrip("/"), retries
         self.key = os.environ.get(key, "")

@@ -32,7 +32,8 @@ class CellRun(Run):
         self.method, self._recipe = method, recipe
 
     def recipe(self, method: str) -> Config:
-        """The method's configuration with the cell's overrides on top; others' under its own."""
+        """The method's configuration with the cell's overrides on top; of another method, its own
+        recipe on top of them."""
         recipe = super().recipe(method)
         return recipe.override(self._recipe) if method == self.method else recipe
 

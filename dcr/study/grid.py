@@ -76,9 +76,14 @@ class Grid:
         """The run's configuration of a cell."""
         return load_config(self.profile, seed=cell.seed, overrides={**self.base, **cell.recipe})
 
+    @functools.cached_property
+    def configs(self) -> list[dict]:
+        """The configurations of all cells: they share a ledger, so each row depends on all."""
+        return [self.config(c).to_dict() for c in self.cells]
+
     def row_path(self, root: Path, cell: Cell, phase: str) -> Path:
         """Where a cell's row of a phase stands in the run directory."""
-        every = [self.config(c).to_dict() for c in (cell, *self.cells)]  # they share a ledger
+        every = [self.config(cell).to_dict(), *self.configs]
         judge = identity(self.config(cell).evaluation.judge)
         parts = [every, judge, cell.method, cell.seed, phase]
         slug = re.sub(r"[^A-Za-z0-9.=_-]+", "_", cell.name)[:80]
