@@ -27,6 +27,7 @@ COLUMNS = {  # of the table of standing, as the README names them
     "nominal: DSR ↑": "toxic refused",
     "nominal: degenerate answers to harmless prompts ↓": "degenerate",
     "general answered ↑": "general answered",
+    "toxic refused, worst rewording ↑": "toxic refused, reworded",
 }
 BLOCK = re.compile(r"(<!-- (\w+): written by `dcr readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -44,6 +44,11 @@ def notebook_of(name: str) -> str:
     return TABLES[name].notebook if name in TABLES else ""
 
 
+def maker_of(name: str) -> str:
+    """What to run for a table that is not there."""
+    return BY_COMMAND.get(name, f"notebook {notebook_of(name)}".rstrip())
+
+
 def caption_of(name: str) -> str:
     """What a table function says that it makes."""
     return " ".join((TABLES[name].make.__doc__ or name).split()) if name in TABLES else name
@@ -62,8 +67,7 @@ def draw(run: str | Path, out: str | Path) -> dict[str, str]:
         source = folder / f"{name}.csv"
         try:
             if not source.exists():
-                maker = BY_COMMAND.get(name, f"notebook {notebook_of(name)}")
-                raise DCRError(f"no table; run {maker}".rstrip())
+                raise DCRError(f"no table; run {maker_of(name)}")
             save(entry.draw(read_table(source)), out / name)
         except DCRError as error:
             missing[name] = str(error)
