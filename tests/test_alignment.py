@@ -221,6 +221,11 @@ def test_every_row_is_seen_once_a_pass():
     assert batches == again != other
 
 
+def test_epochs_count_whole_passes_where_rows_do_not_divide():
+    config = ALIGN.replaced(max_steps=0, epochs=3, batch_size=6)
+    assert len(aligned(config=config, rows=mix(16)).history) == 3 * 3
+
+
 @pytest.mark.parametrize(
     "rule, steps", [("log", [0, 1, 2, 4, 8, 10]), ("last", [10]), ((0, 5), [0, 5, 10])]
 )

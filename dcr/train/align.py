@@ -7,6 +7,7 @@ its log odds to those of a frozen probe.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +84,7 @@ def align(  # noqa: PLR0913
     rows = Examples(mix, tokenizer, config)
     size = config.batch_size
     draw = partial(length_grouped_batches, rows.lengths, size, seed=seed)
-    steps = training_steps(config, len(rows.ids), size, draw)
+    steps = training_steps(config, math.ceil(len(rows.ids) / size), draw)
     recorded = recorded_steps(config.checkpoints, len(steps))
     made_from = {"model": fingerprint(model, tokenizer), "layer": first, "mix": rows.facts()}
     made_from["layers_path"] = layers_path

@@ -111,7 +111,7 @@ def refine(  # noqa: PLR0913
         seen = train.assign(label=shuffled_labels(train["label"], seed))
     batches = batch_plan(config)
     draw = partial(contrastive_batches, seen, batches, seed=seed)
-    steps = training_steps(config, batches_per_epoch(seen, batches), 1, draw)
+    steps = training_steps(config, batches_per_epoch(seen, batches), draw)
     made_from = {"model": fingerprint(model, tokenizer), "prompts": table.to_dict("records")}
     made_from["layers_path"] = layers_path
     fields = {"title": "refine", "config": config, "seed": seed, "precision": precision}

@@ -19,14 +19,14 @@ from dcr.errors import DCRError
 
 
 def training_steps(
-    config: RefineConfig | AlignConfig, rows: int, size: int, draw: Callable[[int], list]
+    config: RefineConfig | AlignConfig, an_epoch: int, draw: Callable[[int], list]
 ) -> list[list[list[int]]]:
     """The batches of every optimiser step: `max_steps` of them, else what `epochs` take.
 
-    rows / size: batches an epoch. draw: n -> n batches.
+    an_epoch: batches that show every row. draw: n -> n batches.
     """
     k = config.accumulation
-    n = config.max_steps or max(1, math.ceil(config.epochs * rows / (size * k)))
+    n = config.max_steps or max(1, math.ceil(config.epochs * an_epoch / k))
     batches = draw(n * k)
     return [batches[i : i + k] for i in range(0, n * k, k)]
 
