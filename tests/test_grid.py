@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,3 +257,21 @@ def test_a_row_belongs_to_its_whole_grid(tmp_path, folder):
         grid = load_grid(written(tmp_path, folder, recipes=recipes))
         paths.add(grid.row_path(tmp_path, grid.cells[0], "screen"))
     assert len(paths) == 2
+
+
+def test_a_row_belongs_to_the_files_that_it_was_read_from(tmp_path, folder):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    prompts = tmp_path / "toxic.csv"
+    prompts.write_text("text\nPick a lock\n")
+    recipes = {"a": {"data.toxic": str(prompts)}, "gone": {"model.name": str(tmp_path / "none")}}
+
+    def place():
+        grid = load_grid(written(tmp_path, copied, recipes=recipes))
+        return grid.row_path(tmp_path, grid.cells[0], "screen")
+
+    paths = [place(), place()]
+    prompts.write_text("text\nPick two locks\n")
+    paths.append(place())
+    (copied / "config.json").write_text((copied / "config.json").read_text() + " ")
+    paths.append(place())
+    assert paths[0] == paths[1] and len(set(paths)) == 3

@@ -67,6 +67,11 @@ def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
     Kept on disk under all that it depends on. Raises DCRError for a source in a role that the
     registry does not allow it.
     """
+    return _kept(*ledger_key(config, of)).copy()
+
+
+def ledger_key(config: Config, of: Sequence[Config] = ()) -> tuple[str, tuple]:
+    """(key over the files of all sources and the code, the sources) of `ledger`."""
     profile = [load_config(config.profile)] if config.profile in profiles() else []
     base = [config, *(of or profile)]
     methods = [method.get("overrides") or {} for method in methods_file().values()]
@@ -81,7 +86,7 @@ def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
         "files": {name: _fingerprint(name) for name in uses},
         "code": [checksum(path) for path in sorted(code)],
     }
-    return _kept(content_key(key), tables).copy()
+    return content_key(key), tables
 
 
 def _named(config: Config) -> list[tuple[str, str, str]]:

@@ -40,6 +40,7 @@ from dcr.config import (
     parse_seeds,
 )
 from dcr.data.files import content_key, write_atomic
+from dcr.data.ledger import ledger_key
 from dcr.errors import DCRError
 from dcr.evaluate.judges import identity
 from dcr.run.store import Store
@@ -77,21 +78,35 @@ class Grid:
         return load_config(self.profile, seed=cell.seed, overrides={**self.base, **cell.recipe})
 
     @functools.cached_property
-    def configs(self) -> list[dict]:
-        """The configurations of all cells: they share a ledger, so each row depends on all."""
-        return [self.config(c).to_dict() for c in self.cells]
+    def shared(self) -> str:
+        """Key over what all rows depend on: configurations, for the cells share a ledger, and the
+        files of their data and models. What is not at hand counts as the reason."""
+        from dcr.lm.load import identity as identity_of_model
+
+        every = [self.config(c) for c in self.cells]
+        models = sorted({(c.model.name, c.model.revision) for c in every})
+        calls = [functools.partial(identity_of_model, *model) for model in models]
+        calls += [functools.partial(identity, c.evaluation.judge) for c in every]
+        calls.append(functools.partial(ledger_key, every[0], of=every))
+        facts: list[object] = [c.to_dict() for c in every]
+        for call in calls:
+            try:
+                facts.append(call())
+            except DCRError as error:
+                facts.append(str(error))
+        return content_key(facts)
 
     def row_path(self, root: Path, cell: Cell, phase: str) -> Path:
         """Where a cell's row of a phase stands in the run directory."""
-        every = [self.config(cell).to_dict(), *self.configs]
-        judge = identity(self.config(cell).evaluation.judge)
-        parts = [every, judge, cell.method, cell.seed, phase]
+        parts = [self.config(cell).to_dict(), self.shared, cell.method, cell.seed, phase]
         slug = re.sub(r"[^A-Za-z0-9.=_-]+", "_", cell.name)[:80]
         folder = root / "grid" / self.name
         return folder / f"{slug}-s{cell.seed}-{phase}-{content_key(parts)}.json"
 
     def row(self, root: Path, cell: Cell, phase: str) -> dict[str, Any]:
         """A cell's row of a phase; empty where there is none."""
+        if not (root / "grid" / self.name).is_dir():  # nothing has to be at hand to say so
+            return {}
         path = self.row_path(root, cell, phase)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
