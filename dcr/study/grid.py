@@ -21,7 +21,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Grid:
 
         every = [self.config(c) for c in self.cells]
         models = sorted({(c.model.name, c.model.revision) for c in every})
+        calls: list[Callable[[], object]]
         calls = [functools.partial(identity_of_model, *model) for model in models]
         calls += [functools.partial(identity, c.evaluation.judge) for c in every]
         calls.append(functools.partial(ledger_key, every[0], of=every))
