@@ -68,3 +68,13 @@ def test_a_failing_cell_is_named_and_what_ran_is_kept(book):
     write("01_one", "print('mended')")
     assert reproduce("embedded", only=("01",)) == root / "notebooks"  # no table, so no report
     assert not (root / "report.html").exists()
+
+
+def test_any_notebook_is_run_by_its_number_and_an_unknown_one_is_told(book):
+    write, root = book
+    write("01_one", "print('first')")
+    write("03_more", "print('third')")
+    with pytest.raises(DCRError, match="only=3: no such notebook; known: 01_one, 03_more"):
+        reproduce("embedded", only=("01", "3"))
+    reproduce("embedded", only=("03",))
+    assert [p.name for p in (root / "notebooks").glob("*.ipynb")] == ["03_more.ipynb"]

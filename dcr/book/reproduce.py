@@ -17,6 +17,7 @@ from dcr.data.files import content_key, write_atomic
 from dcr.errors import DCRError
 from dcr.study.experiment import Experiment
 
+# What runs unless told otherwise: 06 asks for every method and a grid besides.
 NOTEBOOKS = ("01_representations", "02_refinement", "03_alignment", "04_evaluation", "05_figures")
 TIMEOUT = 4 * 3600  # seconds a cell; papermill has none by default
 PACKAGE = Path(dcr.__file__).parent
@@ -41,7 +42,8 @@ def reproduce(
     """Execute the notebooks into `<run>/notebooks/` and write `<run>/report.html`; its path.
 
     A notebook that ran with the same source, package and parameters is kept. `only`: numbers of
-    notebooks ("01"). Raises DCRError naming the notebook, its cell and the error.
+    notebooks ("01"; default: `NOTEBOOKS`). Raises DCRError for an unknown number, and naming the
+    notebook, its cell and the error.
     """
     experiment = Experiment(profile, seeds=seeds, run_dir=run_dir, overrides=overrides)
     root, begun = Path(experiment.root).absolute(), time.monotonic()
@@ -54,7 +56,10 @@ def reproduce(
     }
     depends = told | {"config": experiment.config.to_dict(), "package": package_hash()}
     depends |= {"data": os.environ.get("DCR_DATA_DIR", "")}
-    chosen = [n for n in NOTEBOOKS if not only or n[:2] in only]
+    known = [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
+    if unknown := set(only) - {n[:2] for n in known}:
+        raise DCRError(f"only={min(unknown)}: no such notebook; known: {', '.join(known)}.")
+    chosen = [n for n in known if (n[:2] in only if only else n in NOTEBOOKS)]
     sources = {n: nbformat.read(notebooks_dir() / f"{n}.ipynb", as_version=4) for n in chosen}
     code = {n: [c.source for c in s.cells if c.cell_type == "code"] for n, s in sources.items()}
     with tqdm(total=sum(map(len, code.values())), unit=" cells", desc="notebooks") as bar:
