@@ -71,7 +71,7 @@ def ledger(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
 
 
 def ledger_key(config: Config, of: Sequence[Config] = ()) -> tuple[str, tuple]:
-    """(key over the files of all sources and the code, the sources) of `ledger`."""
+    """(key over the files of all sources and the code, the sources) of `ledger`; raises as it."""
     profile = [load_config(config.profile)] if config.profile in profiles() else []
     base = [config, *(of or profile)]
     methods = [method.get("overrides") or {} for method in methods_file().values()]

@@ -87,7 +87,9 @@ class Grid:
         models = sorted({(c.model.name, c.model.revision) for c in every})
         calls: list[Callable[[], object]]
         calls = [functools.partial(identity_of_model, *model) for model in models]
-        calls += [functools.partial(identity, c.evaluation.judge) for c in every]
+        calls += [
+            functools.partial(identity, j) for j in sorted({c.evaluation.judge for c in every})
+        ]
         calls.append(functools.partial(ledger_key, every[0], of=every))
         facts: list[object] = [c.to_dict() for c in every]
         for call in calls:
