@@ -76,5 +76,6 @@ def test_any_notebook_is_run_by_its_number_and_an_unknown_one_is_told(book):
     write("03_more", "print('third')")
     with pytest.raises(DCRError, match="only=3: no such notebook; known: 01_one, 03_more"):
         reproduce("embedded", only=("01", "3"))
+    assert not root.exists()
     reproduce("embedded", only=("03",))
     assert [p.name for p in (root / "notebooks").glob("*.ipynb")] == ["03_more.ipynb"]

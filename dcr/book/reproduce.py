@@ -45,6 +45,10 @@ def reproduce(
     notebooks ("01"; default: `NOTEBOOKS`). Raises DCRError for an unknown number, and naming the
     notebook, its cell and the error.
     """
+    known = [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
+    if unknown := set(only) - {n[:2] for n in known}:
+        raise DCRError(f"only={min(unknown)}: no such notebook; known: {', '.join(known)}.")
+    chosen = [n for n in known if (n[:2] in only if only else n in NOTEBOOKS)]
     experiment = Experiment(profile, seeds=seeds, run_dir=run_dir, overrides=overrides)
     root, begun = Path(experiment.root).absolute(), time.monotonic()
     (root / "notebooks").mkdir(parents=True, exist_ok=True)
@@ -56,10 +60,6 @@ def reproduce(
     }
     depends = told | {"config": experiment.config.to_dict(), "package": package_hash()}
     depends |= {"data": os.environ.get("DCR_DATA_DIR", "")}
-    known = [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
-    if unknown := set(only) - {n[:2] for n in known}:
-        raise DCRError(f"only={min(unknown)}: no such notebook; known: {', '.join(known)}.")
-    chosen = [n for n in known if (n[:2] in only if only else n in NOTEBOOKS)]
     sources = {n: nbformat.read(notebooks_dir() / f"{n}.ipynb", as_version=4) for n in chosen}
     code = {n: [c.source for c in s.cells if c.cell_type == "code"] for n, s in sources.items()}
     with tqdm(total=sum(map(len, code.values())), unit=" cells", desc="notebooks") as bar:
