@@ -532,6 +532,50 @@ def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
     assert (out / "use.py").is_file() == (method != "Tied")
 
 
+def test_a_fit_is_made_anew_when_a_set_or_a_source_has_another_name(
+    folder, root, tmp_path, monkeypatch
+):
+    """Sets are weighted equally in a threshold, and sources checked in a gate."""
+    from dcr.data import sets
+    from dcr.run import recipes, training
+
+    run = make(folder, root).runs[0]
+    made = {run.fitted("Gate").path}
+
+    def elsewhere(config, of=()):
+        rows = sets.validation_prompts(config, of=of)
+        half = rows["benchmark"].where(rows.index % 3 > 0, rows["benchmark"] + " (2)")
+        return rows.assign(benchmark=half)
+
+    def renamed(*args, **options):
+        return sets.anchors(*args, **options).assign(source="mine")
+
+    for module, name, other in (
+        (training, "validation_prompts", elsewhere),
+        (recipes, "anchors", renamed),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, other)
+            made.add(run.fitted("Gate").path)
+    assert len(made) == 3
+
+
+def test_what_a_method_was_taught_on_holds_its_guides_sources_and_trains_nothing(
+    folder, tmp_path, monkeypatch
+):
+    from dcr.run.own import data_facts
+
+    run = make(folder, tmp_path).runs[0]
+    facts = pd.DataFrame(data_facts(run, "STL-routed"))
+    assert "anchors, pairs" in set(facts["role"]) and set(facts["licence"]) == {"CC-BY-4.0"}
+    sets = run.sets("STL-routed").mix
+    assert facts[facts["role"].str.startswith("stage 2")]["rows"].sum() == len(sets)
+    monkeypatch.setattr(run, "trained_on", lambda m: {"": {"": pd.DataFrame({"source": [m]})}})
+    assert run.in_distribution("STL-routed") == {"STL-routed", "Gate", "base"}
+    assert run.in_distribution("Token+Gate-base") == {"Token+Gate-base", "STL-pairs-token", "base"}
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_what_a_method_lets_through_another_model_answers(
     folder, root, tmp_path, monkeypatch, capsys
 ):

@@ -36,6 +36,14 @@ def test_registry_is_complete_and_pinned():
         source("mine.csv")
 
 
+def test_every_prompts_licence_is_known_by_its_source():
+    assert sources.licence_of("xstest") == SOURCES["xstest-unsafe"].licence == "CC-BY-4.0"
+    assert sources.licence_of("phtest") == SOURCES["phtest"].licence
+    own = {o for n in ("pairs", "general") for o in sources.load_bundled(n)["source"]}
+    assert {sources.licence_of(origin) for origin in own} == {"CC-BY-4.0"}
+    assert sources.licence_of("mine.csv") == "yours"
+
+
 def test_upstream_files_parse_to_the_published_row_counts():
     """Every file at hand, exactly; without them the check that they are missing runs instead."""
     table = sources.verify().set_index("name")

@@ -239,8 +239,8 @@ def dropped(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
     return every.loc[every["role"] == "", ["table", "id", "why"]].reset_index(drop=True)
 
 
-def table_hash(rows: pd.DataFrame) -> str:
-    """16 hex digits over what an artifact depends on that depends on prompts."""
-    wanted = ("id", "text", "label", "response", "role", "part", "form", "pair_id", "request")
+def table_hash(rows: pd.DataFrame, *more: str) -> str:
+    """16 hex digits over what an artifact depends on that depends on prompts; `more`: columns."""
+    wanted = "id text label response role part form pair_id request".split() + list(more)
     text = rows[[c for c in wanted if c in rows]].to_json(orient="values", force_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

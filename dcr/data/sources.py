@@ -233,6 +233,12 @@ def load(name: str, *, download: bool = True) -> pd.DataFrame:
     return table
 
 
+def licence_of(origin: str) -> str:
+    """The licence of prompts by their column `source`; "yours" for a table of the user's own."""
+    known = {entry.source or entry.name: entry.licence for entry in SOURCES.values()}
+    return known.get(origin, "CC-BY-4.0" if origin in ("dcr-pairs", "dcr-general") else "yours")
+
+
 def load_bundled(name: str) -> pd.DataFrame:
     """The kit's own data: "pairs" (DCR-Pairs) or "general"."""
     path = BUNDLED / f"{name}.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from dcr.config import Config
 from dcr.data.files import write_atomic, writing
 from dcr.data.read import prompts_of
 from dcr.data.sets import TrainingSets
-from dcr.data.sources import SOURCES
+from dcr.data.sources import licence_of
 from dcr.errors import DCRError
 from dcr.run.card import card
 from dcr.run.models import TENSORS, Base
 from dcr.run.store import Store, is_main
 from dcr.run.training import Training
 from dcr.steering.hooks import SCRIPT
+
+STAGES = {"refine": "stage 1", "align": "stage 2", "fit": "anchors"}  # as a card calls them
 
 
 class OwnData(Training):
@@ -147,21 +150,14 @@ def export(experiment, method: str, out: str | Path) -> Path:
 
 def data_facts(run: Training, method: str) -> list[dict]:
     """Role, source, rows and licence of every set a method trained on."""
-    stages, sets = run.stages(method), run.sets(method)
-    facts = [fact for on in run.relies_on(method) for fact in data_facts(run, on)]
-    parts = []
-    if "refine" in stages:
-        parts += [
-            ("stage 1, toxic", sets.toxic),
-            ("stage 1, seemingly toxic", sets.seemingly_toxic),
-        ]
-    if "align" in stages:
-        parts += [(f"stage 2, {part}", rows) for part, rows in sets.mix.groupby("part", sort=False)]
-    for role, rows in parts:
-        for source, n in rows.groupby("source", sort=False).size().items():
-            known = SOURCES.get(str(source))
-            licence = known.licence if known else "Apache-2.0 (this kit)"
-            facts.append({"role": role, "source": source, "rows": n, "licence": licence})
+    facts = [fact for on in run.learns_from(method) for fact in data_facts(run, on)]
+    for stage, tables in run.trained_on(method).items():
+        for role, rows in tables.items():
+            kinds = rows["part"] if stage == "align" else pd.Series(role, rows.index)
+            pairs = zip(kinds.str.replace("_", " "), rows["source"], strict=True)
+            for (kind, source), n in Counter(pairs).items():
+                named = {"role": f"{STAGES[stage]}, {kind}", "source": source, "rows": n}
+                facts.append(named | {"licence": licence_of(source)})
     return facts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from torch import nn
 
 from dcr.config import Config, methods_file, near
-from dcr.data.sets import TrainingSets, training_sets
+from dcr.data.sets import TrainingSets, anchors, training_sets
 from dcr.errors import DCRError
 from dcr.run.models import Base
 from dcr.run.store import Store
@@ -38,6 +38,11 @@ class Recipes:
         entry = self.entry(method)
         return [entry[role] for role in ("steers", "answers") if role in entry]
 
+    def learns_from(self, method: str) -> list[str]:
+        """The methods whose training a method's holds: those, and whose score it is taught."""
+        guide = self.entry(method).get("guide")
+        return [*self.relies_on(method), *([guide] if guide else [])]
+
     def decider(self, method: str) -> str:
         """The method whose fit and score a method has: itself, where its entry names no other."""
         return self.entry(method).get("decides", method)
@@ -56,6 +61,22 @@ class Recipes:
             self._sets[method] = training_sets(self.recipe(method), of=self.of)
         return self._sets[method]
 
+    def trained_on(self, method: str) -> dict[str, dict[str, pd.DataFrame]]:
+        """Stage (refine, align, fit) → role → prompts, of what a method makes itself."""
+        method, found = self.decider(method), {}
+        recipe, stages, sets = self.recipe(method), self.stages(method), self.sets(method)
+        if "refine" in stages:
+            found["refine"] = {"toxic": sets.toxic, "seemingly_toxic": sets.seemingly_toxic}
+            if recipe.refine.general_share > 0 or recipe.refine.retention > 0:
+                found["refine"]["general"] = sets.general
+        if "align" in stages:
+            found["align"] = {"mix": sets.mix}
+        if kind := self.entry(method).get("steering"):
+            from dcr.steering import KINDS
+
+            found["fit"] = {r: anchors(recipe, r, of=self.of) for r in KINDS[kind].ANCHORS}
+        return found
+
     def base(self) -> tuple[nn.Module, Any]:
         """(model, tokenizer) of the base model, shared: never write into its weights in place."""
         return self.base_model.loaded()
@@ -65,10 +86,6 @@ class Recipes:
         """Number of decoder blocks."""
         return self.base_model.depth
 
-    def facts(self, config: Config, tables: Mapping[str, pd.DataFrame] | None = None) -> dict:
-        """What a manifest says beside the dependencies; sources only of what is trained on."""
-        facts = {"config": config.to_dict(), "seed": self.seed, **self.base_model.facts()}
-        if tables is None:
-            return facts
-        sources = {source for rows in tables.values() for source in rows["source"]}
-        return facts | {"in_distribution": sorted(sources)}
+    def facts(self, config: Config) -> dict:
+        """What a manifest says beside the dependencies."""
+        return {"config": config.to_dict(), "seed": self.seed, **self.base_model.facts()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from dcr.config import methods_file
 from dcr.data.files import read_jsonl
-from dcr.data.sets import anchors, table_hash, validation_prompts
+from dcr.data.sets import table_hash, validation_prompts
 from dcr.errors import DCRError
 from dcr.run.models import TENSORS, changed_by, put_on, shared_copy
 from dcr.run.recipes import Recipes
@@ -87,12 +87,11 @@ class Training(Recipes):
         self,
         stage: str,
         method: str,
-        tables: Mapping[str, pd.DataFrame],
         train: Callable[..., tuple[Any, dict]],
         **more: Any,
     ) -> Artifact:
         """The artifact of `train(base model, tokenizer, options) -> (what to keep, facts)`."""
-        recipe = self.recipe(method)
+        recipe, tables = self.recipe(method), self.trained_on(method)[stage]
         config = getattr(recipe, stage)
         dependencies = {
             "base": self.base_model.key,
@@ -111,7 +110,7 @@ class Training(Recipes):
                 model.save_pretrained(folder / "model")
                 for path in (*folder.glob("checkpoint-*"), *folder.glob("broken-*")):
                     shutil.rmtree(path, ignore_errors=True)  # a finished stage resumes no more
-            return {**facts, **self.facts(recipe, tables)}
+            return {**facts, **self.facts(recipe)}
 
         return self.store.get(stage, method, dependencies, build)
 
@@ -119,17 +118,14 @@ class Training(Recipes):
         """Stage 1: `model/` (adapter), `history.jsonl`, `evaluations.jsonl`; manifest: its ℓ."""
         from dcr.train.refine import refine
 
-        options, sets = self.recipe(method).refine, self.sets(method)
-        tables = {"toxic": sets.toxic, "seemingly_toxic": sets.seemingly_toxic}
-        if options.general_share > 0 or options.retention > 0:
-            tables["general"] = sets.general
+        options, tables = self.recipe(method).refine, self.trained_on(method)["refine"]
 
         def train(base: nn.Module, tokenizer: Any, how: dict) -> tuple[nn.Module, dict]:
             model = shared_copy(base, () if options.lora_rank else None)
             done = refine(model, tokenizer, **{**tables, **how})
             return done.model, {"layer": done.layer, "stop_reason": done.stop_reason}
 
-        return self._stage("refine", method, tables, train)
+        return self._stage("refine", method, train)
 
     def aligned(self, method: str = "STL") -> Artifact:
         """Stage 2: `model/` (adapter), `steps/` (weights at recorded steps), `history.jsonl`."""
@@ -156,7 +152,6 @@ class Training(Recipes):
         return self._stage(
             "align",
             method,
-            {"mix": mix},
             train,
             refine=first.path.name if first else "",
             layer=layer,
@@ -175,14 +170,14 @@ class Training(Recipes):
             steered = [m for m, e in methods_file().items() if "steering" in e]
             raise DCRError(f"{method} fits nothing; methods that do: {', '.join(steered)}.")
         kind, on = KINDS[entry["steering"]], entry.get("steers", method)
-        tables = {role: anchors(recipe, role, of=self.of) for role in kind.ANCHORS}
+        tables = self.trained_on(method)["fit"]
         validation = validation_prompts(recipe, of=self.of)
         options = recipe.steering.model_dump(exclude={"strengths"})
         dependencies = {
             "weights": self.weights_key(on),
             "steering": {"kind": entry["steering"], **options},
-            "data": {role: table_hash(t) for role, t in tables.items()},
-            "validation": table_hash(validation),
+            "data": {role: table_hash(t, "source") for role, t in tables.items()},
+            "validation": table_hash(validation, "benchmark"),
             "seed": self.seed if getattr(kind, "SEEDED", False) else None,
         }
 
@@ -190,7 +185,7 @@ class Training(Recipes):
             how = {"seed": self.seed, "layers_path": recipe.model.layers_path}
             fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
             save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
-            return {"fit": fit.facts, **self.facts(recipe, tables)}
+            return {"fit": fit.facts, **self.facts(recipe)}
 
         return self.store.get("fit", method, dependencies, build)
 
@@ -213,27 +208,25 @@ class Training(Recipes):
 
     # ---- what was trained ----------------------------------------------------------------------
 
-    def _made(self, method: str) -> Iterator[tuple[str, Artifact]]:
-        """("refined", "aligned" or "fitted", artifact) of what a method makes itself."""
-        stages = self.stages(method)
-        if "refine" in stages:
-            yield "refined", self.refined(method)
-        if "align" in stages:
-            yield "aligned", self.aligned(method)
-        if "steering" in self.entry(method):
-            yield "fitted", self.fitted(method)
-
     def complete(self, method: str) -> Iterator[str]:
         """Train and fit all that a method needs; yields what was done."""
         for on in self.relies_on(method):
             yield from self.complete(on)
-        yield from (what for what, _ in self._made(method))
+        if "refine" in self.stages(method):
+            self.refined(method)
+            yield "refined"
+        if "align" in self.stages(method):
+            self.aligned(method)
+            yield "aligned"
+        if "steering" in self.entry(method):
+            self.fitted(method)
+            yield "fitted"
 
     def in_distribution(self, method: str) -> set[str]:
         """Names of the sources whose prompts a method trained on or took anchors from."""
-        below = [self.in_distribution(on) for on in self.relies_on(method)]
-        own = [set(a.manifest["in_distribution"]) for _, a in self._made(method)]
-        return set().union(*below, *own)
+        tables = [t for stage in self.trained_on(method).values() for t in stage.values()]
+        below = (self.in_distribution(on) for on in self.learns_from(method))
+        return {source for rows in tables for source in rows["source"]}.union(*below)
 
     def history(self, method: str, stage: str) -> pd.DataFrame:
         """The rows that a stage wrote while it ran ("refine", "evaluations" or "align")."""
