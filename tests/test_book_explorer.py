@@ -107,10 +107,14 @@ def test_answers_leave_out_those_to_toxic_prompts_and_choices_filter(shown):
             "text": ["<b>harmless", "<b>harmful"],
         }
     )
-    said = pd.DataFrame({"prompt_id": ["h", "t"], "verdict": ["comply", "refuse"]})
-    given = pd.DataFrame({"prompt_id": ["h", "t"], "response": ["an <i>answer", "never shown"]})
-    run = SimpleNamespace(verdicts=lambda m: said, generations=lambda m: given)
-    table = answers(SimpleNamespace(runs=(run,), methods=("STL", "DCR"), prompts=prompts))
+    said = pd.DataFrame({"prompt_id": ["t", "h"], "verdict": ["refuse", "comply"]})
+    given = said.assign(response=["never shown", "an <i>answer"])
+    run = SimpleNamespace(verdicts=lambda m: said if m == "question-mark" else given)
+    asked = SimpleNamespace(runs=(run,), methods=("STL", "DCR", "question-mark"), answered=prompts)
+    table = answers(asked)
+    assert table["verdict"].tolist() == ["comply", "refuse"] * 3
+    assert table["answer"].tolist() == ["an <i>answer", ""] * 2 + ["", ""]
+    table = table[table["method"] != "question-mark"]
     assert "never shown" not in table.to_csv() and len(table) == 4
     explore_answers(table)
     (method, benchmark, verdict), out = shown[0].children[0].children, shown[0].children[1]

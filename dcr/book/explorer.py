@@ -127,16 +127,15 @@ def explore(experiment: Experiment) -> None:
 
 
 def answers(experiment: Experiment) -> pd.DataFrame:
-    """Test prompts with each method's verdict (first seed), and its answer to harmless ones."""
+    """Answered prompts with each method's verdict (first seed); its answer to harmless ones."""
     run, parts = experiment.runs[0], []
-    prompts = experiment.prompts[["id", "benchmark", "label", "form", "text"]]
+    prompts = experiment.answered[["id", "benchmark", "label", "form", "text"]]
     for method in experiment.methods:
-        said = run.verdicts(method).set_index("prompt_id")["verdict"]
-        part = prompts.assign(method=method, verdict=prompts["id"].map(said), answer="")
-        harmless = part["label"] != "toxic"
-        given = run.generations(method).set_index("prompt_id")["response"]
-        part.loc[harmless, "answer"] = part.loc[harmless, "id"].map(given)
-        parts.append(part)
+        said = run.verdicts(method).set_index("prompt_id").reindex(prompts["id"]).reset_index()
+        given = said.get("response", pd.Series("", said.index))  # a rule gives verdicts alone
+        shown = given.mask(prompts["label"].eq("toxic").to_numpy(), "").to_numpy()
+        verdict = said["verdict"].to_numpy()
+        parts.append(prompts.assign(method=method, verdict=verdict, answer=shown))
     return pd.concat(parts, ignore_index=True)
 
 
