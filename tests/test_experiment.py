@@ -560,6 +560,29 @@ def test_a_fit_is_made_anew_when_a_set_or_a_source_has_another_name(
     assert len(made) == 3
 
 
+def test_a_long_fit_goes_on_after_a_kill(folder, root, tmp_path, monkeypatch):
+    from dcr.lm import device
+
+    small = {"data.limit": 3, "steering.tied_iterations": 1, "model.name": str(folder)}
+    write, written = device.write_atomic, []
+
+    def noted(path, content):
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, content)
+
+    run = make(folder, root, **small).runs[0]
+    run.aligned("STL")  # so that the fit alone is killed
+    monkeypatch.setattr(device, "write_atomic", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run.fitted("Tied")
+    before, written[:] = set(written), ["", *["x"] * 9]
+    path = run.fitted("Tied").path
+    assert not before & set(written) and len(written) > 15
+    assert not (path / "batches").exists()
+
+
 def test_what_a_method_was_taught_on_holds_its_guides_sources_and_trains_nothing(
     folder, tmp_path, monkeypatch
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,7 @@ class Training(Recipes):
         """A steering method's fit: `tensors.safetensors`; manifest `fit`: what was chosen, why."""
         from safetensors.torch import save_file
 
+        from dcr.lm.device import keeping
         from dcr.steering import KINDS
 
         method = self.decider(method)
@@ -183,7 +185,8 @@ class Training(Recipes):
 
         def build(folder: Path) -> dict:
             how = {"seed": self.seed, "layers_path": recipe.model.layers_path}
-            fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
+            with keeping(folder) if kind.LONG else contextlib.nullcontext():
+                fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
             save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
             return {"fit": fit.facts, **self.facts(recipe)}
 

@@ -77,6 +77,7 @@ class Steering:
 
     ANCHORS: ClassVar[tuple[str, ...]] = ()  # roles of `dcr.data.sets.anchors` that it reads
     SEEDED: ClassVar[bool] = False  # whether the fit depends on the seed
+    LONG: ClassVar[bool] = False  # whether its passes are kept, so that it goes on after a kill
     script: ClassVar[str] = SCRIPT  # use.py of an exported folder
 
     facts: dict

@@ -37,6 +37,7 @@ class Tied(Steering):
     """facts: what each iteration chose and reached; tensors: {parameter: its new value}."""
 
     ANCHORS = ("pairs",)
+    LONG = True
 
     @classmethod
     def fitted(cls, on: Material) -> Fit:
