@@ -356,6 +356,7 @@ def test_followed_prompts_are_validation_prompts_with_both_forms(stub):
 
     rows = followed_prompts(stub, 4)
     assert set(rows["role"]) == {"validation"}
+    assert not rows.duplicated(["label", "request"]).any()  # two of one request are no pair
     assert (rows.groupby(["label", "form"]).size() == 2).all()
     assert rows["label"].drop_duplicates().tolist() == ["toxic", "seemingly_toxic", "general"]
 

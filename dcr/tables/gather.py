@@ -78,11 +78,15 @@ def in_turn(prompts: pd.DataFrame, n: int, by: Sequence[str]) -> pd.DataFrame:
 
 
 def followed_prompts(experiment: Experiment, per_class: int) -> pd.DataFrame:
-    """Validation prompts, forms mixed, on which kernels, probabilities and maps are followed.
+    """Validation prompts, one a request, on which kernels, probabilities and maps are followed.
 
-    No method trains on them, and no test prompt is spent.
+    Every other request as a question. No method trains on them, and no test prompt is spent.
     """
-    return in_turn(experiment.validation, per_class, ["form"])
+    rows = experiment.validation.sort_values("request", kind="stable")
+    turn = rows.groupby("label")["request"].transform(lambda names: names.factorize()[0]) % 2
+    other = rows["form"].eq("question") == turn.astype(bool)  # not the form that is its turn
+    one = rows.loc[other.sort_values(kind="stable").index].drop_duplicates(["label", "request"])
+    return in_turn(one, per_class, ["form"])
 
 
 def auroc_rows(prompts: pd.DataFrame, scores: pd.DataFrame, name: str) -> pd.DataFrame:
