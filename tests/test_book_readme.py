@@ -60,7 +60,7 @@ def test_blocks_are_filled_from_tables_and_the_rest_is_kept(checkout):
     text = path.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "\nbetween\n" in text
     assert (
-        "2 methods, 2 seeds of b (one of the others); 400 test prompts are scored" in text
+        "2 methods, 2 seeds (one seed of a); 400 test prompts are scored" in text
         and "24 requests a set are answered in 16 tokens" in text
         and "0.123" not in text
     )

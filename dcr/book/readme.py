@@ -71,8 +71,8 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     claims, seeds, methods = read("claims"), manifest["seeds"], manifest["methods"]
     said = f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-    if len(seeds) > 1 and len(every := on_every_seed(manifest)) < len(methods):
-        said += f" of {', '.join(every)} (one of the others)"
+    if len(seeds) > 1 and (alone := [m for m in methods if m not in on_every_seed(manifest)]):
+        said += f" (one seed of {', '.join(alone)})"
     config, asked = manifest["config"], manifest["data"]["test"]["rows"]
     tokens = config["generation"]["max_new_tokens"]
     answered = (
