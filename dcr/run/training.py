@@ -185,7 +185,7 @@ class Training(Recipes):
 
         def build(folder: Path) -> dict:
             how = {"seed": self.seed, "layers_path": recipe.model.layers_path}
-            with keeping(folder) if kind.LONG else contextlib.nullcontext():
+            with keeping(folder) if getattr(kind, "LONG", False) else contextlib.nullcontext():
                 fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
             save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
             return {"fit": fit.facts, **self.facts(recipe)}
