@@ -114,6 +114,8 @@ def test_answers_leave_out_those_to_toxic_prompts_and_choices_filter(shown):
     table = answers(asked)
     assert table["verdict"].tolist() == ["comply", "refuse"] * 3
     assert table["answer"].tolist() == ["an <i>answer", ""] * 2 + ["", ""]
+    run.verdicts = lambda m: given.assign(response=None)  # a server left it out
+    assert answers(asked)["answer"].tolist() == [""] * 6
     table = table[table["method"] != "question-mark"]
     assert "never shown" not in table.to_csv() and len(table) == 4
     explore_answers(table)

@@ -532,9 +532,7 @@ def test_every_method_of_the_kit_is_fitted_scored_answered_and_exported(
     assert (out / "use.py").is_file() == (method != "Tied")
 
 
-def test_a_fit_is_made_anew_when_a_set_or_a_source_has_another_name(
-    folder, root, tmp_path, monkeypatch
-):
+def test_a_fit_is_made_anew_when_a_set_or_a_source_has_another_name(folder, root, monkeypatch):
     """Sets are weighted equally in a threshold, and sources checked in a gate."""
     from dcr.data import sets
     from dcr.run import recipes, training
@@ -560,10 +558,10 @@ def test_a_fit_is_made_anew_when_a_set_or_a_source_has_another_name(
     assert len(made) == 3
 
 
-def test_a_long_fit_goes_on_after_a_kill(folder, root, tmp_path, monkeypatch):
+def test_a_long_fit_goes_on_after_a_kill(folder, root, monkeypatch):
     from dcr.lm import device
 
-    small = {"data.limit": 3, "steering.tied_iterations": 1, "model.name": str(folder)}
+    small = {"data.limit": 3, "steering.tied_iterations": 1}
     write, written = device.write_atomic, []
 
     def noted(path, content):

@@ -131,11 +131,12 @@ def answers(experiment: Experiment) -> pd.DataFrame:
     run, parts = experiment.runs[0], []
     prompts = experiment.answered[["id", "benchmark", "label", "form", "text"]]
     for method in experiment.methods:
-        said = run.verdicts(method).set_index("prompt_id").reindex(prompts["id"]).reset_index()
-        given = said.get("response", pd.Series("", said.index))  # a rule gives verdicts alone
-        shown = given.mask(prompts["label"].eq("toxic").to_numpy(), "").to_numpy()
-        verdict = said["verdict"].to_numpy()
-        parts.append(prompts.assign(method=method, verdict=verdict, answer=shown))
+        said = run.verdicts(method).set_index("prompt_id").reindex(prompts["id"])
+        # A rule gives verdicts alone, and a server may leave an answer out.
+        given = said.get("response", pd.Series("", said.index)).fillna("")
+        shown = np.where(prompts["label"] == "toxic", "", given)
+        named = {"method": method, "verdict": said["verdict"].to_numpy(), "answer": shown}
+        parts.append(prompts.assign(**named))
     return pd.concat(parts, ignore_index=True)
 
 
