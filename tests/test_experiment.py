@@ -597,6 +597,14 @@ def test_what_a_method_was_taught_on_holds_its_guides_sources_and_trains_nothing
     assert not list(tmp_path.glob("*/*"))
 
 
+def test_what_aligns_nothing_needs_no_rows_for_alignment(folder, tmp_path):
+    run = make(folder, tmp_path, **{"align.n_safe": 10**6}).runs[0]
+    with pytest.raises(DCRError, match="only .* prompts of .* are for alignment"):
+        run.trained_on("STL")
+    assert run.trained_on("base") == {} and run.in_distribution("question-mark") == set()
+    assert run.in_distribution("Gate") == {"dcr-pairs"}
+
+
 def test_what_a_method_lets_through_another_model_answers(
     folder, root, tmp_path, monkeypatch, capsys
 ):

@@ -64,13 +64,14 @@ class Recipes:
     def trained_on(self, method: str) -> dict[str, dict[str, pd.DataFrame]]:
         """Stage (refine, align, fit) → role → prompts, of what a method makes itself."""
         method, found = self.decider(method), {}
-        recipe, stages, sets = self.recipe(method), self.stages(method), self.sets(method)
+        recipe, stages = self.recipe(method), self.stages(method)
         if "refine" in stages:
+            sets = self.sets(method)
             found["refine"] = {"toxic": sets.toxic, "seemingly_toxic": sets.seemingly_toxic}
             if recipe.refine.general_share > 0 or recipe.refine.retention > 0:
                 found["refine"]["general"] = sets.general
         if "align" in stages:
-            found["align"] = {"mix": sets.mix}
+            found["align"] = {"mix": self.sets(method).mix}
         if kind := self.entry(method).get("steering"):
             from dcr.steering import KINDS
 
