@@ -240,6 +240,6 @@ def cost(table: pd.DataFrame) -> Figure:
     how = Dots("method", "panel", "", "mean of seeds", None, across=6, width=1.4)
     figure = dots(pd.concat([seconds, memory], ignore_index=True), "value", how)
     for ax in figure.axes:
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, 1.05 * ax.get_xlim()[1])  # from 0, and room for the largest
         ax.locator_params(axis="x", nbins=3)
     return figure
