@@ -19,7 +19,7 @@ from dcr.data.files import sha256_of
 from dcr.errors import DCRError
 from dcr.evaluate import judges
 from dcr.lm.chat import rendered_example
-from dcr.lm.device import pick_device, resolve_precision
+from dcr.lm.device import DTYPES, pick_device, resolve_precision
 from dcr.lm.generate import generate
 from dcr.run.models import Base, shared_copy
 from dcr.run.store import Artifact, digest
@@ -295,6 +295,18 @@ def test_a_steering_method_is_fitted_once_and_its_strength_is_a_field(run, kinds
     assert scores[run.prompts["id"].iloc[0]] == len(run.prompts["text"].iloc[0])
     with pytest.raises(DCRError, match="STL fits nothing.*SCANS"):
         run.fitted("STL")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_fit_reads_the_model_in_the_precision_in_which_it_acts(
+    folder, tmp_path, kinds, monkeypatch, precision
+):
+    fit, seen = Shift.fit.__func__, []
+    monkeypatch.setattr(
+        Shift, "fit", classmethod(lambda c, m, *a, **o: seen.append(m.dtype) or fit(c, m, *a, **o))
+    )
+    make(folder, tmp_path, **{"model.precision": precision}).runs[0].fitted("SCANS")
+    assert seen == [DTYPES[precision]]
 
 
 def test_an_edit_of_weights_is_an_ordinary_model(run, kinds):

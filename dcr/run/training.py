@@ -163,6 +163,7 @@ class Training(Recipes):
         """A steering method's fit: `tensors.safetensors`; manifest `fit`: what was chosen, why."""
         from safetensors.torch import save_file
 
+        from dcr.lm.blocks import in_precision
         from dcr.lm.device import keeping
         from dcr.steering import KINDS
 
@@ -177,6 +178,7 @@ class Training(Recipes):
         options = recipe.steering.model_dump(exclude={"strengths"})
         dependencies = {
             "weights": self.weights_key(on),
+            "precision": self.base_model.precision,
             "steering": {"kind": entry["steering"], **options},
             "data": {role: table_hash(t, "source") for role, t in tables.items()},
             "validation": table_hash(validation, "benchmark"),
@@ -185,8 +187,10 @@ class Training(Recipes):
 
         def build(folder: Path) -> dict:
             how = {"seed": self.seed, "layers_path": recipe.model.layers_path}
-            with keeping(folder) if getattr(kind, "LONG", False) else contextlib.nullcontext():
-                fit = kind.fit(*self.model(on), tables, validation, recipe.steering, **how)
+            kept = keeping(folder) if getattr(kind, "LONG", False) else contextlib.nullcontext()
+            model, tokenizer = self.model(on)
+            with kept, in_precision(model, self.base_model.precision):  # as it will act
+                fit = kind.fit(model, tokenizer, tables, validation, recipe.steering, **how)
             save_file({k: v.contiguous() for k, v in fit.tensors.items()}, folder / TENSORS)
             return {"fit": fit.facts, **self.facts(recipe)}
 
