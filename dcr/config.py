@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -52,7 +52,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
-    section: ClassVar[str] = ""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -68,7 +67,6 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which causal LM, and how it is loaded."""
 
-    section: ClassVar[str] = "model"
     name: str = "embedded"  # "embedded", a local folder or a hub id
     revision: str = ""  # commit on the hub; "" for local models
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of training, states, scores and answers
@@ -80,7 +78,6 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where prompts come from: a registry name, a table's path, or several joined by "+"."""
 
-    section: ClassVar[str] = "data"
     seemingly_toxic: str = "bundled"  # stage 1, harmless side
     toxic: str = "bundled"  # stage 1, toxic side
     align_toxic: str = "bundled"  # stage 2, toxic prompts with safe answers
@@ -104,7 +101,6 @@ class DataConfig(Section):
 class RefineConfig(Section):
     """Stage 1, contrastive refinement (paper, "Method"; unknown values are ours, see comments)."""
 
-    section: ClassVar[str] = "refine"
     # ℓ: number of blocks, share of the depth (the paper says "middle"), or "auto": where a
     # cross-validated probe on the base model reads the training classes best
     layer: Size | Annotated[float, Gt(0), Le(1)] | Literal["auto"] = 0.75
@@ -137,7 +133,6 @@ class RefineConfig(Section):
 class AlignConfig(Section):
     """Stage 2, safety alignment by SFT (paper, "Method"; Safety-Tuned LLaMAs)."""
 
-    section: ClassVar[str] = "align"
     n_general: Count = 600
     n_safe: Count = 600
     n_augment: Count = 0  # STL-aug: seemingly toxic prompts with substantive answers
@@ -170,7 +165,6 @@ class AlignConfig(Section):
 class GenerationConfig(Section):
     """Decoding of answers."""
 
-    section: ClassVar[str] = "generation"
     max_new_tokens: Size = 24
     batch_size: Size = 64
     temperature: Weight = 0.0  # 0 is greedy
@@ -182,7 +176,6 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     """Judges, statistics and general ability."""
 
-    section: ClassVar[str] = "evaluation"
     judge: str = "phrases"  # or guard:<id or folder>
     forms: bool = True  # also evaluate every benchmark form-swapped
     forms_limit: Count = 0  # prompts of each benchmark that are swapped; 0 swaps all
@@ -203,7 +196,6 @@ class EvaluationConfig(Section):
 class SteeringConfig(Section):
     """Methods that act at inference time, on the model that methods.yaml names."""
 
-    section: ClassVar[str] = "steering"
     anchors: Size = 64  # prompts a class
     scans_alpha: Real = 3.5
     scans_threshold: Real = 0.0  # 0: chosen once on validation prompts
@@ -341,7 +333,8 @@ def _sentence(cls: type[Section], values: Mapping, error: ValidationError) -> st
     """Pydantic's errors about the first wrong field as one sentence."""
     errors = error.errors()
     field = str(errors[0]["loc"][0])
-    name = f"{cls.section}.{field}" if cls.section else field
+    section = cls.__name__.removesuffix("Config").lower()
+    name = f"{section}.{field}" if section else field
     if errors[0]["type"] == "extra_forbidden":
         known = list(cls.model_fields)
         return f"{name}: unknown parameter; known here: {', '.join(known)}." + near(field, known)
