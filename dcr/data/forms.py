@@ -32,17 +32,14 @@ _ASKS = re.compile(
     re.I,
 )
 _OPEN = re.compile(r"^(?:what|why|how(?! (?:many|much|old|long|far|often)\b))\b", re.I)
-_UNMARKED = re.compile(
-    r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did)\b", re.I
+_ASKING = "who|whom|what|when|where|why|how|which|whose|is|are|was|were|does|did"
+_UNMARKED = re.compile(rf"^(?:{_ASKING})\b", re.I)
+_STARTS_QUESTION = re.compile(
+    rf"^(?:{_ASKING}|do|can|could|would|should|will|may|might|has|have)\b", re.I
 )
 _SENTENCE_END = re.compile(  # begins with the space: what can be searched for fast
     r" (?<=[.!?] )(?<!\bMr\. )(?<!\bMs\. )(?<!\bDr\. )(?<!\bSt\. )(?<!\bMrs\. )(?<!\bvs\. )"
     r"(?<!\b[A-Z]\. )(?=[A-Z])"
-)
-_STARTS_QUESTION = re.compile(
-    r"^(?:who|whom|what|when|where|why|how|which|whose|is|are|was|were|do|does|did|can|could|"
-    r"would|should|will|may|might|has|have)\b",
-    re.I,
 )
 _STARTS_STATEMENT = re.compile(
     r"^(?:i|i'm|i am|we|my|the|this|that|there|it|you|he|she|they)\b", re.I
