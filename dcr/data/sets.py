@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -219,17 +218,16 @@ def anchors(config: Config, role: str, n: int = 0, of: Sequence[Config] = ()) ->
     From AdvBench and OR-Bench where the configuration trains on published data, else bundled.
     "pairs": all bundled pairs for training in both forms, for what is fitted to read harm.
     """
+    every = ledger(config, of)
     if role == "pairs":
-        every = ledger(config, of)
-        pairs = every[(every["pair_id"] != "") & every["role"].isin(TRAINING)]
-        pairs = pairs[pairs["table"] == "bundled"]
+        pairs = every.query("table == 'bundled' and pair_id != '' and role in @TRAINING")
         return pd.concat([pairs, swap_table(pairs)], ignore_index=True)
     setting = ANCHORS.get(role, "") if trains_on_published(config) else "bundled"
     setting = config.data.general if role == "harmless" else setting
-    rows = _rows(ledger(config, of), setting, "anchor", CLASS[role])
+    rows = _rows(every, setting, "anchor", CLASS[role])
     if rows.empty and role == "harmless":  # a user's own table serves alignment alone
         log.info("anchors: %s has none; the bundled general prompts serve", setting)
-        rows = _rows(ledger(config, of), "bundled", "anchor", CLASS[role])
+        rows = _rows(every, "bundled", "anchor", CLASS[role])
     return _drawn(rows, n or config.steering.anchors, config)
 
 
@@ -242,5 +240,5 @@ def dropped(config: Config, of: Sequence[Config] = ()) -> pd.DataFrame:
 def table_hash(rows: pd.DataFrame, *more: str) -> str:
     """16 hex digits over what an artifact depends on that depends on prompts; `more`: columns."""
     wanted = "id text label response role part form pair_id request".split() + list(more)
-    text = rows[[c for c in wanted if c in rows]].to_json(orient="values", force_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    known = rows[[c for c in wanted if c in rows]]
+    return hash_of(known.to_json(orient="values", force_ascii=False))
