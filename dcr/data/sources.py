@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -160,9 +159,7 @@ def _from_hub(target: Path, repository: str, revision: str, file: str) -> None:
     found = hf_hub_download(repository, file, revision=revision, repo_type="dataset")
     commit = re.search(r"snapshots[/\\]([0-9a-f]{40})[/\\]", found)
     write_atomic(_receipt(target), f"{repository}@{commit[1] if commit else revision}")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.copyfile(found, temporary)
-    os.replace(temporary, target)
+    write_atomic(target, Path(found).read_bytes())
 
 
 def _receipt(path: Path) -> Path:
@@ -189,10 +186,8 @@ def provenance(names: Iterable[str]) -> list[dict]:
     for name in names:
         path, version = _verified(name)
         read = _receipt(path).read_text() if _receipt(path).is_file() else ""
-        if version["file"] != SOURCES[name].file:
-            read = "part"
-        row = {"name": name, "file": version["file"], "sha256": checksum(path), "read": read}
-        rows.append(row)
+        read = read if version["file"] == SOURCES[name].file else "part"
+        rows.append({"name": name, "file": version["file"], "sha256": checksum(path), "read": read})
     return rows
 
 
@@ -248,8 +243,7 @@ def load_bundled(name: str) -> pd.DataFrame:
 @cache
 def audit() -> dict[str, str]:
     """id → harmful, ambiguous or harmless for the public toxic training file (our own reading)."""
-    marks = pd.read_csv(BUNDLED / "audit.csv")
-    return dict(zip(marks["id"], marks["label"], strict=True))
+    return pd.read_csv(BUNDLED / "audit.csv", index_col="id")["label"].to_dict()
 
 
 def parse(entry: Source, path: Path) -> pd.DataFrame:
