@@ -242,6 +242,13 @@ def test_categories_that_are_missing_lose_no_rows():
     assert table.groupby("category").size().sum() == 2
 
 
+def test_numbers_of_any_size_are_ids():
+    """A float holds no whole number above 2 ** 1024."""
+    ids = [10**400, 2**53 + 1, 1e3, np.float32(2), np.int64(7), 0.5]
+    wanted = ["1" + "0" * 400, "9007199254740993", "1000", "2", "7", "0.5"]
+    assert prompts_of([{"text": "Go", "id": i} for i in ids])["id"].tolist() == wanted
+
+
 def test_hub_tables_are_read_at_their_revision(monkeypatch):
     import datasets
 

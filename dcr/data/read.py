@@ -171,7 +171,8 @@ def _text(row: Row, name: str, at: str, numbers: bool = False) -> str:
     if pd.api.types.is_scalar(value) and pd.isna(value):
         return ""
     if numbers and isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        return str(int(value) if float(value).is_integer() else value)
+        whole = isinstance(value, (float, np.floating)) and value.is_integer()
+        return str(int(value) if whole else value)
     if not isinstance(value, str):
         raise DCRError(f"{at}: {name} is {type(value).__name__}, not text. Write it as text.")
     if re.search("[\ud800-\udfff]", value):
