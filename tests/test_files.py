@@ -53,7 +53,9 @@ def test_jsonl_survives_a_torn_last_line_only(tmp_path):
         read_jsonl(path)
 
 
-def test_the_gpus_peak_is_set_to_zero_before_every_stage(monkeypatch):
+@pytest.fixture
+def used(monkeypatch):
+    """The most that a GPU says was used, in bytes, as a test sets it."""
     used = {"most": 900 * 2**20}
     gpu = SimpleNamespace(
         is_available=lambda: True,
@@ -61,6 +63,19 @@ def test_the_gpus_peak_is_set_to_zero_before_every_stage(monkeypatch):
         max_memory_allocated=lambda: used["most"],
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=gpu))
+    return used
+
+
+def test_the_gpus_peak_is_set_to_zero_before_every_stage(used):
     with measured_peak() as small:
         used["most"] = max(used["most"], 3 * 2**20)
     assert small.mib()["peak_gpu_mib"] == 3
+
+
+def test_a_training_within_an_artifact_takes_nothing_from_the_artifacts_peak(used):
+    with measured_peak() as artifact:
+        used["most"] = 800 * 2**20  # a model is read
+        with measured_peak() as training:
+            used["most"] = 5 * 2**20
+        assert training.mib()["peak_gpu_mib"] == 5
+    assert artifact.mib()["peak_gpu_mib"] == 800

@@ -149,10 +149,10 @@ class Peak:
 
     def __init__(self) -> None:
         torch: Any = sys.modules.get("torch")  # where nobody imported it, no GPU is in use
-        self.torch, self.gpu = torch, bool(torch and torch.cuda.is_available())
-        self.largest = 0.0
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
+        self.cuda = torch.cuda if torch and torch.cuda.is_available() else None
+        self.largest = self.largest_gpu = 0.0
+        if self.cuda:
+            self.cuda.reset_peak_memory_stats()
 
     def sample(self) -> None:
         """Take the process's resident size into account."""
@@ -168,9 +168,13 @@ class Peak:
         """{"peak_memory_mib": ..., and where there is a GPU "peak_gpu_mib": ...}."""
         self.sample()
         row = {"peak_memory_mib": round(self.largest, 1)}
-        if self.gpu:
-            row["peak_gpu_mib"] = round(self.torch.cuda.max_memory_allocated() / 2**20, 1)
+        if self.cuda:
+            self.largest_gpu = max(self.largest_gpu, self.cuda.max_memory_allocated() / 2**20)
+            row["peak_gpu_mib"] = round(self.largest_gpu, 1)
         return row
+
+
+_measured: list[Peak] = []  # those that are running, one within the other
 
 
 @contextlib.contextmanager
@@ -180,7 +184,10 @@ def measured_peak() -> Iterator[Peak]:
     The system's own high-water mark only ever rises, so a small stage behind a big one would
     inherit the big one's.
     """
+    for outer in _measured:
+        outer.mib()  # keeps what the counter says before it starts anew
     peak, done = Peak(), threading.Event()
+    _measured.append(peak)
 
     def watch() -> None:
         while not done.wait(0.05):
@@ -193,6 +200,7 @@ def measured_peak() -> Iterator[Peak]:
     finally:
         done.set()
         thread.join()
+        _measured.remove(peak)
 
 
 def cache_dir() -> Path:
