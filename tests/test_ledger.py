@@ -257,6 +257,22 @@ def test_too_much_and_too_little_is_said():
         sets.training_sets(config.override({"align.n_safe": 0, "align.n_general": 0}))
 
 
+    for setting, asked in (("benchmarks", sets.test_prompts), ("validation", sets.validation_prompts)):
+        with pytest.raises(DCRError, match=f"data.{setting} names no set"):
+            asked(config.override({f"data.{setting}": []}))
+
+
+def test_a_source_that_is_named_twice_gives_its_prompts_once():
+    once = load_config("quick", overrides=OURS)
+    names = ("data.toxic", "data.seemingly_toxic", "data.general")
+    one, two = (
+        sets.training_sets(c)
+        for c in (once, once.override(dict.fromkeys(names, "bundled+bundled")))
+    )
+    for part in ("toxic", "seemingly_toxic", "mix"):
+        pd.testing.assert_frame_equal(getattr(one, part), getattr(two, part))
+
+
 def test_augmented_rows_have_answers_and_leave_the_rest_as_it_is(caplog):
     config = load_config("quick", overrides=OURS)
     plain = sets.training_sets(config).mix

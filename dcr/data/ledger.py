@@ -48,8 +48,10 @@ EXTRA = ("table", "split", "topic", "kind", "why")
 
 
 def names_in(setting: str) -> list[str]:
-    """The sources of a setting: "safety-only+bundled" names two; a file's path stays whole."""
-    return [setting] if file_of(setting) else [n.strip() for n in setting.split("+")]
+    """The sources of a setting: "safety-only+bundled" names two; a file's path stays whole. Twice
+    named is named once."""
+    names = [setting] if file_of(setting) else [n.strip() for n in setting.split("+")]
+    return list(dict.fromkeys(names))
 
 
 def trains_on_published(config: Config) -> bool:

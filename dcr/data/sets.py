@@ -176,6 +176,9 @@ def validation_prompts(config: Config, of: Sequence[Config] = ()) -> pd.DataFram
 
 
 def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]) -> pd.DataFrame:
+    if not names:
+        setting = "benchmarks" if role == "test" else "validation"
+        raise DCRError(f"data.{setting} names no set. Name at least one.")
     every, parts, stems = ledger(config, of), [], dict[str, str]()
     for name in names:
         apart = role == "test" and stands_apart(name)
