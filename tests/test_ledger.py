@@ -233,6 +233,16 @@ def test_a_users_table_is_divided_among_what_it_is_named_for(tmp_path):
         ledger(config.override({"data.general": "a/b@main"}))
 
 
+def test_a_table_that_is_asked_keeps_its_classes_when_it_serves_training_too(tmp_path):
+    path = str(tmp_path / "mine.csv")
+    texts = [f"Tell me about topic{i} and thing{i}" for i in range(60)]
+    labels = ["toxic"] * 20 + ["seemingly_toxic"] * 20 + [""] * 20  # "": what it is named as
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(path, index=False)
+    config = load_config("quick", overrides=OURS | {"data.benchmarks": [path], "data.toxic": path})
+    assert set(sets.test_prompts(config)["benchmark"]) == {"mine-toxic", "mine-safe"}
+    assert set(sets.training_sets(config).toxic["label"]) == {"toxic"}
+
+
 def test_sources_play_only_the_roles_that_the_registry_allows():
     config = load_config("quick", overrides=OURS)
     for field, name, message in (

@@ -81,7 +81,7 @@ def ledger_key(config: Config, of: Sequence[Config] = ()) -> tuple[str, tuple]:
     for one in (*base, *(c.override(m) for c in base[1:] or base for m in methods)):
         for name, role, label in _named(one):
             uses.setdefault(name, {}).setdefault(role, set()).add(label)
-    tables = tuple((n, _shares(n, roles), _label(n, roles)) for n, roles in sorted(uses.items()))
+    tables = tuple((n, _shares(n, roles), *_label(n, roles)) for n, roles in sorted(uses.items()))
     code = [p for p in Path(__file__).parent.rglob("*.*") if p.suffix in (".py", ".yaml", ".jsonl")]
     key = {
         "tables": tables,
@@ -129,10 +129,12 @@ def stands_apart(name: str) -> bool:
     return name in SOURCES and set(SOURCES[name].roles) == {"refine"}
 
 
-def _label(name: str, roles: dict[str, set[str]]) -> str:
-    """The one class that a user's table is named as, or "" where its own column says."""
-    classes = set().union(*roles.values()) - {""}
-    return classes.pop() if name not in SOURCES and len(classes) == 1 else ""
+def _label(name: str, roles: dict[str, set[str]]) -> tuple[str, bool]:
+    """(the one class that a user's table is named as, or "" where its own column says; whether it
+    is asked too, with all classes that it holds)."""
+    classes = set().union(*roles.values())
+    named = [] if name in SOURCES else sorted(classes - {""})
+    return named[0] if len(named) == 1 else "", "" in classes
 
 
 def _fingerprint(name: str) -> str:
@@ -168,8 +170,8 @@ def _made(tables: tuple) -> pd.DataFrame:
         for split, shares in BUNDLED_ROLES.items():
             part = rows[rows["split"] == split]
             parts.append((part, shares, part["topic"]))
-    for name, pairs, label in tables:
-        rows = load(name) if name in SOURCES else prompts_of(name, label=label)
+    for name, pairs, label, asked in tables:
+        rows = load(name) if name in SOURCES else prompts_of(name, label=label, others=asked)
         if (bare := rows["label"] == "").any():
             raise DCRError(
                 f"{name}: row {int(bare.argmax())} has no label. Add a column 'label' (toxic, "

@@ -31,7 +31,12 @@ HUB = re.compile(
 
 
 def prompts_of(
-    prompts: Any, *, what: str = "prompts", label: str = "", answers: bool = False
+    prompts: Any,
+    *,
+    what: str = "prompts",
+    label: str = "",
+    others: bool = False,
+    answers: bool = False,
 ) -> pd.DataFrame:
     """The prompt table (columns `COLUMNS`, and any more that came along) of what holds prompts.
 
@@ -39,16 +44,17 @@ def prompts_of(
         `datasets.Dataset`; the path of a table (`SUFFIXES`, also .gz); or a hub table as
         "owner/name:config@revision#split".
     what: its name in messages and ids. answers: every row must have a response.
-    label: the class it is given as; of a table with several classes only its rows are taken.
+    label: the class it is given as; of a table with several classes only its rows are taken, or
+        with `others` all.
     Raises DCRError naming the file or parameter, the row and the mend.
     """
     rows, where, origin = _rows_of(prompts, what)
     table = as_table(rows, where, label=label, origin=origin, answers=answers)
     mine = table["label"] == label
-    if label and not mine.all():
-        if not mine.any():
-            others = ", ".join(table["label"].unique())
-            raise DCRError(f"{where}: given as {label}, but its rows are labelled {others}.")
+    if label and not mine.any():
+        found = ", ".join(table["label"].unique())
+        raise DCRError(f"{where}: given as {label}, but its rows are labelled {found}.")
+    if label and not others and not mine.all():
         log.info("%s: %d of %d rows are labelled %s", where, mine.sum(), len(table), label)
         table = table[mine].reset_index(drop=True)
     if (table["request"] == "").any():
