@@ -436,15 +436,23 @@ def test_every_prompt_at_hand_is_grouped_within_seconds(tmp_path, monkeypatch):
     assert len(rows) > 16_000 and time.perf_counter() - begun < 30
 
 
-def test_one_name_for_two_tables_is_refused(tmp_path):
-    paths = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        paths.append(str(tmp_path / name / "mine.csv"))
-        rows = {"id": [name], "text": [f"Paint a {name} on a wall."], "label": ["toxic"]}
-        pd.DataFrame(rows).to_csv(paths[-1], index=False)
+@pytest.mark.parametrize(
+    "tables, both",
+    [
+        ({"a/mine.csv": ["toxic"], "b/mine.csv": ["toxic"]}, "mine"),
+        ({"a/mine.csv": ["toxic", "general"], "b/mine-toxic.csv": ["toxic"]}, "mine-toxic"),
+    ],
+)
+def test_one_name_for_two_tables_is_refused(tables, both, tmp_path):
+    for name, labels in tables.items():
+        (tmp_path / name).parent.mkdir()
+        ids = [f"{name[0]}{label}" for label in labels]
+        texts = [f"Paint {i} {i} {i} on a wall." for i in ids]
+        rows = pd.DataFrame({"id": ids, "text": texts, "label": labels})
+        rows.to_csv(tmp_path / name, index=False)
+    paths = [str(tmp_path / name) for name in tables]
     config = load_config("quick", overrides={"data.benchmarks": paths})
-    with pytest.raises(DCRError, match="would both be the set 'mine'"):
+    with pytest.raises(DCRError, match=f"would both be the set '{both}'"):
         sets.test_prompts(config)
 
 

@@ -179,7 +179,7 @@ def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]
     if not names:
         setting = "benchmarks" if role == "test" else "validation"
         raise DCRError(f"data.{setting} names no set. Name at least one.")
-    every, parts, stems = ledger(config, of), [], dict[str, str]()
+    every, parts, of_set = ledger(config, of), [], dict[str, str]()
     for name in names:
         apart = role == "test" and stands_apart(name)
         rows = _rows(every, name, "refine" if apart else role)
@@ -190,12 +190,12 @@ def _asked(config: Config, names: Sequence[str], role: str, of: Sequence[Config]
             )
         path = file_of(name)
         stem = path.name.split(".")[0] if path else name
-        if stems.setdefault(stem, name) != name:
-            raise DCRError(f"{name} and {stems[stem]} would both be the set {stem!r}. Rename one.")
         limits = [n for n in (config.data.limit, name in SOURCES and SOURCES[name].first) if n]
         for label, some in rows.groupby("label", sort=False):
-            side = f"-{SIDES[str(label)]}" if rows["label"].nunique() > 1 else ""
-            some = first_requests(some.assign(benchmark=stem + side), min(limits, default=0))
+            its = stem + (f"-{SIDES[str(label)]}" if rows["label"].nunique() > 1 else "")
+            if (other := of_set.setdefault(its, name)) != name:
+                raise DCRError(f"{name} and {other} would both be the set {its!r}. Rename one.")
+            some = first_requests(some.assign(benchmark=its), min(limits, default=0))
             parts.append(_formed(config, some).assign(version="published"))
             if config.evaluation.forms:
                 some = first_requests(some, config.evaluation.forms_limit)
