@@ -266,8 +266,10 @@ def test_too_much_and_too_little_is_said():
     with pytest.raises(DCRError, match="mix is empty"):
         sets.training_sets(config.override({"align.n_safe": 0, "align.n_general": 0}))
 
-
-    for setting, asked in (("benchmarks", sets.test_prompts), ("validation", sets.validation_prompts)):
+    for setting, asked in (
+        ("benchmarks", sets.test_prompts),
+        ("validation", sets.validation_prompts),
+    ):
         with pytest.raises(DCRError, match=f"data.{setting} names no set"):
             asked(config.override({f"data.{setting}": []}))
 

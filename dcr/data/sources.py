@@ -243,7 +243,8 @@ def load_bundled(name: str) -> pd.DataFrame:
 @cache
 def audit() -> dict[str, str]:
     """id → harmful, ambiguous or harmless for the public toxic training file (our own reading)."""
-    return pd.read_csv(BUNDLED / "audit.csv", index_col="id")["label"].to_dict()
+    marks = pd.read_csv(BUNDLED / "audit.csv")
+    return dict(zip(marks["id"], marks["label"], strict=True))
 
 
 def parse(entry: Source, path: Path) -> pd.DataFrame:
