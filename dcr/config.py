@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from dcr.errors import DCRError
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
+MOST_SEEDS = 1000  # more are a slip of the hand that would fill the memory
 # What stands between commas of overrides; those in brackets, braces and quotes part nothing.
 PART = re.compile(r"""(?:\[[^\]]*\]|\{[^}]*\}|(?<=[=\s])(?:'[^']*'|"[^"]*")|[^,])+""")
 
@@ -311,10 +312,9 @@ def parse_seeds(seeds: str | int | Iterable[int]) -> tuple[int, ...]:
     parts: Iterable[object] = str(seeds).split(",") if one else seeds  # type: ignore[assignment]
     found = [re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", str(p)) for p in parts]
     ranges = [range(int(m[1]), int(m[2] or m[1]) + 1) for m in found if m]
-    unique = tuple(dict.fromkeys(itertools.chain(*ranges)))
-    if not ranges or None in found or not all(ranges):
-        raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5.")
-    return unique
+    if not ranges or None in found or not all(ranges) or sum(map(len, ranges)) > MOST_SEEDS:
+        raise DCRError(f"seeds={seeds!r}: give e.g. 0, 0-4 or 0,2,5; {MOST_SEEDS} at most.")
+    return tuple(dict.fromkeys(itertools.chain(*ranges)))
 
 
 @functools.cache
