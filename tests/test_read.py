@@ -95,7 +95,7 @@ REFUSED = {
     "empty csv": ("u.csv", "", "no rows"),
     "empty jsonl": ("u.jsonl", "\n\n", "no rows"),
     "empty array": ("u.json", "[]", "no rows"),
-    "latin-1": ("u.csv", "text\ncaf\xe9\n".encode("latin-1"), "line 2 is not UTF-8.*Save"),
+    "latin-1": ("u.csv", "text\ncaf\xe9\n".encode("latin-1"), r"line 2 is not UTF-8\. Save"),
     "torn utf-16": ("u.csv", "text\na\n".encode("utf-16")[:-1], "is not UTF-16"),
     "utf-16 without a mark": ("u.csv", "text\na\n".encode("utf-16-le"), "line 1 holds a zero"),
     "not gzip": ("u.jsonl.gz", b"plain", "cannot be read.*Give the path"),

@@ -50,11 +50,11 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _decoded(raw: bytes, path: Path) -> str:
-    encoding = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    name = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "UTF-8"
     try:
-        text = raw.decode(encoding)
+        text = raw.decode(name).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        text, problem = raw[: error.start].decode("latin-1"), f"is not {encoding[:6].upper()}"
+        text, problem = raw[: error.start].decode("latin-1"), f"is not {name}"
     else:
         text, _, rest = text.partition("\0")
         problem = "holds a zero byte" if rest else ""
