@@ -252,9 +252,8 @@ class Config(Section):
                 )
             else:
                 changes[name] = value
-        for name in changes.keys() & set(sections):
-            changes[name] = getattr(self, name).replaced(**changes[name])
-        return self.replaced(**changes)
+        parts = {n: getattr(self, n).replaced(**changes[n]) for n in sections if n in changes}
+        return self.replaced(**(changes | parts))
 
 
 def profiles() -> list[str]:

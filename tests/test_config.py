@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -127,6 +130,17 @@ def test_a_section_made_by_hand_is_checked_too():
         RefineConfig(loss="x")
     with pytest.raises(DCRError, match="align.epochs"):
         AlignConfig().replaced(epochs=0)
+
+
+def test_of_several_wrong_sections_the_same_is_told_in_every_process():
+    code = (
+        "from dcr.config import load_config\ntry: load_config('quick', "
+        "overrides='align.lr=x,refine.lr=x,data.limit=x,model.name=3')\n"
+        "except Exception as error: print(error)"
+    )
+    command, env = [sys.executable, "-c", code], os.environ | {"PYTHONHASHSEED": "1"}
+    told = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert told.stdout == "model.name=3: should be string.\n"
 
 
 def test_overrides_of_another_type_are_refused():
