@@ -7,21 +7,21 @@ only for those.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pandas as pd
+from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 from dcr.config import GenerationConfig
 from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.lm.chat import strip_thinking
-from dcr.lm.generate import Answers, check_request
+from dcr.lm.generate import Answers
 
 log = logging.getLogger("dcr")
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # what a reply of no use raises
@@ -50,10 +50,12 @@ class Endpoint:
         """
         from openai import OpenAI, OpenAIError
 
-        if not _is_address(url):
+        try:
+            TypeAdapter(HttpUrl).validate_python(url)
+        except ValidationError as error:
             raise DCRError(
                 f"endpoint {url!r} is no address; give one such as http://localhost:8000/v1."
-            )
+            ) from error
         self.url, self.retries = url.rstrip("/"), retries
         self.key = os.environ.get(key, "")
         options: Any = {"api_key": self.key or "none", "timeout": timeout, "max_retries": retries}
@@ -100,14 +102,6 @@ class Endpoint:
         return f"status {error.status_code}" + (f": {said}" if said else "")
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        return False
-
-
 def _said(message) -> str:
     """Text of a message: its content, whole or in parts, or the refusal in its place."""
     parts = message.content or getattr(message, "refusal", None) or message.content
@@ -137,19 +131,13 @@ def generate_remote(  # noqa: PLR0913
     no row. Raises DCRError for bad prompts or parameters, and for a server that answers nothing.
     """
     prompts = prompts_of(prompts)
-    check_request(options.max_new_tokens, options.temperature)
     server = server or Endpoint(options.endpoint, served)
     sampling = {"temperature": options.temperature, "seed": seed}
     settings = {"method": method, "max_new_tokens": options.max_new_tokens, **sampling}
     settings |= {"endpoint": server.url, "model": server.model}
     answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
-    before, failed, down = len(answers.rows), {}, threading.Event()
-
-    def ask(text: str) -> tuple[str, str, int]:
-        if down.is_set():
-            raise Failed("not asked: the server is down")
-        return server.chat(text, max_tokens=options.max_new_tokens, **sampling)
-
+    before, failed = len(answers.rows), {}
+    ask = functools.partial(server.chat, max_tokens=options.max_new_tokens, **sampling)
     with ThreadPoolExecutor(max_workers=concurrency) as pool:
         waiting = {pool.submit(ask, text): i for i, text in enumerate(answers.todo["text"])}
         try:
@@ -161,13 +149,14 @@ def generate_remote(  # noqa: PLR0913
                 except Failed as error:
                     failed[answers.todo["id"][i]] = str(error)
                     if len(failed) >= GIVE_UP and len(answers.rows) == before:
-                        down.set()
+                        break
         finally:  # stopped: nothing more is asked
             pool.shutdown(wait=False, cancel_futures=True)
     for key, reason in list(failed.items())[:1]:
+        lacking = len(prompts) - len(answers.rows)
         log.warning(
             "%s: %d of %d prompts got no answer and stay unscored (%s: %s)",
-            *(server.url, len(failed), len(prompts), key, reason),
+            *(server.url, lacking, len(prompts), key, reason),
         )
     if not answers.rows:
         raise DCRError(

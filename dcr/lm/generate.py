@@ -48,7 +48,11 @@ def generate(  # noqa: PLR0913
     answer (n_tokens counts it). Raises DCRError for bad prompts, parameters, too little memory.
     """
     prompts = prompts_of(prompts)
-    check_request(max_new_tokens, temperature)
+    if max_new_tokens < 1 or temperature < 0:
+        raise DCRError(
+            f"generation.max_new_tokens={max_new_tokens}, temperature={temperature}: give at least "
+            "1 and 0."
+        )
     settings = {
         "method": method,
         "seed": seed,
@@ -122,15 +126,6 @@ class Answers:
         order = {key: i for i, key in enumerate(self.prompts["id"])}
         rows = sorted(self.rows, key=lambda row: order[row["prompt_id"]])
         return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def check_request(max_new_tokens: int, temperature: float) -> None:
-    """Raise DCRError for numbers out of range."""
-    if max_new_tokens < 1 or temperature < 0:
-        raise DCRError(
-            f"generation.max_new_tokens={max_new_tokens}, temperature={temperature}: give at least "
-            "1 and 0."
-        )
 
 
 def resume(out: str | Path | None, settings: dict) -> list[dict]:
