@@ -17,7 +17,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import fitted
 from dcr.lm.blocks import fingerprint, in_precision
 from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
-from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
+from dcr.lm.decode import Decoder, Decoding, Unsteered
 
 log = logging.getLogger("dcr")
 COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]  # finish: eos, length
@@ -36,7 +36,7 @@ def generate(  # noqa: PLR0913
     temperature: float = 0.0,
     precision: str = "",
     out: str | Path | None = None,
-    steering: Steering | None = None,
+    steering=None,
 ) -> pd.DataFrame:
     """Answers to prompts (texts, or a prompt table): one row a prompt, columns `COLUMNS`.
 
@@ -45,7 +45,8 @@ def generate(  # noqa: PLR0913
     most `batch_size` prompts and `max_tokens_per_batch` tokens, new ones counted (0: what the
     device holds). With `out` (JSONL) rows are written as they come, and a second call answers what
     is missing; one with other parameters is refused. Reasoning that a model closed is cut from its
-    answer (n_tokens counts it). Raises DCRError for bad prompts, parameters, too little memory.
+    answer (n_tokens counts it). steering: a method of `dcr.steering`. Raises DCRError for bad
+    prompts, parameters, too little memory.
     """
     prompts = prompts_of(prompts)
     if max_new_tokens < 1 or temperature < 0:
