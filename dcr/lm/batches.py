@@ -107,16 +107,15 @@ def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:
         "position_ids": positions[:, shared:],
         "use_cache": cache is not None,
     }
-    if cache is None:
-        return inputs
-    placed = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        keys, values = (
-            repeated(x.transpose(1, 2), attention_mask).transpose(1, 2)
-            for x in (layer.keys, layer.values)
-        )  # [batch, heads, shared, head size]
-        placed.update(keys, values, index)
-    return inputs | {CACHE: placed}
+    if cache is not None:
+        inputs[CACHE] = placed = DynamicCache()
+        for index, layer in enumerate(cache.layers):
+            keys, values = (
+                repeated(x.transpose(1, 2), attention_mask).transpose(1, 2)
+                for x in (layer.keys, layer.values)
+            )  # [batch, heads, shared, head size]
+            placed.update(keys, values, index)
+    return inputs
 
 
 def repeated(first: Tensor, attention_mask: Tensor) -> Tensor:

@@ -128,18 +128,15 @@ def in_memory(
     """
     run = _kept(run)
     waiting, halved = deque(batches), False
-    full: Exception | None
     while waiting:
-        batch, full = waiting.popleft(), None
+        batch = waiting.popleft()
         try:
-            result = run(batch)
+            yield batch, run(batch)
+            continue
         except Exception as error:
             if not out_of_memory(error):
                 raise
             full = error.with_traceback(None)  # lets go of what the failed pass held
-        if full is None:
-            yield batch, result
-            continue
         if halved or len(batch) == 1:
             raise DCRError(
                 f"memory does not suffice for {len(batch)} rows at once ({str(full)[:120]}). Lower "
