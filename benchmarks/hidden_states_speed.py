@@ -44,7 +44,7 @@ def ours(model, tokenizer, prompts: list[str], batch: int, out: str) -> np.ndarr
     """[layers + 1, n, hidden] through the kit, streamed to a file."""
     from dcr.lm.states import hidden_states
 
-    return hidden_states(model, tokenizer, prompts, batch_size=batch, out=out).values
+    return hidden_states(model, tokenizer, prompts, batch_size=batch, out=out)
 
 
 def naive(model, tokenizer, prompts: list[str], batch: int, out: str) -> np.ndarray:

@@ -98,7 +98,7 @@ def main() -> None:
         "packed tree": lambda t: refusal.refusal_score(model, tokenizer, t),
         "by phrase, first list": lambda t: by_phrase(model, tokenizer, t, FIRST),
         "by phrase, same list": lambda t: by_phrase(model, tokenizer, t, refusal.REFUSAL_OPENINGS),
-        "hidden states": lambda t: hidden_states(model, tokenizer, t).values,
+        "hidden states": lambda t: hidden_states(model, tokenizer, t),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     parts = [texts[i : i + CHUNK] for i in range(0, len(texts), CHUNK)]

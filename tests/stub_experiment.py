@@ -20,7 +20,6 @@ import pandas as pd
 
 from dcr.config import load_config
 from dcr.data.sets import TrainingSets
-from dcr.lm.states import HiddenStates
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table_entry
 
@@ -177,7 +176,7 @@ class StubRun:
     def refusal_probability(self, method, prompts, step=-1) -> np.ndarray:
         return 1 / (1 + np.exp(-self.refusal(method, prompts, step)))
 
-    def states(self, method: str, prompts: pd.DataFrame, step: int = -1) -> HiddenStates:
+    def states(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         seed = [int(number(i) * 2**31) for i in prompts["id"]]
         noise = np.stack(
             [np.random.default_rng(s).standard_normal((DEPTH + 1, HIDDEN)) for s in seed], 1
@@ -186,10 +185,10 @@ class StubRun:
         moved[..., 0] += 0.5 * (prompts["label"] == "toxic").to_numpy()
         axis = [2 + int(number(s) * (HIDDEN - 2)) for s in prompts["source"]]
         moved[:, np.arange(len(axis)), axis] += 4.0
-        return HiddenStates(moved.astype("float32"), "last")
+        return moved.astype("float32")
 
     def kernel(self, method, prompts, step=-1) -> np.ndarray:
-        at = self.states(method, prompts, step).layer(3).astype(float)
+        at = self.states(method, prompts, step)[3].astype(float)
         return np.abs(at @ at.T) + np.eye(len(at)) * (2 + self.seed)
 
     def history(self, method: str, stage: str) -> pd.DataFrame:

@@ -481,7 +481,7 @@ def test_bad_asks_are_one_sentence(run, folder, root, monkeypatch):
 def test_states_kernel_and_probability_of_any_prompts(run):
     few = run.validation.head(3)
     states = run.states("DCR", few, 0)
-    assert states.values.shape[:2] == (run.depth + 1, 3) and run.layer("DCR") == 2
+    assert states.shape[:2] == (run.depth + 1, 3) and run.layer("DCR") == 2
     assert run.layer("STL") == 2
     norms = run.kernel("base", few)
     assert norms.shape == (3, 3) and (np.diag(norms) > 0).all()

@@ -71,7 +71,7 @@ def test_a_family_goes_through_the_whole_kit(family, monkeypatch):
     prompts = [TOXIC[0], HARMLESS[3], "list the dog ."]
     rows = encode_prompts(tokenizer, prompts)
     answers = generate(aligned, tokenizer, prompts, max_new_tokens=5)["response"].tolist()
-    states = hidden_states(aligned, tokenizer, prompts).values  # [layers + 1, n, hidden]
+    states = hidden_states(aligned, tokenizer, prompts)  # [layers + 1, n, hidden]
     for i, row in enumerate(rows):
         alone = torch.tensor([row])
         out = aligned.generate(alone, max_new_tokens=5, do_sample=False)[0, len(row) :]
@@ -118,7 +118,7 @@ def test_blocks_in_an_unknown_place_need_their_path_and_nothing_else():
     assert moved(make(), model, path) == [0, 1, 2, 3]
     prompts = [TOXIC[0], HARMLESS[3]]
     rows = encode_prompts(tokenizer, prompts)
-    states = hidden_states(model, tokenizer, prompts, layers_path=path).values
+    states = hidden_states(model, tokenizer, prompts, layers_path=path)
     with torch.no_grad():
         theirs = model(torch.tensor(rows[:1]), output_hidden_states=True).hidden_states
     np.testing.assert_allclose(states[2, 0], theirs[2][0, -1], rtol=1e-4, atol=1e-5)

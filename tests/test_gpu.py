@@ -69,10 +69,7 @@ def answers(model) -> dict[str, np.ndarray]:
 
 
 def states(model) -> dict[str, np.ndarray]:
-    found = {
-        p: hidden_states(model, make_tokenizer(), PROMPTS, pooling=p) for p in ("last", "mean")
-    }
-    return {pooling: part.values for pooling, part in found.items()}
+    return {p: hidden_states(model, make_tokenizer(), PROMPTS, pooling=p) for p in ("last", "mean")}
 
 
 def kernel(model) -> dict[str, np.ndarray]:

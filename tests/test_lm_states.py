@@ -41,7 +41,7 @@ def test_equals_the_library_one_prompt_at_a_time(family, texts, tiny_tokenizer, 
     model = make_model(family, window=9 if texts == "beyond the window" else 64)
     prompts = prompts if texts == "short" else LONG
     for pooling in ("last", "mean"):
-        ours = hidden_states(model, tiny_tokenizer, prompts, pooling=pooling, batch_size=3).values
+        ours = hidden_states(model, tiny_tokenizer, prompts, pooling=pooling, batch_size=3)
         expected = oracle(model, tiny_tokenizer, prompts, pooling)
         assert np.abs(ours - expected).max() / np.abs(expected).max() < 1e-5
 
@@ -56,11 +56,9 @@ def test_a_long_common_beginning_runs_once(tiny_llama, tiny_tokenizer):
 
 
 def test_series_and_tables_are_prompts_too(tiny_llama, tiny_tokenizer, prompts):
-    expected = hidden_states(tiny_llama, tiny_tokenizer, prompts).values
+    expected = hidden_states(tiny_llama, tiny_tokenizer, prompts)
     for given in (pd.Series(prompts, index=range(5, 11)), pd.DataFrame({"text": prompts})):
-        np.testing.assert_array_equal(
-            hidden_states(tiny_llama, tiny_tokenizer, given).values, expected
-        )
+        np.testing.assert_array_equal(hidden_states(tiny_llama, tiny_tokenizer, given), expected)
     with pytest.raises(DCRError, match="one string"):
         hidden_states(tiny_llama, tiny_tokenizer, "how do i")
 
@@ -86,12 +84,12 @@ def test_killed_run_goes_on_where_it_was(
     result = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)
     assert len(again) == 2 * 6  # of the two batches that were missing
     expected = oracle(tiny_llama, tiny_tokenizer, prompts)
-    np.testing.assert_allclose(result.values, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_other_prompts_do_not_reuse_stored_states(tmp_path, tiny_llama, tiny_tokenizer, prompts):
-    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[:2], out=tmp_path).values)
-    second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[2:4], out=tmp_path).values)
+    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[:2], out=tmp_path))
+    second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts[2:4], out=tmp_path))
     assert not np.allclose(first, second)
 
 
@@ -105,7 +103,7 @@ def test_bad_input(tiny_llama, tiny_tokenizer, prompts):
     ):
         hidden_states(tiny_llama, tiny_tokenizer, table)
     cut = hidden_states(tiny_llama, tiny_tokenizer, prompts, truncate=True)
-    assert cut.values.shape[1] == len(prompts)
+    assert cut.shape[1] == len(prompts)
     with torch.no_grad():
         tiny_llama.model.layers[2].mlp.down_proj.weight.fill_(float("nan"))
     with pytest.raises(DCRError, match="not finite"):
@@ -129,7 +127,7 @@ def test_states_that_are_not_finite_stop_and_keep_what_was_finished(
     assert np.load(tmp_path / "done.npy").tolist() == [True, True, False]
     with torch.no_grad():
         tiny_llama.model.embed_tokens.weight[broken] = good
-    mended = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=1, out=tmp_path).values
+    mended = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=1, out=tmp_path)
     expected = oracle(tiny_llama, tiny_tokenizer, prompts)
     np.testing.assert_allclose(mended, expected, rtol=1e-4, atol=1e-5)
 
@@ -137,10 +135,10 @@ def test_states_that_are_not_finite_stop_and_keep_what_was_finished(
 def test_any_changed_weight_makes_stored_states_stale(
     tmp_path, tiny_llama, tiny_tokenizer, prompts
 ):
-    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path).values)
+    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path))
     with torch.no_grad():
         tiny_llama.model.layers[1].mlp.up_proj.weight[3, 3] += 0.5
-    second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path).values)
+    second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path))
     assert not np.array_equal(first, second)
     expected = oracle(tiny_llama, tiny_tokenizer, prompts)
     np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5)
@@ -154,7 +152,7 @@ def test_memory_holds_one_batch_at_a_time(
     sizes, pool = [], module.pool
     monkeypatch.setattr(module, "pool", lambda h, *a: sizes.append(h.shape[0]) or pool(h, *a))
     result = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=2, out=tmp_path)
-    assert isinstance(result.values, np.memmap) and result.values.shape == (5, 6, 32)
+    assert isinstance(result, np.memmap) and result.shape == (5, 6, 32)
     assert max(sizes) == 2
     sizes.clear()
     hidden_states(tiny_llama, tiny_tokenizer, prompts, max_tokens_per_batch=13)
@@ -168,16 +166,14 @@ def test_memory_holds_one_batch_at_a_time(
 
     monkeypatch.setattr(tiny_llama.model, "forward", small)
     halved = hidden_states(tiny_llama, tiny_tokenizer, prompts, batch_size=6)
-    np.testing.assert_allclose(halved.values, result.values, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(halved, result, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_architecture_is_helped_by_the_layer_override(
     tiny_llama, tiny_tokenizer, prompts
 ):
-    expected = hidden_states(tiny_llama, tiny_tokenizer, prompts[:2]).values
-    named = hidden_states(
-        tiny_llama, tiny_tokenizer, prompts[:2], layers_path="model.layers"
-    ).values
+    expected = hidden_states(tiny_llama, tiny_tokenizer, prompts[:2])
+    named = hidden_states(tiny_llama, tiny_tokenizer, prompts[:2], layers_path="model.layers")
     np.testing.assert_array_equal(named, expected)
     lists = r"no decoder blocks at model.blocks.*layers_path.*lists found: \['model.layers'\]"
     with pytest.raises(DCRError, match=lists):
@@ -190,7 +186,7 @@ def test_linear_attention_shares_no_prefix(tiny_llama, tiny_tokenizer, monkeypat
     assert batches.can_share(tiny_llama.model)
     monkeypatch.setattr(tiny_llama.config, "layer_types", ["linear_attention"] * 4, raising=False)
     assert not batches.can_share(tiny_llama.model)
-    ours = hidden_states(tiny_llama, tiny_tokenizer, LONG).values
+    ours = hidden_states(tiny_llama, tiny_tokenizer, LONG)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 

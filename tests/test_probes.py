@@ -23,7 +23,6 @@ from dcr.analysis.probes import (
     transfer_scores,
 )
 from dcr.errors import DCRError
-from dcr.lm.states import HiddenStates
 
 
 @pytest.fixture
@@ -45,12 +44,12 @@ def prompts() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def planted(prompts, gap: float, noise: float = 1.0, seed: int = 0) -> HiddenStates:
+def planted(prompts, gap: float, noise: float = 1.0, seed: int = 0) -> np.ndarray:
     """Layer 0 pure noise, layer 1 with a class direction of size `gap` planted."""
     rng = np.random.default_rng(seed)
     values = rng.normal(scale=noise, size=(2, len(prompts), 16)).astype(np.float32)
     values[1, :, 3] += gap * (prompts["label"] == "toxic").to_numpy()
-    return HiddenStates(values, "last")
+    return values
 
 
 def auroc(prompts, scores) -> float:
@@ -86,9 +85,8 @@ def test_a_request_stays_in_one_fold(prompts):
     """States that say only which request a prompt is of: a probe that had met it would be
     perfect."""
     which = pd.factorize(prompts["request"])[0]
-    values = np.random.default_rng(0).normal(size=(30, 40))[which][None].astype(np.float32)
+    states = np.random.default_rng(0).normal(size=(30, 40))[which][None].astype(np.float32)
     rows = prompts.assign(label=np.where(which % 2, "toxic", "seemingly_toxic"))
-    states = HiddenStates(values, "last")
     assert auroc(rows, layer_scores(states, rows)[0]) < 0.75
     assert auroc(rows, layer_scores(states, rows.assign(request=range(120)))[0]) > 0.9
     with pytest.raises(DCRError, match="no column `request`"):
@@ -96,8 +94,8 @@ def test_a_request_stays_in_one_fold(prompts):
 
 
 def test_a_request_trained_on_is_scored_by_the_fold_that_held_it_out(prompts):
-    names = np.random.default_rng(0).normal(size=(1, len(prompts), 100)).astype(np.float32)
-    states, rows = HiddenStates(names, "last"), prompts.assign(request=range(120))
+    states = np.random.default_rng(0).normal(size=(1, len(prompts), 100)).astype(np.float32)
+    rows = prompts.assign(request=range(120))
     found = transfer_scores(states, rows, states, rows.assign(text="swapped"), [0])
     assert 0.3 < auroc(rows, found[0]) < 0.7
 
@@ -113,7 +111,7 @@ def test_transfer_reads_unseen_sources_and_follows_form_where_form_was_learnt(pr
         rng = np.random.default_rng(1)
         values = rng.normal(scale=0.1, size=(1, len(rows), 4)).astype(np.float32)
         values[0, :, 0] += (rows["form"] == ".").to_numpy()
-        return HiddenStates(values, "last")
+        return values
 
     assert auroc(test, transfer_scores(states(train), train, states(test), test, [0])[0]) < 0.05
 
@@ -123,7 +121,7 @@ def test_best_layer_finds_the_planted_one_and_breaks_ties_by_loss(prompts):
     values = np.random.default_rng(0).normal(size=(6, 120, 16)).astype(np.float32)
     for layer, gap in ((0, 99.0), (2, 20.0), (3, 40.0), (5, 99.0)):  # 0 and 5 are no candidates
         values[layer, :, :4] += gap * toxic[:, None]
-    layer, table = best_layer(HiddenStates(values, "last"), prompts)
+    layer, table = best_layer(values, prompts)
     assert table.set_index("layer")["auroc"].loc[[2, 3]].tolist() == [1.0, 1.0]
     assert layer == 3 and table["layer"].tolist() == [1, 2, 3, 4]
 
@@ -156,7 +154,7 @@ def test_a_feature_that_says_nothing_is_at_chance_when_groups_are_lopsided():
 
 def test_clusters_and_cosines(prompts):
     states = planted(prompts, 12.0, noise=0.3)
-    states.values[1] += 5.0 * (prompts["label"] == "toxic").to_numpy()[:, None]
+    states[1] += 5.0 * (prompts["label"] == "toxic").to_numpy()[:, None]
     clusters = cluster_by_layer(states, prompts).set_index("layer")
     assert clusters.loc[1, "ari"] > 0.9 and abs(clusters.loc[0, "ari"]) < 0.2
     cosine = cosine_structure(states, prompts, [1]).set_index("pair")["cosine"]

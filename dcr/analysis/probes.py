@@ -27,7 +27,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from dcr.errors import DCRError
-from dcr.lm.states import HiddenStates
 
 C = 0.01  # strong: a probe has more dimensions than prompts
 FOLDS = 5
@@ -106,16 +105,16 @@ def cross_scores(
 
 
 def layer_scores(
-    states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] = (), *, seed: int = 0
+    states: np.ndarray, prompts: pd.DataFrame, layers: Sequence[int] = (), *, seed: int = 0
 ) -> pd.DataFrame:
     """[n prompts, layers] cross-validated probe scores at each layer (default: all)."""
     return transfer_scores(states, prompts, states, prompts, layers, seed=seed)
 
 
 def transfer_scores(
-    states: HiddenStates,
+    states: np.ndarray,
     prompts: pd.DataFrame,
-    others: HiddenStates,
+    others: np.ndarray,
     other_prompts: pd.DataFrame,
     layers: Sequence[int] = (),
     *,
@@ -129,9 +128,9 @@ def transfer_scores(
     """
     y, groups, other_groups = is_toxic(prompts), requests_in(prompts), requests_in(other_prompts)
     scores = {}
-    for layer in layers or range(states.n_layers + 1):
-        unseen = others.layer(layer), other_groups
-        scores[layer] = cross_scores(states.layer(layer), y, groups, unseen, seed=seed)
+    for layer in layers or range(len(states)):
+        unseen = others[layer], other_groups
+        scores[layer] = cross_scores(states[layer], y, groups, unseen, seed=seed)
     return pd.DataFrame(scores, index=other_prompts.index)
 
 
@@ -156,14 +155,14 @@ def surface_scores(prompts: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_layer(
-    states: HiddenStates, prompts: pd.DataFrame, *, seed: int = 0
+    states: np.ndarray, prompts: pd.DataFrame, *, seed: int = 0
 ) -> tuple[int, pd.DataFrame]:
     """ℓ where a cross-validated probe reads the classes best, and a table layer, auroc, log_loss.
 
     By AUROC; where several are alike (often 1.0), by log loss. The last layer, behind the final
     norm, is no candidate.
     """
-    y, layers = is_toxic(prompts), range(1, max(2, states.n_layers))
+    y, layers = is_toxic(prompts), range(1, max(2, len(states) - 1))
     scores = layer_scores(states, prompts, layers, seed=seed)
     balance = np.where(y, 0.5 / y.sum(), 0.5 / (1 - y).sum())
     rows = [
@@ -179,13 +178,13 @@ def best_layer(
 
 
 def cosine_structure(
-    states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] = ()
+    states: np.ndarray, prompts: pd.DataFrame, layers: Sequence[int] = ()
 ) -> pd.DataFrame:
     """Rows layer, pair (toxic-toxic, seemingly-seemingly, cross), cosine: means over pairs."""
     y, rows = is_toxic(prompts).astype(bool), []
     off = ~np.eye(len(y), dtype=bool)
-    for layer in layers or range(states.n_layers + 1):
-        unit = states.layer(layer) / np.linalg.norm(states.layer(layer), axis=1, keepdims=True)
+    for layer in layers or range(len(states)):
+        unit = states[layer] / np.linalg.norm(states[layer], axis=1, keepdims=True)
         similarity = unit @ unit.T
         for name, mask in (
             ("toxic-toxic", y[:, None] & y & off),
@@ -197,20 +196,20 @@ def cosine_structure(
 
 
 def cluster_by_layer(
-    states: HiddenStates, prompts: pd.DataFrame, layers: Sequence[int] = ()
+    states: np.ndarray, prompts: pd.DataFrame, layers: Sequence[int] = ()
 ) -> pd.DataFrame:
     """Rows layer, ari, nmi: k-means, two clusters, standardised states, against the classes."""
     y, rows = is_toxic(prompts), []
-    for layer in layers or range(states.n_layers + 1):
-        scaled = StandardScaler().fit_transform(states.layer(layer))
+    for layer in layers or range(len(states)):
+        scaled = StandardScaler().fit_transform(states[layer])
         found = KMeans(2, n_init=5, random_state=0).fit_predict(scaled)
         ari, nmi = adjusted_rand_score(y, found), normalized_mutual_info_score(y, found)
         rows.append({"layer": layer, "ari": float(ari), "nmi": float(nmi)})
     return pd.DataFrame(rows)
 
 
-def map_2d(states: HiddenStates, layer: int) -> np.ndarray:
+def map_2d(states: np.ndarray, layer: int) -> np.ndarray:
     """[n, 2] first two principal components of a layer's standardised states (fixed signs)."""
-    scaled = StandardScaler().fit_transform(states.layer(layer))
+    scaled = StandardScaler().fit_transform(states[layer])
     found = PCA(2, svd_solver="full").fit_transform(scaled)
     return found * np.sign(found[np.abs(found).argmax(axis=0), [0, 1]])

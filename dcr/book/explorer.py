@@ -76,8 +76,8 @@ def read_prompt(experiment: Experiment, text: str) -> tuple[pd.DataFrame, pd.Dat
     layer, parts, nearest = run.layer("DCR"), [], pd.DataFrame()
     for method in (m for m in READ_BY if m in experiment.methods):
         model, tokenizer = run.model(method)
-        trained = run.states(method, known).layer(layer)  # [pairs, hidden]
-        states = hidden_states(model, tokenizer, texts).layer(layer)  # [forms, hidden]
+        trained = run.states(method, known)[layer]  # [pairs, hidden]
+        states = hidden_states(model, tokenizer, texts)[layer]  # [forms, hidden]
         named: dict[str, Any] = {
             "method": method,
             "form": [form_of(t) for t in texts],

@@ -132,7 +132,7 @@ def generate_remote(  # noqa: PLR0913
     """
     prompts = prompts_of(prompts)
     server = server or Endpoint(options.endpoint, served)
-    sampling = {"temperature": options.temperature, "seed": seed}
+    sampling: dict[str, Any] = {"temperature": options.temperature, "seed": seed}
     settings = {"method": method, "max_new_tokens": options.max_new_tokens, **sampling}
     settings |= {"endpoint": server.url, "model": server.model}
     answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +25,6 @@ Place = tuple[int, int | None]  # start and stop of a slice of a row's tokens
 BATCH = 32
 
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """values [layers + 1, n, hidden] fp32: 0 the embeddings, ℓ the output of block ℓ.
-
-    The last layer's have the final norm applied.
-    """
-
-    values: np.ndarray
-    pooling: str
-
-    @property
-    def n_layers(self) -> int:
-        """Number of decoder blocks."""
-        return self.values.shape[0] - 1
-
-    def layer(self, layer: int) -> np.ndarray:
-        """[n, hidden] at one layer."""
-        return np.asarray(self.values[layer])
-
-
 @torch.no_grad()
 def hidden_states(  # noqa: PLR0913
     model,
@@ -58,11 +37,12 @@ def hidden_states(  # noqa: PLR0913
     out: str | Path | None = None,
     truncate: bool = False,
     layers_path: str = "",
-) -> HiddenStates:
-    """Hidden states of every layer for prompts (texts, or a prompt table), pooled over tokens.
+) -> np.ndarray:
+    """[layers + 1, n, hidden] fp32 states of prompts (texts, or a table), pooled over tokens.
 
-    As the library's `output_hidden_states`, one prompt at a time. pooling: "last" (real token) or
-    "mean". With `out` (a folder) states are written as they come and an interrupted call goes on
+    0 are the embeddings, ℓ the output of block ℓ, the last one's behind the final norm: the
+    library's `output_hidden_states`, one prompt at a time. pooling: "last" (real token) or "mean".
+    With `out` (a folder) states are written as they come and an interrupted call goes on
     from there. Raises DCRError for bad prompts, one over the context length (unless `truncate`: its
     last tokens are kept), or states that are not finite (finished batches are kept in `out`).
     """
@@ -96,7 +76,7 @@ def hidden_states(  # noqa: PLR0913
             values[:, batch] = block
             done[batch] = True
             bar.update(len(batch))
-    return HiddenStates(values, pooling)
+    return values
 
 
 @torch.no_grad()

@@ -113,9 +113,9 @@ class Run(Answers):
 
         return expit(self.refusal(method, prompts, step))
 
-    def states(self, method: str, prompts: pd.DataFrame, step: int = -1):
-        """`HiddenStates` at each prompt's last token, [layers + 1, n, hidden] fp32."""
-        from dcr.lm.states import HiddenStates, hidden_states
+    def states(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
+        """[layers + 1, n, hidden] fp32 states at each prompt's last token."""
+        from dcr.lm.states import hidden_states
 
         texts, path = prompts["text"].tolist(), self.config.model.layers_path
 
@@ -123,7 +123,7 @@ class Run(Answers):
             hidden_states(model, tokenizer, texts, out=folder, truncate=True, layers_path=path)
 
         folder = self._measured("states", method, prompts, measure, step)
-        return HiddenStates(np.load(folder / "values.npy", mmap_mode="r"), "last")
+        return np.load(folder / "values.npy", mmap_mode="r")
 
     def kernel(self, method: str, prompts: pd.DataFrame, step: int = -1) -> np.ndarray:
         """[n, n] norms ‖K(x', x)‖_F of the empirical tangent kernel on first tokens."""

@@ -23,7 +23,7 @@ from dcr.errors import DCRError
 from dcr.lm.blocks import truncated
 from dcr.lm.chat import FIXED_DAY
 from dcr.lm.decode import Unsteered
-from dcr.lm.states import HiddenStates, Place, residuals
+from dcr.lm.states import Place, residuals
 from dcr.steering.hooks import Fit, Material, Steering, rows_of, template_ends
 
 FORMS = ("question", "imperative")
@@ -93,7 +93,7 @@ class Gate(Deciding):
         found = []
         for i, place in enumerate(places):
             values = states[:, :, i].numpy()
-            layer, table = best_layer(HiddenStates(values, place), prompts)
+            layer, table = best_layer(values, prompts)
             auroc, loss = table.loc[table["layer"] == layer, ["auroc", "log_loss"]].to_numpy()[0]
             found.append((-float(auroc), float(loss), place, layer, values[layer]))
         _, _, place, layer, chosen = min(found, key=lambda f: f[:2])

@@ -58,11 +58,11 @@ def screened(run: CellRun) -> dict[str, float]:
     read = {"probe_auroc": run.sets(method), "harm_auroc": training_sets(pairs, of=run.of)}
     for name, sets in read.items():
         rows = pd.concat([sets.toxic, sets.seemingly_toxic], ignore_index=True)
-        probe = fit_probe(run.states(method, rows, 0).layer(layer), is_toxic(rows))
-        found[name] = _auroc(asked, probe.decision_function(states.layer(layer)))
+        probe = fit_probe(run.states(method, rows, 0)[layer], is_toxic(rows))
+        found[name] = _auroc(asked, probe.decision_function(states[layer]))
     if general.any() and "refine" in run.stages(method):
         rows = run.validation[general].reset_index(drop=True)
-        after, before = (run.states(m, rows, 0).values[-1] for m in (method, "base"))
+        after, before = (run.states(m, rows, 0)[-1] for m in (method, "base"))
         found["general_drift"] = float(((after - before) ** 2).sum() / (before**2).sum())
     return {k: float(v) for k, v in found.items()}
 

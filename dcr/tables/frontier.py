@@ -76,6 +76,6 @@ def _probe(run: Run, method: str, step: int, held: pd.DataFrame) -> pd.DataFrame
     clean = [rows for name, rows in pairings(run).items() if name != "sources (paper)"]
     train = pd.concat(clean).drop_duplicates("id")
     train = train[~train["request"].isin(held["request"])].reset_index(drop=True)
-    at = [run.states(method, rows, step).layer(run.layer(method)) for rows in (train, held)]
+    at = [run.states(method, rows, step)[run.layer(method)] for rows in (train, held)]
     found = fit_probe(at[0], is_toxic(train)).decision_function(at[1])
     return pd.DataFrame({"prompt_id": held["id"], "score": found})

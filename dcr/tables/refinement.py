@@ -77,7 +77,7 @@ def refinement_drift(experiment: Experiment) -> pd.DataFrame:
     rows, parts = followed_prompts(experiment, PER_CLASS), []
     for method in methods_of(experiment, "refine"):
         for run in experiment.runs_of(method):
-            old, new = run.states("base", rows).values, run.states(method, rows, 0).values
+            old, new = run.states("base", rows), run.states(method, rows, 0)
             moved = ((new - old) ** 2).sum(-1) / (old**2).sum(-1)  # [layers + 1, n]
             wide = pd.DataFrame(moved.T).groupby(rows["label"].to_numpy()).mean()
             long = (

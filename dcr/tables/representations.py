@@ -188,7 +188,7 @@ def proposition(experiment: Experiment) -> pd.DataFrame:
     named = prompts["label"], prompts["request"]
     for method in ("base", *methods_of(experiment, "refine")[:1]):
         stage, layer = ("base", "DCR") if method == "base" else ("refined", method)
-        states = run.states(method, prompts, 0).layer(run.layer(layer))
+        states = run.states(method, prompts, 0)[run.layer(layer)]
         pairs = bound_pairs(states, run.kernel(method, prompts, 0), *named)
         pairs = pairs.assign(method=method, stage=stage, layer=run.layer(layer))
         check = pd.DataFrame([bound_check(pairs, prompts["request"])])
