@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dcr.errors import DCRError
@@ -26,8 +26,6 @@ MIN_SHARED = 8  # common first tokens from which running them once pays
 PLAIN_ATTENTION = {"full_attention", "sliding_attention"}
 # What this transformers version calls the keys and values in a forward pass.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-KINDS = ("activation", "gradient")  # of checkpointing: its new name, its old one
-CHECKPOINTING = next(n for k in KINDS if hasattr(PreTrainedModel, n := f"is_{k}_checkpointing"))
 
 
 def token_batches(
@@ -77,16 +75,19 @@ def common_prefix(
 def can_share(stack) -> bool:
     """Whether `stack` goes on from another row's cache: plain attention, not checkpointed."""
     kinds = getattr(stack.config.get_text_config(), "layer_types", None) or ()
-    checkpointed = stack.training and getattr(stack, CHECKPOINTING, False)
-    return set(kinds) <= PLAIN_ATTENTION and not checkpointed
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
+    return set(kinds) <= PLAIN_ATTENTION and not (stack.training and checkpointed)
 
 
-def run_prefix(stack, ids: Tensor) -> DynamicCache:
+def run_prefix(stack, ids: Tensor) -> DynamicCache | None:
     """Keys and values of the first tokens `ids` [1, shared], with gradients if enabled.
 
-    stack: the decoder without head (`blocks.decoder_stack`) or the whole model. No layer drops what
-    has left its window: a row that is shorter than others of its batch still needs it.
+    None for no tokens and for a stack that cannot share. stack: the decoder without head
+    (`blocks.decoder_stack`) or the whole model. No layer drops what has left its window: a row that
+    is shorter than others of its batch still needs it.
     """
+    if not ids.shape[1] or not can_share(stack):
+        return None
     cache = DynamicCache()
     stack(input_ids=ids, use_cache=True, **{CACHE: cache})
     return cache
@@ -137,10 +138,8 @@ def shared_inputs(stack, input_ids: Tensor, attention_mask: Tensor, shared: int)
     For training: one call a batch. Without sharing (`shared` 0, a stack that cannot) the rows run
     whole; the width of `input_ids` in the result says which of the last columns have an output.
     """
-    cache = None
-    if shared and can_share(stack):
-        begin = int(attention_mask[0].argmax())
-        cache = run_prefix(stack, input_ids[:1, begin : begin + shared])
+    begin = int(attention_mask[0].argmax())
+    cache = run_prefix(stack, input_ids[:1, begin : begin + shared])
     return behind(cache, input_ids, attention_mask)
 
 
@@ -156,12 +155,9 @@ class Passes:
     ) -> None:
         self.stack, self.rows, self.side = stack, rows, side
         self.device = next(stack.parameters()).device
-        self.shared = shared if can_share(stack) else 0
-        self.cache = None
-        if self.shared:
-            with torch.no_grad():
-                ids = torch.tensor([rows[0][: self.shared]], device=self.device)
-                self.cache = run_prefix(stack, ids)
+        with torch.no_grad():
+            first = torch.tensor([rows[0][:shared]], dtype=torch.long, device=self.device)
+            self.cache = run_prefix(stack, first)
 
     def inputs(self, batch: Sequence[int], empty=None) -> dict:
         """Arguments of the pass over rows with these numbers.

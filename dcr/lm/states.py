@@ -58,7 +58,7 @@ def hidden_states(  # noqa: PLR0913
 
     def read(batch: list[int]) -> np.ndarray:
         inputs = passes.inputs(batch)
-        mask = inputs["attention_mask"][:, passes.shared :]
+        mask = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :]
         kept = _read(stack, blocks, inputs, lambda hidden: pool(hidden, mask, pooling))
         return torch.stack([*kept[:-2], kept[-1]]).cpu().numpy()  # [layers + 1, batch, hidden]
 
