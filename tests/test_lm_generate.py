@@ -383,3 +383,14 @@ def test_precision_auto_is_what_the_device_does(tiny_llama, tiny_tokenizer):
         for p in ("auto", resolve_precision("auto", "cpu"))
     ]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("row", [{"id": "a", "text": "Sing ."}, {"prompt_id": "z", "response": ""}])
+def test_a_file_that_no_call_wrote_is_refused_and_left_as_it_is(
+    row, tmp_path, tiny_llama, tiny_tokenizer
+):
+    out = tmp_path / "prompts.jsonl"
+    out.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DCRError, match="holds rows that no such call wrote"):
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], max_new_tokens=1, out=out)
+    assert out.read_text() == json.dumps(row) + "\n" and len(list(tmp_path.iterdir())) == 1

@@ -134,7 +134,10 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
     if out is None:
         return []
     path, beside = Path(out), Path(f"{out}.settings.json")
-    if beside.exists() and path.exists():
+    rows = read_jsonl(path)
+    if rows and not beside.exists():
+        raise DCRError(f"{path}: holds rows that no such call wrote. Give another file.")
+    if rows:
         before = json.loads(beside.read_text(encoding="utf-8"))
         pairs = [(k, before.get(k), settings.get(k)) for k in (settings | before)]
         changed = [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
@@ -144,4 +147,4 @@ def resume(out: str | Path | None, settings: dict) -> list[dict]:
                 "delete it."
             )
     write_atomic(beside, json.dumps(settings))
-    return read_jsonl(path)
+    return rows
