@@ -11,6 +11,7 @@ from conftest import FAMILIES, make_model
 from dcr.errors import DCRError
 from dcr.lm import batches
 from dcr.lm import states as module
+from dcr.lm.blocks import in_precision
 from dcr.lm.chat import encode_prompts
 from dcr.lm.states import hidden_states
 
@@ -142,6 +143,17 @@ def test_any_changed_weight_makes_stored_states_stale(
     assert not np.array_equal(first, second)
     expected = oracle(tiny_llama, tiny_tokenizer, prompts)
     np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_another_precision_are_not_reused(tmp_path, tiny_llama, tiny_tokenizer, prompts):
+    """Weights published in bf16 are the same numbers in fp32; the states are not."""
+    for parameter in tiny_llama.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    first = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path))
+    with in_precision(tiny_llama, "bf16"):
+        second = np.array(hidden_states(tiny_llama, tiny_tokenizer, prompts, out=tmp_path))
+        expected = hidden_states(tiny_llama, tiny_tokenizer, prompts)
+    assert np.array_equal(second, expected) and not np.array_equal(first, second)
 
 
 def test_memory_holds_one_batch_at_a_time(

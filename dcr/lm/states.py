@@ -51,7 +51,8 @@ def hidden_states(  # noqa: PLR0913
     rows = fitted(model, rows, prompts, truncate=truncate)
     stack, blocks = decoder_stack(model, layers_path), decoder_layers(model, layers_path)
     shape = (len(blocks) + 1, len(rows), model.config.get_text_config().hidden_size)
-    key = content_key([rows, pooling, fingerprint(model, tokenizer)]) if out else ""
+    made_from = [rows, pooling, str(model.dtype), layers_path]
+    key = content_key([*made_from, fingerprint(model, tokenizer)]) if out else ""
     values, done = _buffers(out, shape, key)
     # Padded on the right, so that the shared tokens are the first columns of every row.
     passes = Passes(stack, rows, common_prefix(rows) if pooling == "last" else 0, "right")
