@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from conftest import FAMILIES, make_model, make_tokenizer
 
 from dcr.data.files import read_jsonl
 from dcr.errors import DCRError
@@ -394,3 +394,20 @@ def test_a_file_that_no_call_wrote_is_refused_and_left_as_it_is(
     with pytest.raises(DCRError, match="holds rows that no such call wrote"):
         generate(tiny_llama, tiny_tokenizer, ["Sing ."], max_new_tokens=1, out=out)
     assert out.read_text() == json.dumps(row) + "\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_turns_end_that_is_no_special_token_is_cut_from_the_answer():
+    """Some tokenizers register it as an ordinary added token, which `skip_special_tokens` keeps."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["[END]"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} [END]{% endfor %}"
+    end, word = tokenizer.convert_tokens_to_ids(["[END]", "sure"])
+    model = make_model(vocab=len(tokenizer), tied=False)
+    model.lm_head.weight.data.zero_()
+    model.lm_head.register_forward_hook(
+        lambda _m, _a, out: out.index_fill_(-1, torch.tensor([end if said else word]), 1.0)
+    )
+    said: list[int] = []
+    model.register_forward_hook(lambda *_: said.append(1))
+    answer = generate(model, tokenizer, ["how"], max_new_tokens=4).iloc[0]
+    assert (answer.response, answer.n_tokens, answer.finish) == ("sure", 2, "eos")

@@ -84,8 +84,10 @@ def generate(  # noqa: PLR0913
         left = [i for i in range(len(rows)) if i not in started.answers]
         for batch, outputs in decoder.batches(left, batch_size, max_tokens_per_batch):
             for i, tokens in zip(batch, outputs, strict=True):
-                text = "<think>" * thinks + tokenizer.decode(tokens, skip_special_tokens=True)
-                answers.add(i, strip_thinking(text), len(tokens), tokens[-1] in stops)
+                stopped = tokens[-1] in stops  # by a token that need not be a special one
+                said = tokens[:-1] if stopped else tokens
+                text = "<think>" * thinks + tokenizer.decode(said, skip_special_tokens=True)
+                answers.add(i, strip_thinking(text), len(tokens), stopped)
     return answers.frame()
 
 
