@@ -377,12 +377,20 @@ def test_a_folder_for_answers_and_too_many_new_tokens_are_told(
         generate(tiny_llama, tiny_tokenizer, ["Sing ."], max_new_tokens=5000)
 
 
-def test_precision_auto_is_what_the_device_does(tiny_llama, tiny_tokenizer):
+def test_precision_auto_is_what_the_device_does(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    """And is kept so: a machine that resolves it to another does not go on with the file."""
+    out = tmp_path / "g.jsonl"
     rows = [
-        generate(tiny_llama, tiny_tokenizer, ["Sing ."], precision=p)["response"].iloc[0]
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], precision=p, out=out)["response"].iloc[0]
         for p in ("auto", resolve_precision("auto", "cpu"))
     ]
     assert rows[0] == rows[1]
+    monkeypatch.setattr("dcr.lm.device._multiplies_bf16", lambda _d: False)
+    out.unlink()
+    generate(tiny_llama, tiny_tokenizer, ["Sing ."], precision="auto", out=out)
+    monkeypatch.setattr("dcr.lm.device._multiplies_bf16", lambda _d: True)
+    with pytest.raises(DCRError, match="precision: fp32 -> bf16"):
+        generate(tiny_llama, tiny_tokenizer, ["Sing ."], precision="auto", out=out)
 
 
 @pytest.mark.parametrize("row", [{"id": "a", "text": "Sing ."}, {"prompt_id": "z", "response": ""}])

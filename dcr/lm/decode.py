@@ -1,7 +1,8 @@
 """Decoding of token rows behind their common prefix, under steering or not.
 
 The tokens with which all rows begin run once and are shared by every batch; rows that have stopped
-leave it. Both change speed only: in fp32 the tokens are those of the library, row by row.
+leave it. Both change speed only: in fp32 the tokens are those of the library's plain greedy search,
+row by row.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from dcr.lm.batches import fitted
 from dcr.lm.blocks import fingerprint, in_precision
 from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
 from dcr.lm.decode import Decoder, Decoding, Unsteered
+from dcr.lm.device import resolve_precision
 
 log = logging.getLogger("dcr")
 COLUMNS = ["prompt_id", "method", "seed", "response", "n_tokens", "finish"]  # finish: eos, length
@@ -40,7 +41,8 @@ def generate(  # noqa: PLR0913
 ) -> pd.DataFrame:
     """Answers to prompts (texts, or a prompt table): one row a prompt, columns `COLUMNS`.
 
-    Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone).
+    Greedy, or sampled at `temperature` (a sample depends on the seed and its prompt alone); what
+    else a model's generation config asks for (top-p, a penalty of repetition) is not done.
     precision: "bf16" or "fp32" for this call; "" takes the weights as they are. A batch holds at
     most `batch_size` prompts and `max_tokens_per_batch` tokens, new ones counted (0: what the
     device holds). With `out` (JSONL) rows are written as they come, and a second call answers what
@@ -54,6 +56,8 @@ def generate(  # noqa: PLR0913
             f"generation.max_new_tokens={max_new_tokens}, temperature={temperature}: give at least "
             "1 and 0."
         )
+    if precision:
+        precision = resolve_precision(precision, model.device)
     settings = {
         "method": method,
         "seed": seed,
