@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, make_model
 
 from dcr.errors import DCRError
@@ -97,6 +98,17 @@ def test_logits_behind_a_prefix_are_those_of_the_last_columns(tiny_llama):
     tiny_llama.gradient_checkpointing_enable()
     tiny_llama.train()  # the library drops the cache under checkpointing, so nothing is shared
     assert shared_inputs(decoder_stack(tiny_llama), ids, mask, 12)["input_ids"].shape == ids.shape
+
+
+def test_a_model_without_a_cache_shares_no_prefix():
+    """It would read the rest of each row as if nothing stood before it, and say nothing."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=128, n_embd=32, n_layer=4, n_head=4, n_positions=64)
+    model = transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**sizes)).eval()
+    ids, mask = padded(ROWS, "right")
+    with torch.no_grad():
+        whole, shared = (truncated_forward(model, ids, mask, 2, shared=s) for s in (0, 12))
+    torch.testing.assert_close(shared, whole)
 
 
 def test_a_prefix_serves_many_batches(tiny_llama):

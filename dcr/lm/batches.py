@@ -82,15 +82,15 @@ def can_share(stack) -> bool:
 def run_prefix(stack, ids: Tensor) -> DynamicCache | None:
     """Keys and values of the first tokens `ids` [1, shared], with gradients if enabled.
 
-    None for no tokens and for a stack that cannot share. stack: the decoder without head
-    (`blocks.decoder_stack`) or the whole model. No layer drops what has left its window: a row that
-    is shorter than others of its batch still needs it.
+    None for no tokens, a stack that cannot share, or one that fills no cache (GPT-1). stack: the
+    decoder without head (`blocks.decoder_stack`) or the whole model. No layer drops what has left
+    its window: a row that is shorter than others of its batch still needs it.
     """
     if not ids.shape[1] or not can_share(stack):
         return None
     cache = DynamicCache()
     stack(input_ids=ids, use_cache=True, **{CACHE: cache})
-    return cache
+    return cache if cache.get_seq_length() == ids.shape[1] else None
 
 
 def behind(cache, input_ids: Tensor, attention_mask: Tensor) -> dict:

@@ -177,9 +177,9 @@ def truncated_forward(
     with truncated(model, layer, override) as stack:
         with edited([(decoder_layers(model, override)[-1], keep)]):
             stack(**shared_inputs(stack, input_ids, attention_mask, shared))
-    if len(kept) == 1:
-        return kept[0]
-    return torch.cat([repeated(kept[0], attention_mask), kept[1]], 1)
+    if kept[-1].shape[1] == input_ids.shape[1]:
+        return kept[-1]
+    return torch.cat([repeated(kept[0], attention_mask), kept[-1]], 1)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: str = "last") -> Tensor:
