@@ -419,3 +419,13 @@ def test_a_turns_end_that_is_no_special_token_is_cut_from_the_answer():
     model.register_forward_hook(lambda *_: said.append(1))
     answer = generate(model, tokenizer, ["how"], max_new_tokens=4).iloc[0]
     assert (answer.response, answer.n_tokens, answer.finish) == ("sure", 2, "eos")
+
+
+def test_a_broken_model_gives_no_answers(tiny_llama, tiny_tokenizer):
+    """Of logits that are no numbers the first token is the largest: it looked like an answer."""
+    tiny_llama.model.norm.weight.data.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(DCRError, match="logits are not numbers"):
+            generate(tiny_llama, tiny_tokenizer, ["how"], temperature=temperature)
+    with pytest.raises(DCRError, match="temperature=nan: give at least"):
+        generate(tiny_llama, tiny_tokenizer, ["how"], temperature=float("nan"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from dcr.errors import DCRError
 from dcr.lm.batches import CACHE, Passes, common_prefix, position_ids
 from dcr.lm.chat import stop_tokens
 from dcr.lm.device import sizes
@@ -85,6 +86,8 @@ class Decoder:
         for step in range(self.options.max_new_tokens):
             with self.steering.during(rows, step == 0):
                 logits = self.model(**inputs, logits_to_keep=1).logits[:, -1]  # [rows, vocabulary]
+            if logits.isnan().any():  # whose largest is the vocabulary's first token
+                raise DCRError("the model's logits are not numbers; load it in fp32.")
             tokens = self._choose(logits, chance)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 out[row].append(token)

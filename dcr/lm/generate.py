@@ -48,10 +48,10 @@ def generate(  # noqa: PLR0913
     device holds). With `out` (JSONL) rows are written as they come, and a second call answers what
     is missing; one with other parameters is refused. Reasoning that a model closed is cut from its
     answer (n_tokens counts it). steering: a method of `dcr.steering`. Raises DCRError for bad
-    prompts, parameters, too little memory.
+    prompts, parameters, too little memory, and logits that are not numbers.
     """
     prompts = prompts_of(prompts)
-    if max_new_tokens < 1 or temperature < 0:
+    if not (max_new_tokens >= 1 and temperature >= 0):
         raise DCRError(
             f"generation.max_new_tokens={max_new_tokens}, temperature={temperature}: give at least "
             "1 and 0."
