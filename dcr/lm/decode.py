@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -128,21 +129,15 @@ def packed(model: nn.Module) -> Iterator[None]:
     of the weights once more, so a model of over a quarter of the machine's is left as it is.
     """
     size, weights = sizes(model)
-    if next(model.parameters()).device.type != "cpu" or weights > size // 4:
-        yield
-        return
+    fits = next(model.parameters()).device.type == "cpu" and weights <= size // 4
     plain = (m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m))
-    changed: list[nn.Linear] = []
-    try:
+    with contextlib.ExitStack() as changed:
         with contextlib.suppress(AttributeError, RuntimeError):  # a torch without it, another CPU
-            for layer in plain:
+            for layer in plain if fits else ():
                 weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None)
-                vars(layer)["forward"] = functools.partial(_packed_linear, weight, layer.bias)
-                changed.append(layer)
+                forward = functools.partial(_packed_linear, weight, layer.bias)
+                changed.enter_context(mock.patch.object(layer, "forward", forward))
         yield
-    finally:
-        for layer in changed:
-            vars(layer).pop("forward", None)
 
 
 def _packed_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
