@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from openai import APIStatusError, OpenAI, OpenAIError
 from pydantic import HttpUrl, TypeAdapter, ValidationError
 
 from dcr.config import GenerationConfig
@@ -24,7 +25,8 @@ from dcr.lm.chat import strip_thinking
 from dcr.lm.generate import Answers
 
 log = logging.getLogger("dcr")
-UNREADABLE = (ValueError, LookupError, TypeError, AttributeError)  # what a reply of no use raises
+# What a request raises that fails, and what a reply of no use does.
+FAILURES = (OpenAIError, ValueError, LookupError, TypeError, AttributeError)
 GIVE_UP = 10  # failed prompts in a row, with none answered, before the server counts as down
 
 
@@ -48,8 +50,6 @@ class Endpoint:
 
         key: the variable of the environment that holds the server's key.
         """
-        from openai import OpenAI, OpenAIError
-
         try:
             TypeAdapter(HttpUrl).validate_python(url)
         except ValidationError as error:
@@ -62,7 +62,7 @@ class Endpoint:
         try:
             self.client = OpenAI(base_url=url, **options)
             self.model = model or self.client.models.list().data[0].id
-        except (OpenAIError, *UNREADABLE) as error:
+        except FAILURES as error:
             raise DCRError(
                 f"{self.url}: the server did not name a model ({self._reason(error)}). Start it, "
                 "check the address (it usually ends in /v1), or name the model."
@@ -74,8 +74,6 @@ class Endpoint:
         options: max_tokens, temperature, seed. Raises `Failed` with the server's own last word when
         every attempt failed.
         """
-        from openai import OpenAIError
-
         attempt = 0
         while True:
             try:
@@ -86,14 +84,12 @@ class Endpoint:
                 finish = "length" if choice.finish_reason == "length" else "eos"
                 used = reply.usage.completion_tokens if reply.usage else -1
                 return _said(choice.message), finish, used
-            except (OpenAIError, *UNREADABLE) as error:
+            except FAILURES as error:
                 if isinstance(error, OpenAIError) or attempt == self.retries:
                     raise Failed(self._reason(error)) from error
                 attempt += 1  # the client repeats requests that fail, not replies of no use
 
     def _reason(self, error: Exception) -> str:
-        from openai import APIStatusError
-
         if not isinstance(error, APIStatusError):
             return f"{type(error).__name__} after {self.retries + 1} attempts"
         body = error.body.get("message") if isinstance(error.body, dict) else error.body

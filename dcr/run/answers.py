@@ -68,7 +68,6 @@ class Answers(Training):
         tokens: new tokens at most (0: the run's). Raises DCRError for a method without a served
         model where the configuration names an endpoint.
         """
-        from dcr.lm.endpoint import generate_remote
         from dcr.lm.generate import generate
 
         step, strength = point or Point()
@@ -94,6 +93,8 @@ class Answers(Training):
         def build(folder: Path) -> dict:
             out = folder / "generations.jsonl"
             if options.endpoint:
+                from dcr.lm.endpoint import generate_remote
+
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
