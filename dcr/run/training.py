@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,20 +214,6 @@ class Training(Recipes):
         return steering if strength == 1 else steering.at(strength)
 
     # ---- what was trained ----------------------------------------------------------------------
-
-    def complete(self, method: str) -> Iterator[str]:
-        """Train and fit all that a method needs; yields what was done."""
-        for on in self.relies_on(method):
-            yield from self.complete(on)
-        if "refine" in self.stages(method):
-            self.refined(method)
-            yield "refined"
-        if "align" in self.stages(method):
-            self.aligned(method)
-            yield "aligned"
-        if "steering" in self.entry(method):
-            self.fitted(method)
-            yield "fitted"
 
     def in_distribution(self, method: str) -> set[str]:
         """Names of the sources whose prompts a method trained on or took anchors from."""
