@@ -172,13 +172,11 @@ def align_command(
 
     Many GPUs for one model: accelerate launch --multi_gpu -m dcr.cli align OUT ...
     """
-    from dcr.run.own import align_own
+    from dcr.run.own import train_own
 
     tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
-    folder = align_own(
-        out, **tables, model=model, refine_first=refine, seed=seed, overrides=overrides
-    )
-    show(f"Model: {folder}")
+    stages = ["refine", "align"] if refine else ["align"]
+    show(f"Model: {train_own(out, stages, **tables, model=model, seed=seed, overrides=overrides)}")
 
 
 @app.command("refine")
@@ -192,10 +190,11 @@ def refine_command(
     overrides: Overrides = "",
 ) -> None:
     """Stage 1 alone on your own prompts; many GPUs as for align."""
-    from dcr.run.own import refine_own
+    from dcr.run.own import train_own
 
-    tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
-    show(f"Model: {refine_own(out, **tables, model=model, seed=seed, overrides=overrides)}")
+    tables = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general or None}
+    stages = ["refine"]
+    show(f"Model: {train_own(out, stages, **tables, model=model, seed=seed, overrides=overrides)}")
 
 
 @app.command("export")

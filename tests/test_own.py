@@ -92,8 +92,8 @@ def test_dcr_align_end_to_end_and_the_folder_loads_without_dcr(folder, files, tm
 
 
 def train(folder, files, out, **more):
-    return own.align_own(
-        out, **{**files, "model": str(folder), "overrides": SMALL, "refine_first": False, **more}
+    return own.train_own(
+        out, **{**files, "model": str(folder), "overrides": SMALL, "stages": ["align"], **more}
     )
 
 
@@ -112,7 +112,7 @@ def test_what_an_earlier_call_left_is_never_returned_for_other_data_seed_or_para
         "data": {"general": general},
         "seed": {"seed": 3},
         "parameters": {"overrides": SMALL + ",align.lr=1e-2"},
-        "stage 1": {"refine_first": True, "overrides": SMALL + ",refine.warmup=0"},
+        "stage 1": {"stages": ["refine", "align"], "overrides": SMALL + ",refine.warmup=0"},
     }
     for name, change in changes.items():
         out = train(folder, files, tmp_path / "model", **change)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,11 @@ class OwnData(Training):
     """The training half of a run on the user's tables: one recipe, no method of methods.yaml."""
 
     def __init__(
-        self, config: Config, store: Store, tables: Mapping[str, pd.DataFrame], stages: list[str]
+        self,
+        config: Config,
+        store: Store,
+        tables: Mapping[str, pd.DataFrame],
+        stages: Sequence[str],
     ) -> None:
         super().__init__(config, store, Base(config.model))
         self.tables, self.own_stages = tables, stages
@@ -49,32 +52,9 @@ class OwnData(Training):
         return TrainingSets(toxic, seemingly, general, pd.concat(mix, ignore_index=True))
 
 
-def align_own(  # noqa: PLR0913 (the public call)
+def train_own(  # noqa: PLR0913 (the public call)
     out: str | Path,
-    *,
-    toxic: Any,
-    seemingly_toxic: Any,
-    general: Any,
-    model: str = "embedded",
-    refine_first: bool = True,
-    seed: int = 0,
-    overrides: str | Mapping[str, object] = "",
-) -> Path:
-    """Stage 1 (unless `refine_first` is off) and stage 2 on the user's tables; a plain model folder
-    in `out`.
-
-    Tables: paths, frames, lists or hub ids (see `dcr.data.read.prompts_of`); toxic and general need
-    answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that an
-    interrupted call goes on. Under `accelerate launch` each process takes its share. Raises
-    DCRError for bad tables or a folder that cannot be written or holds something already.
-    """
-    given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
-    stages = ["refine", "align"] if refine_first else ["align"]
-    return _own(out, given, stages, model, seed, overrides)
-
-
-def refine_own(  # noqa: PLR0913 (the public call)
-    out: str | Path,
+    stages: Sequence[str],
     *,
     toxic: Any,
     seemingly_toxic: Any,
@@ -83,35 +63,32 @@ def refine_own(  # noqa: PLR0913 (the public call)
     seed: int = 0,
     overrides: str | Mapping[str, object] = "",
 ) -> Path:
-    """Stage 1 alone on the user's tables; otherwise as `align_own`, and no table needs answers."""
-    given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic, "general": general}
-    given = {n: t for n, t in given.items() if t is not None and not (isinstance(t, str) and not t)}
-    return _own(out, given, ["refine"], model, seed, overrides)
+    """Stage 1 ("refine"), stage 2 ("align") or both on the user's tables; a plain model folder in
+    `out`.
 
-
-def _own(
-    out: str | Path,
-    given: Mapping[str, Any],
-    stages: list[str],
-    model: str,
-    seed: int,
-    overrides: str | Mapping[str, object],
-) -> Path:
+    Tables: paths, frames, lists or hub ids (see `dcr.data.read.prompts_of`); for stage 2, toxic and
+    general need answers. Work is kept in `<out>.work`, keyed by data, seed and parameters, so that
+    an interrupted call goes on. Under `accelerate launch` each process takes its share. Raises
+    DCRError for bad tables or a folder that cannot be written or holds something already.
+    """
+    given = {"toxic": toxic, "seemingly_toxic": seemingly_toxic}
+    if "align" in stages or general is not None:
+        given["general"] = general
     out = Path(out).expanduser().absolute()
     config = Config(profile="own", seed=seed)  # no profile: profiles carry limits of our runs
     config = config.override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
     asked = {n: "align" in stages and n != "seemingly_toxic" for n in given}
     tables = {n: prompts_of(t, what=n, label=n, answers=asked[n]) for n, t in given.items()}
-    work = out.with_name(out.name + ".work")
-    run = OwnData(config, Store(work), tables, stages)
+    store = Store(out.with_name(out.name + ".work"))
+    run = OwnData(config, store, tables, stages)
     if not is_main():  # it trains along; the first process locks, keeps and saves
         run.weights("own")
         return out
-    data = [
-        {"role": n, "source": Path(t).name if isinstance(t, (str, Path)) else n, "licence": "yours"}
-        | {"rows": len(tables[n])}
-        for n, t in given.items()
-    ]
+    data = []
+    for name, table in given.items():
+        source = Path(table).name if isinstance(table, (str, Path)) else name
+        rows = len(tables[name])
+        data.append({"role": name, "source": source, "rows": rows, "licence": "yours"})
     method = "DCR" if len(stages) == 2 else stages[0]
     facts = {"method": f"{method}, own data", "config": config, "data": data}
     check_out(out)
@@ -119,7 +96,7 @@ def _own(
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
         save_plain({"": run.model("own")}, out, facts)
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(store.root, ignore_errors=True)
     return out
 
 
@@ -154,8 +131,8 @@ def data_facts(run: Training, method: str) -> list[dict]:
     for stage, tables in run.trained_on(method).items():
         for role, rows in tables.items():
             kinds = rows["part"] if stage == "align" else pd.Series(role, rows.index)
-            pairs = zip(kinds.str.replace("_", " "), rows["source"], strict=True)
-            for (kind, source), n in Counter(pairs).items():
+            counts = rows.groupby([kinds.str.replace("_", " "), "source"], sort=False).size()
+            for (kind, source), n in counts.items():
                 named = {"role": f"{STAGES[stage]}, {kind}", "source": source, "rows": n}
                 facts.append(named | {"licence": licence_of(source)})
     return facts
