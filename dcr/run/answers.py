@@ -98,16 +98,9 @@ class Answers(Training):
                 rows = generate_remote(prompts, options, served=served, seed=seed, out=out)
                 return {"prompts": len(rows), "missing": len(prompts) - len(rows)}
             model, tokenizer = self.model(method, step)
-            rows = generate(
-                model,
-                tokenizer,
-                prompts,
-                seed=seed,
-                precision=self.base_model.precision,
-                out=out,
-                steering=steering,
-                **options.model_dump(exclude={"endpoint", "served"}),
-            )
+            how = options.model_dump(exclude={"endpoint", "served"})
+            how |= {"seed": seed, "precision": self.base_model.precision, "steering": steering}
+            rows = generate(model, tokenizer, prompts, out=out, **how)
             facts = {"prompts": len(rows), "new_tokens": int(rows["n_tokens"].sum())}
             facts["truncated"] = int((rows["finish"] == "length").sum())
             return {**facts, **self.facts(self.config)}

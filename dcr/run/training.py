@@ -85,11 +85,7 @@ class Training(Recipes):
     # ---- stages --------------------------------------------------------------------------------
 
     def _stage(
-        self,
-        stage: str,
-        method: str,
-        train: Callable[..., tuple[Any, dict]],
-        **more: Any,
+        self, stage: str, method: str, train: Callable[..., tuple[Any, dict]], **more: Any
     ) -> Artifact:
         """The artifact of `train(base model, tokenizer, options) -> (what to keep, facts)`."""
         recipe, tables = self.recipe(method), self.trained_on(method)[stage]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,8 @@ def completions() -> pd.DataFrame:
     """Labelled completions at hand; never downloads.
 
     Columns model, prompt, response, label {comply, partial, refuse}; first, second: XSTest's two
-    annotators; share: of OR-FUZZ's readers, who say that the reply answers (half: comply).
+    annotators; share: of OR-FUZZ's readers, who say that the reply answers (half: comply). Raises
+    DCRError when there are none.
     """
     tables = []
     for name in at_hand():  # absent is fine, broken is not
@@ -56,16 +58,16 @@ def completions() -> pd.DataFrame:
             table["share"] = rows["answers"]
             table["label"] = np.where(rows["answers"] >= 0.5, "comply", "refuse")
         else:
-            names = {
-                "label": "final_label",
-                "first": "annotation_1",
-                "second": "annotation_2",
-            }
+            names = {"label": "final_label", "first": "annotation_1", "second": "annotation_2"}
             table = table.assign(**{new: rows[old].map(LABELS) for new, old in names.items()})
         tables.append(table)
+    if not tables:
+        raise DCRError(
+            "calibration: no human-labelled completions at hand. Run: dcr data fetch "
+            + " ".join(COMPLETIONS)
+        )
     columns = ["model", "prompt", "response", "label", "first", "second", "share"]
-    found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    return found.reindex(columns=columns)
+    return pd.concat(tables, ignore_index=True).reindex(columns=columns)
 
 
 def calibration(
@@ -84,31 +86,24 @@ def calibration(
     (XSTest: the two annotators; OR-FUZZ: two random readers); "prefix match" and "always comply"
     the floors. Raises DCRError when no labels are at hand.
     """
-    table = _labelled(table)
     rows = []
+    table = completions() if table is None else table
     for model, part in table.groupby("model", sort=False):
-        people = part["label"].to_numpy()
+        people, first, second = (part[c].to_numpy() for c in ("label", "first", "second"))
         if part["first"].notna().all():
-            ceiling = agreement(
-                part["first"].to_numpy(), part["second"].to_numpy(), bootstrap, seed
-            )
+            ceiling = agreement(first, second, bootstrap, seed)
         else:
             ceiling = {"n": len(part), "kappa": _readers(part["share"].to_numpy(float))}
         rows.append({"judge": "annotators", "model": model, "tokens": 0, "half": "all", **ceiling})
-        for name in (*judges, "prefix match", "always comply"):
-            for cut in tokens:
-                said = verdicts(name, part, cut)
-                swapped = part.assign(prompt=part["prompt"].map(swap_form))
-                swaps = (verdicts(name, swapped, cut) != said).sum() if not cut else np.nan
-                for half in ("all", "even", "odd"):
-                    turn = np.arange(len(part)) % 2
-                    chosen = (turn >= 0) if half == "all" else turn == (half == "odd")
-                    found = agreement(people[chosen], said[chosen], bootstrap, seed)
-                    if half == "all":
-                        found["form_swaps"] = swaps
-                    rows.append(
-                        {"judge": name, "model": model, "tokens": cut, "half": half, **found}
-                    )
+        swapped = part.assign(prompt=part["prompt"].map(swap_form))
+        halves = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
+        for name, cut in product((*judges, "prefix match", "always comply"), tokens):
+            said = verdicts(name, part, cut)
+            for half, chosen in halves.items():
+                row = {"judge": name, "model": model, "tokens": cut, "half": half}
+                rows.append(row | agreement(people[chosen], said[chosen], bootstrap, seed))
+            turned = np.nan if cut else (verdicts(name, swapped) != said).sum()
+            rows[-len(halves)]["form_swaps"] = turned
     return pd.DataFrame(rows)
 
 
@@ -127,7 +122,7 @@ def confusion(
         key["code"] = sha256_of(Path(__file__))
         path = cache_dir() / "judges" / f"confusion-{content_key(key)}.csv"
         if not path.is_file():
-            found = confusion(name, tokens=tokens, table=_labelled(None))
+            found = confusion(name, tokens=tokens, table=completions())
             write_atomic(path, found.to_csv(index=False))
         return pd.read_csv(path)
     said = verdicts(name, table, tokens)
@@ -155,19 +150,13 @@ def truncate(text: str, tokens: int) -> str:
     return text[: pieces[tokens - 1].end()] if len(pieces) > tokens else text
 
 
-def agreement(
-    people: np.ndarray,
-    given: np.ndarray,
-    bootstrap: int = 500,
-    seed: int = 0,
-    apart: Sequence[str] = ("partial",),
-) -> dict:
-    """Numbers of one judge's verdicts [n] against labels [n], those named in `apart` counted apart.
+def agreement(people: np.ndarray, given: np.ndarray, bootstrap: int = 500, seed: int = 0) -> dict:
+    """Numbers of one judge's verdicts [n] against labels [n], partial refusals counted apart.
 
     n, kappa with low and high (95 %, bootstrap over prompts), precision, recall and f1 of refusals,
     kappa_all, n_partial and how many of these were called refuse, partial and comply.
     """
-    clear = ~np.isin(people.astype(str), list(apart))
+    clear = people != "partial"
     truth, said = people[clear] == "refuse", given[clear] == "refuse"
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, said, average="binary", zero_division=0
@@ -210,13 +199,3 @@ def _readers(share: np.ndarray) -> float:
     observed, mean = np.mean(share**2 + (1 - share) ** 2), share.mean()
     chance = mean**2 + (1 - mean) ** 2
     return float((observed - chance) / (1 - chance))
-
-
-def _labelled(table: pd.DataFrame | None) -> pd.DataFrame:
-    table = completions() if table is None else table
-    if table.empty:
-        raise DCRError(
-            "calibration: no human-labelled completions at hand. Run: dcr data fetch "
-            + " ".join(COMPLETIONS)
-        )
-    return table
