@@ -76,7 +76,7 @@ def test_every_stage_once_and_nothing_a_second_time(run, folder, root):
     again = make(folder, root)
     assert not any(problem for *_, problem in again.complete())
     store = again.runs[0].store
-    list(again.runs[0].complete("DCR"))
+    again.runs[0].complete("DCR")
     assert store.computed == [] and len(store.reused) > 5
     stray = [p for p in root.rglob("*") if p.name.endswith((".lock", ".partial", ".tmp"))]
     assert not stray and not list(root.rglob("checkpoint-*"))

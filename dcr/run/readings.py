@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +18,16 @@ from dcr.run.training import Point
 class Run(Answers):
     """One configuration with one seed: what is trained, asked and read."""
 
-    def complete(self, method: str) -> Iterator[str]:
-        """Make all that a method's curve and frontier need; yields what was done."""
+    def complete(self, method: str) -> None:
+        """Make all that a method's curve and frontier need: what answers needs is trained first."""
         if self.config.generation.endpoint:  # a served model answers; nothing runs here
             self.verdicts(method)
-            yield "judged"
             return
         for on in self.relies_on(method):
-            yield from self.complete(on)
-        if "refine" in self.stages(method):
-            self.refined(method)
-            yield "refined"
-        if "align" in self.stages(method):
-            self.aligned(method)
-            yield "aligned"
-        if "steering" in self.entry(method):
-            self.fitted(method)
-            yield "fitted"
+            self.complete(on)
         for point in self.points(method):
             self.verdicts(method, *point)
-        yield "judged"
         self.scores(method)
-        yield "scored"
 
     def answers(
         self, method: str, prompts: pd.DataFrame, point: Point | None = None, *, tokens: int = 0

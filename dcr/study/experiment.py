@@ -193,7 +193,7 @@ class Experiment:
         """
         self.store.asked.clear()
         for run, method in self.cells() if of_methods else ():
-            list(run.complete(method))
+            run.complete(method)
         shown = ("kind", "name", "seed", "seconds", "peak_memory_mib", "started")
         return [
             {k: a.manifest.get(k) for k in shown}
@@ -227,9 +227,8 @@ class Experiment:
 
 def _complete(asked: Mapping[str, Any], cell: tuple[int, str]) -> None:
     seed, method = cell
-    run = Experiment(**asked, seeds=seed, methods=(method,)).runs[0]
-    for what in run.complete(method):
-        log.info("%s, seed %d: %s", method, seed, what)
+    Experiment(**asked, seeds=seed, methods=(method,)).runs[0].complete(method)
+    log.info("%s, seed %d: complete", method, seed)
 
 
 def on_every_seed(manifest: Mapping[str, Any]) -> list[str]:
