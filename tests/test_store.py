@@ -187,3 +187,26 @@ def test_a_clock_that_goes_backwards_is_harmless(tmp_path, monkeypatch):
     first = Store(tmp_path).get("stage", "a", {}, write)
     assert 0 <= first.manifest["seconds"] < 60
     Store(tmp_path).get("stage", "a", {}, lambda folder: pytest.fail("computed again"))
+
+
+@pytest.mark.parametrize("tracked", [True, False])
+def test_the_commit_is_that_of_the_kit_not_of_what_it_is_installed_in(
+    tmp_path, monkeypatch, tracked
+):
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True)
+        return done.stdout.decode().strip()
+
+    file = tmp_path / ".venv" / "dcr" / "run" / "store.py"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / ".gitignore").write_text("" if tracked else ".venv")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "theirs")
+    monkeypatch.setattr(store_module, "__file__", str(file))
+    store_module.environment.cache_clear()
+    found = store_module.environment()["git_commit"]
+    store_module.environment.cache_clear()
+    assert found == (git("rev-parse", "HEAD") if tracked else "unknown") != ""

@@ -63,6 +63,7 @@ def _git_commit() -> str:
         return subprocess.check_output(command, **options).strip()
 
     try:
+        git("ls-files", "--error-unmatch", ".")  # an installed copy may lie in another repository
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
