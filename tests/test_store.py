@@ -113,6 +113,16 @@ def test_a_damaged_artifact_is_computed_again_with_a_warning(tmp_path, caplog, d
     assert not stray(tmp_path)
 
 
+def test_what_is_finished_is_listed_and_what_cannot_be_read_is_named(tmp_path):
+    one = Store(tmp_path).get("stage", "a", {}, write)
+    killed = one.path.with_name(one.path.name + ".partial")  # just before its rename
+    shutil.copytree(one.path, killed)
+    assert Store(tmp_path).artifacts() == [one]
+    (one.path / "manifest.json").write_text("{")
+    with pytest.raises(DCRError, match="stage/a-.*manifest.json cannot be read.*Delete"):
+        [artifact.manifest for artifact in Store(tmp_path).artifacts()]
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("where", ["mkdir", "build", "behind another error", "rename"])
 def test_a_disk_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch, code, where):

@@ -89,8 +89,14 @@ class Artifact:
 
     @property
     def manifest(self) -> dict:
-        """The manifest written when it was finished."""
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        """The manifest written when it was finished. Raises DCRError where it cannot be read."""
+        path = self.path / "manifest.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DCRError(
+                f"{path} cannot be read ({error}). Delete its folder; what needs it is made again."
+            ) from error
 
     def broken(self) -> str:
         """What is wrong with its files: missing, or changed since they were finished; else ""."""
@@ -99,7 +105,7 @@ class Artifact:
             outputs = manifest["outputs"].items()
             if manifest.pop("checksum") != digest(manifest):
                 return "manifest.json has changed since it was written"
-        except (OSError, ValueError, KeyError, AttributeError):
+        except (DCRError, KeyError, AttributeError):
             return "manifest.json cannot be read"
         for name, checksum in outputs:
             path = self.path / name
@@ -219,5 +225,6 @@ class Store:
             lock.release()
 
     def artifacts(self) -> list[Artifact]:
-        """Every finished artifact of the run directory."""
-        return [Artifact(p.parent) for p in sorted(self.root.glob("*/*-*/manifest.json"))]
+        """Every finished artifact of the run directory; one killed at its rename is none."""
+        found = (p.parent for p in sorted(self.root.glob("*/*-*/manifest.json")))
+        return [Artifact(p) for p in found if p.suffix != ".partial"]
