@@ -185,13 +185,18 @@ def test_a_full_disk_while_exporting_leaves_nothing_half(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_card_names_no_local_path(tmp_path):
+def test_a_card_names_no_local_path(tmp_path, monkeypatch):
     parts = [tmp_path / "a.csv", tmp_path / "b.csv"]
     for part in parts:
         part.write_text("text")
     values = {"toxic": f"{parts[0]}+{parts[1]}", "judge": f"guard:{tmp_path}", "hub": "a/b"}
     cut = {"toxic": "a.csv+b.csv", "judge": f"guard:{tmp_path.name}", "hub": "a/b"}
     assert card.without_paths(values) == cut
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    home = Config().override({"model.name": "~/mine", "data.toxic": "~/a.csv+~/b.csv"})
+    text = card.card("x", {"method": "DCR", "data": [], "config": home})
+    assert "~/" not in text and "base_model" not in text and '"toxic": "a.csv+b.csv"' in text
 
 
 def test_a_card_is_text_whatever_the_names_and_its_metadata_is_valid(tmp_path):

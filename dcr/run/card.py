@@ -33,7 +33,7 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
 
     config: Config = facts["config"]
     base = config.model.name
-    if local := Path(base).exists():
+    if local := is_here(base):
         base = Path(base).name
     own = base == "embedded"
     about = ModelCardData(
@@ -66,6 +66,11 @@ def card(name: str, facts: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def is_here(path: str) -> bool:
+    """Whether a path is one of this machine; "~" is the user's home."""
+    return os.path.exists(os.path.expanduser(path))
+
+
 def without_paths(value: Any) -> Any:
     """Nested values with local paths cut to their last part."""
     if isinstance(value, dict):
@@ -75,6 +80,6 @@ def without_paths(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     parts = re.split(r"(\+|^guard:)", value)  # joined tables, a judge's folder
-    parts = [value] if Path(value).exists() else parts
-    local = [("/" in p or os.sep in p) and Path(p).exists() for p in parts]
+    parts = [value] if is_here(value) else parts
+    local = [("/" in p or os.sep in p) and is_here(p) for p in parts]
     return "".join(Path(p).name if own else p for p, own in zip(parts, local, strict=True))
