@@ -123,6 +123,20 @@ def test_what_an_earlier_call_left_is_never_returned_for_other_data_seed_or_para
     assert weights(train(folder, files, tmp_path / "model")) == made["plain"]
 
 
+@pytest.mark.parametrize(
+    ("stages", "more", "read"),
+    [
+        (["align"], "", {"toxic", "general"}),
+        (["refine"], "", {"toxic", "seemingly"}),
+        (["refine"], ",refine.retention=1.0", {"toxic", "seemingly", "general"}),
+    ],
+)
+def test_a_card_lists_what_was_trained_on_alone(folder, files, tmp_path, stages, more, read):
+    out = train(folder, files, tmp_path / "out", stages=stages, overrides=SMALL + more)
+    listed = re.findall(r"^\| (toxic|seemingly|general)", (out / "README.md").read_text(), re.M)
+    assert set(listed) == read
+
+
 def test_frames_and_a_missing_answer(folder, files, tmp_path):
     frames = {name: pd.read_csv(path) for name, path in files.items()}
     frames["toxic"].loc[3, "response"] = float("nan")

@@ -84,8 +84,10 @@ def train_own(  # noqa: PLR0913 (the public call)
     if not is_main():  # it trains along; the first process locks, keeps and saves
         run.weights("own")
         return out
+    learned = set(run.trained_on("own").get("refine", ()))
+    learned |= {"toxic", "general"} if "align" in stages else set()
     data = []
-    for name, table in given.items():
+    for name, table in ((n, t) for n, t in given.items() if n in learned):
         source = Path(table).name if isinstance(table, (str, Path)) else name
         rows = len(tables[name])
         data.append({"role": name, "source": source, "rows": rows, "licence": "yours"})
