@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def data_facts(run: Training, method: str) -> list[dict]:
     for stage, tables in run.trained_on(method).items():
         for role, rows in tables.items():
             kinds = rows["part"] if stage == "align" else pd.Series(role, rows.index)
-            counts = rows.groupby([kinds.str.replace("_", " "), "source"], sort=False).size()
-            for (kind, source), n in counts.items():
+            pairs = zip(kinds.str.replace("_", " "), rows["source"], strict=True)
+            for (kind, source), n in Counter(pairs).items():
                 named = {"role": f"{STAGES[stage]}, {kind}", "source": source, "rows": n}
                 facts.append(named | {"licence": licence_of(source)})
     return facts
