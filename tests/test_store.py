@@ -89,7 +89,9 @@ def test_a_failed_build_leaves_no_artifact_but_keeps_its_work(tmp_path):
     assert seen == ["half.txt"] and not stray(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest", "no manifest text"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "gone", "manifest", "no manifest text", "a list"]
+)
 def test_a_damaged_artifact_is_computed_again_with_a_warning(tmp_path, caplog, damage):
     artifact = Store(tmp_path).get("stage", "a", {}, lambda f: write(f, "sound weights"))
     path, manifest = artifact.path / "x.txt", artifact.path / "manifest.json"
@@ -103,6 +105,7 @@ def test_a_damaged_artifact_is_computed_again_with_a_warning(tmp_path, caplog, d
             manifest.read_text().replace('rows": 3', 'rows": 7')
         ),
         "no manifest text": lambda: manifest.write_text("{"),
+        "a list": lambda: manifest.write_text("[1]"),
     }[damage]()
     calls = []
     again = Store(tmp_path).get(

@@ -92,8 +92,8 @@ class Artifact:
         """The manifest written when it was finished. Raises DCRError where it cannot be read."""
         path = self.path / "manifest.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
             raise DCRError(
                 f"{path} cannot be read ({error}). Delete its folder; what needs it is made again."
             ) from error
