@@ -137,6 +137,14 @@ def test_a_card_lists_what_was_trained_on_alone(folder, files, tmp_path, stages,
     assert set(listed) == read
 
 
+def test_a_users_own_folder_beside_the_model_stays(folder, files, tmp_path):
+    notes = tmp_path / "out.work" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    train(folder, files, tmp_path / "out")
+    assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
+
+
 def test_frames_and_a_missing_answer(folder, files, tmp_path):
     frames = {name: pd.read_csv(path) for name, path in files.items()}
     frames["toxic"].loc[3, "response"] = float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -99,7 +100,10 @@ def train_own(  # noqa: PLR0913 (the public call)
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
         save_plain({"": run.model("own")}, out, facts)
-        shutil.rmtree(store.root, ignore_errors=True)
+        for kind in ("layer", *stages):  # what the user had there stays
+            shutil.rmtree(store.root / kind, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            store.root.rmdir()
     return out
 
 
