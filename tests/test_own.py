@@ -153,7 +153,7 @@ def test_frames_and_a_missing_answer(folder, files, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", ["full", "file", "below a file", ".", "read-only"])
+@pytest.mark.parametrize("place", ["full", "file", "below a file", ".", "/", "read-only"])
 def test_output_folders_that_cannot_be_are_refused_before_any_work(
     folder, files, tmp_path, monkeypatch, place
 ):
@@ -165,7 +165,12 @@ def test_output_folders_that_cannot_be_are_refused_before_any_work(
     if place == "read-only":
         monkeypatch.setattr(own.os, "access", lambda *_: False)
     out = {"below a file": "file/out", "read-only": "new/out"}.get(place, place)
-    messages = {"full": "is not empty", ".": "is not empty", "file": "is a file"}
+    messages = {
+        "full": "is not empty",
+        ".": "is not empty",
+        "/": "is not empty",
+        "file": "is a file",
+    }
     messages |= {"below a file": "file is a file", "read-only": "cannot be written"}
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DCRError, match=messages[place]):

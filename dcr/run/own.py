@@ -77,6 +77,7 @@ def train_own(  # noqa: PLR0913 (the public call)
     if "align" in stages or general is not None:
         given["general"] = general
     out = Path(out).expanduser().absolute()
+    check_out(out)
     config = Config(profile="own", seed=seed)  # no profile: profiles carry limits of our runs
     config = config.override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
     asked = {n: "align" in stages and n != "seemingly_toxic" for n in given}
@@ -95,7 +96,6 @@ def train_own(  # noqa: PLR0913 (the public call)
         data.append({"role": name, "source": source, "rows": rows, "licence": "yours"})
     method = "DCR" if len(stages) == 2 else stages[0]
     facts = {"method": f"{method}, own data", "config": config, "data": data}
-    check_out(out)
     run.base()  # a model that cannot be loaded is told before anything is written
     with writing(out), Store(out.parent).lock(out):
         check_out(out)  # another process may have filled it meanwhile
