@@ -15,9 +15,7 @@ from dcr.run.training import Point, Training
 
 
 class Answers(Training):
-    """The asking half of a run: prompts, answers to them and verdicts on those."""
-
-    # ---- prompts: the same for every seed and method -------------------------------------------
+    """The asking half of a run: prompts, the same for every seed and method; answers; verdicts."""
 
     @cached_property
     def prompts(self) -> pd.DataFrame:
@@ -43,8 +41,6 @@ class Answers(Training):
         forms = 1 + self.config.evaluation.forms
         each = max(2, self.config.data.curve_limit // (forms * len(sets)))
         return pd.concat([first_requests(rows, each) for rows in sets], ignore_index=True)
-
-    # ---- answers and verdicts ------------------------------------------------------------------
 
     def owner(self, method: str, step: int, strength: float) -> tuple[str, Point]:
         """The method and point that a point is the same as, so that nothing is asked twice."""

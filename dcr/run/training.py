@@ -30,8 +30,6 @@ class Point(NamedTuple):
 class Training(Recipes):
     """The training half of a run: what methods train and fit, and the models that come of it."""
 
-    # ---- models --------------------------------------------------------------------------------
-
     def layer(self, method: str = "DCR") -> int:
         """ℓ of a method as a number of blocks: its stage 1's, else its recipe's."""
         from dcr.analysis.probes import best_layer
@@ -81,8 +79,6 @@ class Training(Recipes):
         """What identifies a method's weights; its seed only where an artifact's key holds it."""
         on = [f"{path.name}@{at}" for path, at in self.weights(method, step)]
         return {"base": self.base_model.key, "weights": on}
-
-    # ---- stages --------------------------------------------------------------------------------
 
     def _stage(
         self, stage: str, method: str, train: Callable[..., tuple[Any, dict]], **more: Any
@@ -208,8 +204,6 @@ class Training(Recipes):
             self._steering[fit.path] = KINDS[name].load(facts, tensors, layers_path=path)
         steering = self._steering[fit.path]
         return steering if strength == 1 else steering.at(strength)
-
-    # ---- what was trained ----------------------------------------------------------------------
 
     def in_distribution(self, method: str) -> set[str]:
         """Names of the sources whose prompts a method trained on or took anchors from."""
