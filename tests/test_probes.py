@@ -20,7 +20,6 @@ from dcr.analysis.probes import (
     layer_scores,
     map_2d,
     surface_scores,
-    transfer_scores,
 )
 from dcr.errors import DCRError
 
@@ -96,13 +95,14 @@ def test_a_request_stays_in_one_fold(prompts):
 def test_a_request_trained_on_is_scored_by_the_fold_that_held_it_out(prompts):
     states = np.random.default_rng(0).normal(size=(1, len(prompts), 100)).astype(np.float32)
     rows = prompts.assign(request=range(120))
-    found = transfer_scores(states, rows, states, rows.assign(text="swapped"), [0])
+    found = layer_scores(states, rows, [0], (states, rows.assign(text="swapped")))
     assert 0.3 < auroc(rows, found[0]) < 0.7
 
 
 def test_transfer_reads_unseen_sources_and_follows_form_where_form_was_learnt(prompts):
     other = prompts.assign(request=[f"o{i}" for i in range(120)], source="two")
-    found = transfer_scores(planted(prompts, 6.0), prompts, planted(other, 6.0, seed=1), other, [1])
+    unseen = planted(other, 6.0, seed=1), other
+    found = layer_scores(planted(prompts, 6.0), prompts, [1], unseen)
     assert auroc(other, found[1]) > 0.97
     train = prompts[(prompts.label == "toxic") == (prompts.form == ".")]
     test = prompts[(prompts.label == "toxic") == (prompts.form == "?")]
@@ -113,7 +113,7 @@ def test_transfer_reads_unseen_sources_and_follows_form_where_form_was_learnt(pr
         values[0, :, 0] += (rows["form"] == ".").to_numpy()
         return values
 
-    assert auroc(test, transfer_scores(states(train), train, states(test), test, [0])[0]) < 0.05
+    assert auroc(test, layer_scores(states(train), train, [0], (states(test), test))[0]) < 0.05
 
 
 def test_best_layer_finds_the_planted_one_and_breaks_ties_by_loss(prompts):

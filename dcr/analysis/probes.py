@@ -105,33 +105,26 @@ def cross_scores(
 
 
 def layer_scores(
-    states: np.ndarray, prompts: pd.DataFrame, layers: Sequence[int] = (), *, seed: int = 0
-) -> pd.DataFrame:
-    """[n prompts, layers] cross-validated probe scores at each layer (default: all)."""
-    return transfer_scores(states, prompts, states, prompts, layers, seed=seed)
-
-
-def transfer_scores(
     states: np.ndarray,
     prompts: pd.DataFrame,
-    others: np.ndarray,
-    other_prompts: pd.DataFrame,
     layers: Sequence[int] = (),
+    unseen: tuple[np.ndarray, pd.DataFrame] | None = None,
     *,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """[n others, layers]: the probes of one set read on another (an unseen source, swapped twins).
+    """[n, layers] scores of `unseen` (default: the prompts themselves) by the probe of each layer.
 
-    A request that was trained on, in either form or as a member of a pair, is scored by the fold
-    that held it out. An AUROC below 0.5 says that the probe follows something else than harm: the
-    sentence's form, or the source.
+    unseen: states and prompts of an unseen source, of swapped twins. A request that was trained on,
+    in either form or as a member of a pair, is scored by the fold that held it out. An AUROC below
+    0.5 says that the probe follows something else than harm: the sentence's form, or the source.
     """
-    y, groups, other_groups = is_toxic(prompts), requests_in(prompts), requests_in(other_prompts)
+    others, read = unseen or (states, prompts)
+    y, groups, other_groups = is_toxic(prompts), requests_in(prompts), requests_in(read)
     scores = {}
     for layer in layers or range(len(states)):
-        unseen = others[layer], other_groups
-        scores[layer] = cross_scores(states[layer], y, groups, unseen, seed=seed)
-    return pd.DataFrame(scores, index=other_prompts.index)
+        held = others[layer], other_groups
+        scores[layer] = cross_scores(states[layer], y, groups, held, seed=seed)
+    return pd.DataFrame(scores, index=read.index)
 
 
 def surface_scores(prompts: pd.DataFrame) -> pd.DataFrame:

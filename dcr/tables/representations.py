@@ -92,7 +92,7 @@ def transfer(experiment: Experiment) -> pd.DataFrame:
         states = run.states("base", rows)
         for other, held in ((n, t) for n, t in tests.items() if n != name):
             read = run.states("base", held)
-            by_layer = probes.transfer_scores(states, rows, read, held, spread(run))
+            by_layer = probes.layer_scores(states, rows, spread(run), (read, held))
             found = auroc_rows(held, by_layer, "layer")
             parts.append(found.assign(pairing=name, tested_on=other))
     return pd.concat(parts, ignore_index=True)
@@ -130,7 +130,7 @@ def _at_layer(run: Run, named: dict, held: pd.DataFrame, by: str) -> pd.DataFram
     """AUROC of each named pairing's probe at ℓ on `held`, by form (and harmless source)."""
     layer, read, parts = run.layer("DCR"), run.states("base", held), []
     for name, rows in named.items():
-        found = probes.transfer_scores(run.states("base", rows), rows, read, held, [layer])[layer]
+        found = probes.layer_scores(run.states("base", rows), rows, [layer], (read, held))[layer]
         told = pd.DataFrame({"prompt_id": held["id"], "score": found, "method": name, "seed": 0})
         met = held["source"].isin(rows["source"]) | held.get("met", False)
         parts.append(auroc(held.assign(met=met), told, by=by))
