@@ -114,22 +114,19 @@ def aligned(
     if prompts.empty or prompts["id"].duplicated().any():
         twice = prompts.loc[prompts["id"].duplicated(), "id"]
         raise DCRError(f"prompt {twice.iloc[0]!r} occurs twice." if len(twice) else "no prompts.")
+    known = table.set_index(["method", "seed", "prompt_id"])[column]
+    if (repeats := known.index.duplicated()).any():
+        *of, name = known.index[repeats][0]
+        raise DCRError(f"{column}s of {of[0]}, seed {of[1]}: prompt {name!r} occurs twice.")
     found: Values = {}
-    for method, mine in table.groupby("method", sort=False):
-        columns, seeds = [], []
-        for seed, rows in mine.groupby("seed", sort=True):
-            known = rows.set_index("prompt_id")[column]
-            where = f"{column}s of {method}, seed {seed}"
-            if known.index.has_duplicates:
-                name = known.index[known.index.duplicated()][0]
-                raise DCRError(f"{where}: prompt {name!r} occurs twice.")
-            values = known.reindex(prompts["id"])
-            if (gone := values.isna()).any():
-                first = values.index[gone][0]
-                raise DCRError(f"{where}: none for {int(gone.sum())} prompts, {first!r} first.")
-            columns.append(values.to_numpy())
-            seeds.append(int(str(seed)))
-        found[str(method)] = seeds, np.stack(columns, axis=1)
+    for method, mine in known.groupby("method", sort=False):
+        wide = mine.droplevel("method").unstack("seed").reindex(prompts["id"])
+        for seed in wide:
+            if (gone := wide[seed].isna()).any():
+                where, first = f"{column}s of {method!s}, seed {seed}", gone.idxmax()
+                raise DCRError(f"{where}: none for {gone.sum()} prompts, {first!r} first.")
+        columns = [wide[seed].to_numpy() for seed in wide]
+        found[str(method)] = [int(str(seed)) for seed in wide], np.stack(columns, axis=1)
     return found
 
 
