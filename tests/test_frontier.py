@@ -12,12 +12,8 @@ from sklearn.metrics import roc_auc_score
 from test_rates import verdicts, world
 
 from dcr.errors import DCRError
-from dcr.evaluate.auroc import (
-    agreement_with_verdicts,
-    auroc,
-    auroc_by_source,
-    auroc_differences,
-)
+from dcr.evaluate import auroc as ranks
+from dcr.evaluate.auroc import agreement_with_verdicts, auroc, auroc_differences
 from dcr.evaluate.frontier import compliance_at, differences
 from dcr.evaluate.rates import question_mark_rule, rates
 
@@ -42,6 +38,10 @@ def gaussian(prompts: pd.DataFrame, gap: float, rng: np.random.Generator) -> np.
     """Scores N(gap, 1) of toxic and N(0, 1) of other prompts; twins have the same."""
     codes, names = pd.factorize(prompts["request"])
     return rng.normal(size=len(names))[codes] + gap * (prompts["label"] == "toxic")
+
+
+def auroc_by_source(prompts: pd.DataFrame, table: pd.DataFrame, **options) -> pd.DataFrame:
+    return auroc(ranks.tested(prompts), table, **options)
 
 
 def at(table: pd.DataFrame, column: str = "compliance") -> list[float]:
@@ -302,10 +302,10 @@ def test_intervals_cover_and_are_no_wider_than_needed(spread):
         "auroc": norm.cdf(gaps / np.sqrt(2)).mean(),
         "dsr": norm.cdf(gaps).mean(),  # of a threshold at 0
     }
-    tested = prompts[prompts["role"] == "test"]
-    said = drawn[drawn["prompt_id"].isin(tested["id"])]
+    test = prompts[prompts["role"] == "test"]
+    said = drawn[drawn["prompt_id"].isin(test["id"])]
     said = said.assign(verdict=np.where(said["score"] > 0, "refuse", "comply"))
-    table = rates(tested, said).query("benchmark == 'mean' and metric == 'dsr'")
+    table = rates(test, said).query("benchmark == 'mean' and metric == 'dsr'")
     ranked = auroc_by_source(prompts, drawn).query("source == 'mean'")
     found = {
         "compliance": compliance_at(prompts, drawn, (0.8,)).rename(columns={"compliance": "value"}),

@@ -6,6 +6,7 @@ label away as much as a form does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -13,15 +14,7 @@ import numpy as np
 import pandas as pd
 
 from dcr.errors import DCRError
-from dcr.evaluate.cells import (
-    BALANCED_FORMS,
-    Cell,
-    Values,
-    aligned,
-    is_apart,
-    pairs_of,
-    same_seeds,
-)
+from dcr.evaluate.cells import BALANCED_FORMS, Values, aligned, is_apart, pairs_of, same_seeds
 from dcr.evaluate.intervals import N_BOOT, SIGNED, effective_n, interval, request_weights, shares
 
 LABELS = ("toxic", "seemingly_toxic")
@@ -83,36 +76,36 @@ def by_seed(values: Values, read: Callable[[np.ndarray], np.ndarray]) -> Values:
 
 
 def _aurocs(
-    prompts: pd.DataFrame, scores: pd.DataFrame, n_boot: int
+    prompts: pd.DataFrame, scores: pd.DataFrame, by: str, n_boot: int
 ) -> tuple[Values, pd.DataFrame]:
     """(draws [1 + n_boot, seeds, rows]; source, forms, met, n and effective n of each row)."""
-    rows, values = scored(prompts, scores)
+    rows = prompts if by == "all" else prompts[prompts["form"].isin(BALANCED_FORMS)]
+    merged = {"all": ["form", "source"], "form": ["source"], "source": []}[by]  # not told apart
+    rows, values = scored(rows.assign(**dict.fromkeys(merged, "all")), scores)
     drawn, requests = request_weights(rows["request"], n_boot), rows["request"].to_numpy()
     toxic, harmless = (rows[rows["label"] == label] for label in LABELS)
     if toxic.empty or harmless.empty:
         raise DCRError("AUROC: no toxic or no harmless prompts in the forms that count; add some.")
-    sides = {}  # form of toxic prompts: their sources weigh equally
-    for shown, part in toxic.groupby("form", sort=False):
+    sides, groups, records = {}, [], []  # row numbers and weights [1 + n_boot, m] of prompts
+    for form, part in toxic.groupby("form", sort=False):
         parts = [p.index.to_numpy() for _, p in part.groupby("source", sort=False)]
-        sides[str(shown)] = Cell("", "", "", "", tuple((1 / len(parts), i) for i in parts))
-    groups, records = [], []
-    for (source, form), part in harmless.groupby(["source", "form"], sort=False):
-        groups.append(Cell("", "", "", "", ((1.0, part.index.to_numpy()),)))
-        named = {"source": str(source), "harmless_form": str(form), "met": part["met"].any()}
+        equal = [shares(drawn[:, i]) / len(parts) for i in parts]
+        sides[str(form)] = np.concatenate(parts), np.hstack(equal)
+    for (source, shown), part in harmless.groupby(["source", "form"], sort=False):
+        groups.append((part.index.to_numpy(), shares(drawn[:, part.index])))
+        named = {"source": str(source), "harmless_form": str(shown), "met": part["met"].any()}
         records += [{**named, "toxic_form": name} for name in sides]
-    weights = {f: c.weights(drawn) for f, c in sides.items()}
-    others = [(c.index, c.weights(drawn)) for c in groups]
 
     def read(column: np.ndarray) -> np.ndarray:
-        masses = [Mass(column[sides[f].index], w) for f, w in weights.items()]
-        found = [(w * m.above(column[i])).sum(1) for i, w in others for m in masses]
+        masses = [Mass(column[i], w) for i, w in sides.values()]
+        found = [(w * m.above(column[i])).sum(1) for i, w in groups for m in masses]
         return np.stack(found, axis=1)  # [1 + n_boot, cells]
 
     names, mixing = _averaged(pd.DataFrame(records))
     plain = np.zeros((2, len(records), len(rows)))  # weight of each prompt, toxic and harmless
-    for i, (group, side) in enumerate((g, s) for g in groups for s in sides.values()):
-        for place, cell in enumerate((side, group)):
-            plain[place, i, cell.index] = cell.weights(drawn[:1])[0]
+    for cell, (group, side) in enumerate(itertools.product(groups, sides.values())):
+        for place, (i, w) in enumerate((side, group)):
+            plain[place, cell, i] = w[0]
     mixed = mixing @ plain  # [2, rows, prompts]
     behind = [min(effective_n(w, requests) for w in mixed[:, i]) for i in names.index]
     names = names.assign(n=(mixed > 0).sum(axis=(0, 2)), effective=behind)
@@ -150,7 +143,7 @@ def auroc(
     `met` (a column of prompts, else False): some method met the source in training; it enters the
     mean only where all are met, and the mean's own `met` says so.
     """
-    drawn, names = _aurocs(_told_apart(prompts, by), scores, n_boot)
+    drawn, names = _aurocs(prompts, scores, by, n_boot)
     tables = []
     for method, (seeds, table) in drawn.items():
         found = interval(table, names["effective"].to_numpy())
@@ -160,23 +153,9 @@ def auroc(
     return pd.concat(tables, ignore_index=True)[order]
 
 
-def _told_apart(prompts: pd.DataFrame, by: str) -> pd.DataFrame:
-    """The prompts that count, with one form, one source or both where `by` does not tell them."""
-    rows = prompts if by == "all" else prompts[prompts["form"].isin(BALANCED_FORMS)]
-    merged = {"all": ["form", "source"], "form": ["source"], "source": []}[by]
-    return rows.assign(**dict.fromkeys(merged, "all"))
-
-
 def tested(prompts: pd.DataFrame) -> pd.DataFrame:
-    """The test prompts that count: no set that stands apart."""
+    """The test prompts that count: no set that stands apart, for methods train on it."""
     return prompts[~is_apart(prompts) & (prompts.get("role", "test") == "test")]
-
-
-def auroc_by_source(
-    prompts: pd.DataFrame, scores: pd.DataFrame, *, n_boot: int = N_BOOT
-) -> pd.DataFrame:
-    """`auroc` by harmless source on the test prompts that no method trains on."""
-    return auroc(tested(prompts), scores, n_boot=n_boot)
 
 
 def less(drawn: Values, against: Sequence[str], effective: float) -> pd.DataFrame:
@@ -205,7 +184,7 @@ def auroc_differences(
     It is the last row of `auroc`: the mean over sources and forms, over forms, or the only one.
     Empty where some pair of forms is missing. All prompts given count.
     """
-    drawn, names = _aurocs(_told_apart(prompts, by), scores, n_boot)
+    drawn, names = _aurocs(prompts, scores, by, n_boot)
     last = names.iloc[-1]
     if last["toxic_form"] not in ("balanced", "all"):
         return pd.DataFrame()

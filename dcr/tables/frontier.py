@@ -39,7 +39,7 @@ def frontier_differences(experiment: Experiment) -> pd.DataFrame:
 @table("auroc_by_source", notebook=NOTEBOOK)
 def auroc_by_source(experiment: Experiment) -> pd.DataFrame:
     """AUROC of every method's refusal score by harmless source and forms; sources never pooled."""
-    return ranks.auroc_by_source(experiment.prompts, scores(experiment))
+    return ranks.auroc(ranks.tested(experiment.prompts), scores(experiment))
 
 
 @table("score_agreement", notebook=NOTEBOOK)
