@@ -63,11 +63,10 @@ def robustness(
     rows = []
     said = aligned(prompts, verdicts, "verdict", ("id", "label", "request", "plain", "wrapper"))
     for method, (seeds, table) in said.items():
-        refused = pd.DataFrame(table == "refuse", index=prompts.index).astype(float)
+        refused = pd.DataFrame(table == "refuse", index=prompts["id"]).astype(float)
         for (label, wrapper), part in prompts.groupby(["label", "wrapper"], sort=False):
-            same = prompts[(prompts["label"] == label) & (prompts["wrapper"] == "plain")]
-            plain = refused.loc[same.index].set_axis(same["plain"]).loc[part["plain"]].to_numpy()
-            mine = refused.loc[part.index].to_numpy()
+            mine = refused.loc[part["id"]].to_numpy()
+            plain = refused.loc[[f"{i}:plain" for i in part["plain"]]].to_numpy()
             value = mean_interval(mine, part["request"], bounds=(0, 1), n_boot=n_boot)
             change = mean_interval(mine - plain, part["request"], bounds=SIGNED, n_boot=n_boot)
             names = ("value", "low", "high", "change", "change_low", "change_high")
