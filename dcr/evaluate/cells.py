@@ -46,13 +46,14 @@ class Cell:
         """[draws, m] weight of each of its prompts in the rate, from request weights [draws, n]."""
         return np.hstack([share * shares(drawn[:, i]) for share, i in self.parts])
 
-    def single(self, requests: np.ndarray) -> bool:
+    def single(self, prompts: pd.DataFrame) -> bool:
         """Whether it is one share of requests that each come once."""
-        return len(self.parts) == 1 and len(set(requests[self.index])) == len(self.index)
+        return len(self.parts) == 1 and prompts["request"].iloc[self.index].is_unique
 
-    def effective(self, requests: np.ndarray) -> float:
+    def effective(self, prompts: pd.DataFrame) -> float:
         """How many requests stand behind it (Kish)."""
-        return effective_n(self.weights(np.ones((1, len(requests))))[0], requests[self.index])
+        weights = self.weights(np.ones((1, len(prompts))))[0]
+        return effective_n(weights, prompts["request"].iloc[self.index])
 
 
 def is_apart(prompts: pd.DataFrame) -> np.ndarray:

@@ -67,7 +67,7 @@ def _readings(
             found.append(np.stack([(ties + tied) / 2, 1 - wrong, dsr, *others], axis=1))
         return np.stack(found, axis=1)  # [1 + n_boot, targets, 3 or 4]
 
-    behind = [c.effective(rows["request"].to_numpy()) for c in cells[1:]]
+    behind = [c.effective(rows) for c in cells[1:]]
     return by_seed(values, read), sum(len(c.index) for c in cells[1:3]), behind
 
 

@@ -77,19 +77,18 @@ def rates(
     verdict of every method and seed.
     """
     said = aligned(prompts, verdicts, "verdict")
+    told = "finish" in verdicts and verdicts["finish"].notna().any()
+    known = [m for m in METRICS if told or m != "truncated_share"]
     ended: Values = {}
-    if "finish" in verdicts:  # a rule has none: nothing of it is cut
-        told = verdicts[verdicts.groupby("method")["finish"].transform("count") > 0]
-        ended = aligned(prompts, told.fillna({"finish": "eos"}), "finish")  # one may be unscored
-    known = [m for m in METRICS if ended or m != "truncated_share"]
+    if told:  # what has none, a rule or an answer that failed, is not cut
+        ended = aligned(prompts, verdicts.fillna({"finish": "eos"}), "finish")
     hits = {}  # method: [prompts, seeds, metrics]
-    for method, (seeds, table) in said.items():
-        cut = ended.get(method, (seeds, np.full_like(table, "eos")))[1]
-        each = [cut if m == "truncated_share" else table for m in known]
+    for method, (_, table) in said.items():
+        each = [ended[method][1] if m == "truncated_share" else table for m in known]
         whole = np.stack([v == METRICS[m] for m, v in zip(known, each, strict=True)], axis=2)
         hits[method] = whole.astype(float)
-    drawn, requests = _sample(prompts, n_boot)
-    cells = [(c, c.effective(requests), c.single(requests)) for c in cells_of(prompts)]
+    drawn = request_weights(prompts["request"], n_boot)
+    cells = [(c, c.effective(prompts), c.single(prompts)) for c in cells_of(prompts)]
     parts = {id(i): (i, shares(drawn[:, i])) for c, *_ in cells for _, i in c.parts}
     rows = []
     for method, values in hits.items():
@@ -111,15 +110,10 @@ def rates(
     return pd.DataFrame(rows)[[*columns, "statements", "apart"]]
 
 
-def _sample(prompts: pd.DataFrame, n_boot: int) -> tuple[np.ndarray, np.ndarray]:
-    """(request weights [1 + n_boot, n], requests [n])."""
-    return request_weights(prompts["request"], n_boot), prompts["request"].to_numpy()
-
-
-def _differences(cell: Cell, values: np.ndarray, drawn: np.ndarray, requests: np.ndarray) -> dict:
+def _differences(cell: Cell, values: np.ndarray, drawn: np.ndarray, prompts: pd.DataFrame) -> dict:
     """difference, low, high, p, seeds of differences [prompts, seeds] in a cell."""
     draws = cell.weights(drawn) @ values[cell.index]
-    found = interval(draws, cell.effective(requests), SIGNED)
+    found = interval(draws, cell.effective(prompts), SIGNED)
     found["difference"] = found.pop("value")
     return {k: float(v) for k, v in found.items()} | {"seeds": values.shape[1]}
 
@@ -144,14 +138,14 @@ def rate_differences(
     difference, low, high, p, seeds, p_holm (over the table); as published and form-balanced. p:
     exact McNemar for one set of requests that come once and one seed, else from the interval.
     """
-    right, rows, sample = _right(prompts, verdicts), [], _sample(prompts, n_boot)
+    right, rows, drawn = _right(prompts, verdicts), [], request_weights(prompts["request"], n_boot)
     shown = (("published", "all"), ("both", "balanced"))
     cells = [c for c in cells_of(prompts) if (c.version, c.form) in shown]
     for method, other in pairs_of(right, against):
         a, b = same_seeds(right, method, other)
         for cell in cells:
-            numbers = _differences(cell, a - b, *sample)
-            if cell.single(sample[1]) and a.shape[1] == 1:
+            numbers = _differences(cell, a - b, drawn, prompts)
+            if cell.single(prompts) and a.shape[1] == 1:
                 numbers["p"] = mcnemar_exact(a[cell.index, 0], b[cell.index, 0])
             named = {"method": method, "against": other, "metric": HEADLINE[cell.label]}
             rows.append({**named, **cell.names, **numbers})
@@ -169,7 +163,7 @@ def what_the_template_does(
     Only sets that have both count, equally. Columns method, metric, label, form, difference, low,
     high, p, n, sets, seeds; no row where no set has both.
     """
-    right, rows, sample = _right(prompts, verdicts), [], _sample(prompts, n_boot)
+    right, rows, drawn = _right(prompts, verdicts), [], request_weights(prompts["request"], n_boot)
     of = {(c.benchmark, c.label, c.form, c.version): c for c in cells_of(prompts) if not c.apart}
     pairs = []
     for (benchmark, label, form, version), natural in of.items():
@@ -180,7 +174,7 @@ def what_the_template_does(
     for cell in means(pairs):
         for method, (_, values) in right.items():
             named = {"method": method, "metric": HEADLINE[cell.label]}
-            rows.append({**named, **cell.names, **_differences(cell, values, *sample)})
+            rows.append({**named, **cell.names, **_differences(cell, values, drawn, prompts)})
     columns = "method metric label form difference low high p n sets seeds".split()
     return pd.DataFrame(rows, columns=columns)
 
