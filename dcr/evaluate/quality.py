@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from dcr.config import EvaluationConfig
 from dcr.data.files import append_jsonl, content_key
 from dcr.errors import DCRError
-from dcr.evaluate.cells import aligned
+from dcr.evaluate.cells import aligned, same_seeds
 from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.judges.degenerate import is_degenerate
 
@@ -185,13 +185,11 @@ def _reference_free(prompts: pd.DataFrame, texts: np.ndarray, ended: np.ndarray)
 
 def _won(prompts, texts, pair, options, out: Path) -> dict[str, float]:
     """`win_rate` over the pairs of all seeds that both ran."""
-    (seeds, mine), (others, base) = (texts[m] for m in pair)
     endpoint, model = options.quality_endpoint, options.quality_model
     out.mkdir(parents=True, exist_ok=True)
     tables = []
-    for seed in [s for s in seeds if s in others] or [seeds[0]]:
-        other = base[:, others.index(seed) if seed in others else 0]
-        columns = {"answer": mine[:, seeds.index(seed)], "against": other}
+    for answer, other in zip(*(said.T for said in same_seeds(texts, *pair)), strict=True):
+        columns = {"answer": answer, "against": other}
         pairs = pd.DataFrame({"prompt_id": prompts["id"], "text": prompts["text"], **columns})
         target = out / f"{content_key([model, endpoint, pairs.values.tolist()])}.jsonl"
         tables.append(compare_answers(pairs, endpoint=endpoint, model=model, out=target))
