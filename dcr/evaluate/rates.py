@@ -189,23 +189,18 @@ def corrected(rows: pd.DataFrame, confusion: pd.DataFrame) -> pd.DataFrame:
     """
     if missing := {"human", "judge", "n"} - set(confusion):
         raise DCRError(f"confusion table: column {min(missing)!r} is missing.")
-    drawn: dict[tuple[str, str], Draws | None] = {}  # (verdict, class): the judge's errors
-    found = np.full((len(rows), 3), np.nan)
-    for i, row in enumerate(rows.to_dict("records")):
-        if row["metric"] not in JUDGED:
-            continue
-        at = METRICS[row["metric"]], row["label"] if "label" in confusion else ""
-        if at not in drawn:
-            drawn[at] = _errors(confusion, *at)
-        if errors := drawn[at]:
-            found[i] = _corrected(row, *errors)
-    return rows.assign(**dict(zip(CORRECTED, found.T, strict=True)))
+    found = pd.DataFrame(np.nan, rows.index, CORRECTED)
+    judged = rows[rows["metric"].isin(JUDGED)]
+    classes = ["label"] if "label" in confusion else []
+    for (metric, *label), part in judged.groupby(["metric", *classes], sort=False):
+        known = confusion[confusion["label"].isin(label)] if label else confusion
+        if errors := _errors(known, METRICS[str(metric)]):
+            found.loc[part.index] = [_corrected(row, *errors) for row in part.to_dict("records")]
+    return rows.assign(**found)
 
 
-def _errors(confusion: pd.DataFrame, kind: str, label: str) -> Draws | None:
+def _errors(confusion: pd.DataFrame, kind: str) -> Draws | None:
     """z [N_BOOT], se, sp [1 + N_BOOT] (first: as measured) of a verdict; None: it tells nothing."""
-    if label:
-        confusion = confusion[confusion["label"] == label]
     right = []  # (right, all) answers of the kind, then of others: sensitivity, specificity
     for side in (True, False):
         part = confusion[(confusion["human"] == kind) == side]
