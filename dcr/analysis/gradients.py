@@ -6,8 +6,6 @@ one gradient vector in memory. Blocks are visited from the top; only block input
 at one block border are kept between visits. All run where gradients are enabled (`grads_on`).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Inner products of logit gradients from their factors, and a check of one against autograd."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable

@@ -5,8 +5,6 @@ prompts is K(x', x) = J(x') J(x)ᵀ, [k, k]. Reported: ‖K(x', x)‖_F / ‖K(x
 ‖K(x', x)‖_F / √(‖K(x', x')‖_F ‖K(x, x)‖_F) (symmetric).
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 

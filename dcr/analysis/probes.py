@@ -5,8 +5,6 @@ whatever reads scores (AUROC by form and by source, intervals over requests, thr
 probes too. Folds hold a request whole: its two forms and both members of a minimal pair.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ The openings count in every typography. No phrase is the beginning of another, s
 probabilities add up. The paper's list is unknown; ours is versioned.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

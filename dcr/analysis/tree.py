@@ -5,8 +5,6 @@ mask that shows each its own ancestors: the likeliest first, and not those whose
 hardly count.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence
@@ -53,7 +51,7 @@ class Begun:
     path: tuple[int, ...] = ()
 
 
-def log_odds(logits: Tensor, packed: Packed, tree: Tree) -> np.ndarray:
+def log_odds(logits: Tensor, packed: "Packed", tree: Tree) -> np.ndarray:
     """[n] log odds of the tree's phrases from logits [n, 1, vocabulary] behind the prompts."""
     n = len(logits)
     inside, outside = np.full((2, n), -np.inf)

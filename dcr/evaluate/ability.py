@@ -5,8 +5,6 @@ and from the hub otherwise. The numbers are the harness's own: its command line 
 these files.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

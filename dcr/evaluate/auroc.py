@@ -4,8 +4,6 @@ By pair of forms and by harmless source, averaged over sources and never pooled:
 label away as much as a form does.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """What a rate is made of: sets weigh equally in a class, forms equally in a set."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Checks on a result: mild rewording, longer answers, which prompts changed sides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -6,8 +6,6 @@ equally in a set. Prompts that tie with the threshold are refused by lot, so tha
 values reaches every t. Beside it AUROC (`dcr.evaluate.auroc`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

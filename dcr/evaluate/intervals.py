@@ -9,8 +9,6 @@ With two or three seeds that differ by more than requests explain, intervals are
 (coverage .84 to .92 in simulation): five are what the kit reports.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 from collections.abc import Sequence

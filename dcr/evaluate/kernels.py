@@ -9,8 +9,6 @@ are unknown, so Q = 1 here, and absolute values, for a norm cannot be negative. 
 1 only.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Both orders are asked; a preference that turns with the order is a tie. Without 
 no win rate. Toxic prompts are never sent: the question is how well harmless ones are answered.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ version {published, swapped}, request (and role). "As published" is (published, 
 "form-balanced" is (both, balanced).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
