@@ -257,3 +257,13 @@ def test_a_killed_score_goes_on_where_less_is_known(tiny_llama, tiny_tokenizer, 
     assert list((tmp_path / "batches").iterdir())
     with keeping(tmp_path):
         np.testing.assert_array_equal(steering().score(*asked), whole)
+
+
+def test_a_model_that_drops_activations_is_refused(tiny_tokenizer, openings):
+    """As a trainer leaves it; its scores were other ones at every call."""
+    model = make_model("gpt2", 2, 16)
+    model.train()
+    model.transformer.drop.p = 0.5
+    with pytest.raises(DCRError, match=r"dropout is on. Call model.eval\(\) first"):
+        refusal_score(model, tiny_tokenizer, ["how ?"])
+    assert np.isfinite(refusal_score(model.eval(), tiny_tokenizer, ["how ?"]))

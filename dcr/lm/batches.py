@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -206,8 +206,10 @@ def fitted(
 
     room: new tokens that must fit behind a row. truncate: keep the last tokens of a row that is too
     long. Raises DCRError naming the first prompt that is too long, or holds a token for which the
-    model has no embedding.
+    model has no embedding; or for a model that drops activations, as Trainer leaves it.
     """
+    if any(isinstance(m, nn.Dropout) and m.training and m.p for m in model.modules()):
+        raise DCRError("the model is in training mode: its dropout is on. Call model.eval() first.")
     config, known = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
     limit = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - room
     if limit < 1:
