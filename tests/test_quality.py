@@ -7,11 +7,13 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from dcr.config import EvaluationConfig
 from dcr.errors import DCRError
+from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.quality import (
     KEY_VARIABLE,
     combine,
@@ -210,6 +212,22 @@ def test_win_rates_are_asked_about_harmless_prompts_alone(server, tmp_path):
     row = table[table["measure"] == "win rate against STL"].iloc[0]
     assert row["value"] == 1 and 0.3 < row["low"] < 1 and row["wins"] == row["n"] == 2
     assert len(server.seen) == 4
+
+
+def test_seeds_that_win_differently_widen_the_win_rate():
+    hit = np.random.default_rng(0).random((100, 5)) < [0.9, 0.7, 0.5, 0.3, 0.1]
+    names = [f"p{i}" for i in range(100)]
+    outcome = np.where(hit, "win", "loss")
+    tables = [
+        pd.DataFrame({"prompt_id": names, "outcome": outcome[:, s], "seed": s}) for s in range(5)
+    ]
+    table = pd.concat(tables).assign(first="A", second="B", error="")
+    found = win_rate(table)
+    expected = mean_interval(hit, names, bounds=(0, 1))
+    assert [found[k] for k in ("value", "low", "high")] == pytest.approx(expected)
+    assert found["low"] < 0.25
+    table.loc[table["seed"] == 4, "outcome"] = "unscored"
+    assert win_rate(table)["value"] == pytest.approx(hit[:, :4].mean())
 
 
 def test_bad_input_is_refused():

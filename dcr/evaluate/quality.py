@@ -17,7 +17,7 @@ from dcr.config import EvaluationConfig
 from dcr.data.files import append_jsonl, content_key
 from dcr.errors import DCRError
 from dcr.evaluate.cells import aligned, same_seeds
-from dcr.evaluate.intervals import mean_interval
+from dcr.evaluate.intervals import interval, mean_interval, request_weights, shares
 from dcr.evaluate.judges.degenerate import is_degenerate
 
 log = logging.getLogger("dcr")
@@ -100,16 +100,24 @@ def compare_answers(
 
 def win_rate(table: pd.DataFrame) -> dict[str, float]:
     """value, low, high (wins and half the ties among scored pairs), wins, ties, losses, unscored,
-    parse_failures, order_flips (share of scored pairs that turned with the order), n."""
+    parse_failures, order_flips (share of scored pairs that turned with the order), n.
+
+    table: of `compare_answers`; of several seeds below one another, with a column seed.
+    """
     scored = table[table["outcome"] != "unscored"]
-    value, flips = (np.nan, np.nan, np.nan), np.nan
+    ends = ("value", "low", "high")
+    value, flips = dict.fromkeys(ends, np.nan), np.nan
     if len(scored):
-        points = scored["outcome"].map(POINTS)
-        value = mean_interval(points, scored["prompt_id"], bounds=(0.0, 1.0))
+        draws = [
+            shares(request_weights(rows["prompt_id"])) @ rows["outcome"].map(POINTS)
+            for _, rows in scored.groupby(scored.get("seed", pd.Series(0, scored.index)))
+        ]
+        found = interval(np.stack(draws, axis=1), scored["prompt_id"].nunique())
+        value = {end: float(found[end]) for end in ends}
         flips = (scored["first"].eq(scored["second"]) & scored["first"].isin(["A", "B"])).mean()
     named = {"win": "wins", "tie": "ties", "loss": "losses", "unscored": "unscored"}
     return {
-        **dict(zip(("value", "low", "high"), value, strict=True)),
+        **value,
         **{name: int((table["outcome"] == k).sum()) for k, name in named.items()},
         "parse_failures": int((table["error"] == "parse").sum()),
         "order_flips": float(flips),
@@ -186,9 +194,11 @@ def _won(prompts, texts, pair, options, out: Path) -> dict[str, float]:
     endpoint, model = options.quality_endpoint, options.quality_model
     out.mkdir(parents=True, exist_ok=True)
     tables = []
-    for answer, other in zip(*(said.T for said in same_seeds(texts, *pair)), strict=True):
+    both = zip(*(said.T for said in same_seeds(texts, *pair)), strict=True)
+    for seed, (answer, other) in enumerate(both):
         columns = {"answer": answer, "against": other}
         pairs = pd.DataFrame({"prompt_id": prompts["id"], "text": prompts["text"], **columns})
         target = out / f"{content_key([model, endpoint, pairs.values.tolist()])}.jsonl"
-        tables.append(compare_answers(pairs, endpoint=endpoint, model=model, out=target))
+        compared = compare_answers(pairs, endpoint=endpoint, model=model, out=target)
+        tables.append(compared.assign(seed=seed))
     return win_rate(pd.concat(tables, ignore_index=True))
