@@ -92,20 +92,13 @@ def kernel(table: pd.DataFrame) -> Figure:
     return dots(rows.assign(panel=panel), "normalised", how)
 
 
-def model_name(method: object, stage: object) -> str:
-    """A model as a title: "base", or its method and stage."""
-    return "base" if method == "base" else f"{method}, {stage}"
-
-
 @drawing
 def proposition(table: pd.DataFrame) -> Figure:
     """Proposition 1: |h'ᵀh| at ℓ against the kernel's norm, a dot a pair of prompts; dashed, the
     bound at the smallest constant that holds for all.
     """
-    groups, look = (
-        list(table.groupby(["method", "stage"], sort=False)),
-        looks(dict.fromkeys(table["pair"])),
-    )
+    groups = list(table.groupby(["method", "stage"], sort=False))
+    look = looks(dict.fromkeys(table["pair"]))
     figure, axes = grid(len(groups), Size(3.4, 3.2, 3), sharey=True)
     for ax, ((method, stage), rows) in zip(axes, groups, strict=True):
         for pair, part in rows.groupby("pair", sort=False):
@@ -114,7 +107,8 @@ def proposition(table: pd.DataFrame) -> Figure:
         ends, check = rows["bilinear"].agg(["min", "max"]), rows.iloc[0]
         ax.plot(ends, check["constant"] * ends, color="black", linestyle="--", label="bound")
         told = "Spearman {spearman:.2f} [{low:.2f}, {high:.2f}]".format(**check)
-        ax.set(xscale="log", yscale="log", title=f"{model_name(method, stage)}\n{told}")
+        name = "base" if method == "base" else f"{method}, {stage}"
+        ax.set(xscale="log", yscale="log", title=f"{name}\n{told}")
         ax.set_xlabel(f"|h'ᵀh| at layer {check['layer']}")
         ax.minorticks_off()
         for axis, values in ((ax.xaxis, rows["bilinear"]), (ax.yaxis, table["kernel"])):

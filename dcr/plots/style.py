@@ -6,11 +6,10 @@ A marker that two methods share is of hues far apart, to the colour-blind too.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +61,7 @@ FORMS: dict[Any, Look] = {
 }
 SURE: dict[Any, Look] = {p: {"color": "#0072B2", "marker": "o"} for p in ("p < 0.05", "p ≥ 0.05")}
 DPI = 160  # of saved PNGs
-FIXED: Any = {
-    "svg.hashsalt": "dcr-kit",
-    "svg.fonttype": "none",
-}  # the same ids and text in every SVG
+FIXED: Any = {"svg.hashsalt": "dcr-kit", "svg.fonttype": "none"}  # same ids and text in every SVG
 STYLE: Any = FIXED | {
     "axes.titlesize": 10.5,
     "axes.spines.top": False,
@@ -81,15 +77,12 @@ STYLE: Any = FIXED | {
 def method_look(method: str) -> Look:
     """Fixed colour, line and marker of a method; a new name gets its own, always the same."""
     if method in METHODS:
-        colour, marker = METHODS[method]
-        return {
-            "color": colour,
-            "linestyle": DASHES[list(METHODS).index(method) % 4],
-            "marker": marker,
-        }
-    code = zlib.crc32(method.encode())
-    colour = sns.husl_palette(17, l=0.45).as_hex()[code % 17]
-    return {"color": colour, "linestyle": DASHES[code % 4], "marker": "dH8s^v"[code % 6]}
+        code, (colour, marker) = list(METHODS).index(method), METHODS[method]
+    else:
+        code = zlib.crc32(method.encode())
+        colour = sns.husl_palette(17, l=0.45).as_hex()[code % 17]
+        marker = "dH8s^v"[code % 6]
+    return {"color": colour, "linestyle": DASHES[code % 4], "marker": marker}
 
 
 def looks(names: Iterable[Any]) -> dict[Any, Look]:
@@ -117,17 +110,6 @@ def in_order(names: Iterable[Any]) -> list[Any]:
     return sorted(dict.fromkeys(names), key=lambda n: place.get(n, len(place)))
 
 
-@contextlib.contextmanager
-def look() -> Iterator[None]:
-    """Style for one figure; leaves the caller's settings as they were."""
-    with (
-        sns.plotting_context("paper", font_scale=1.15),
-        sns.axes_style("whitegrid"),
-        matplotlib.rc_context(STYLE),
-    ):
-        yield
-
-
 def drawing(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
     """Register a figure under its function's name (no last "_"); its docstring is its caption.
 
@@ -142,7 +124,11 @@ def drawing(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], 
             what = "its table has no rows" if frame.empty else f"profiles {', '.join(mixed)} mix"
             raise DCRError(f"figure {name}: {what}; make the table of one run again.")
         try:
-            with look():
+            with (
+                sns.plotting_context("paper", font_scale=1.15),
+                sns.axes_style("whitegrid"),
+                matplotlib.rc_context(STYLE),
+            ):
                 return draw(frame)
         except KeyError as error:
             raise DCRError(f"figure {name}: its table lacks {error}; make it again.") from error
