@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from dcr.book.say import number
+from dcr.book.say import main_rows, number
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
 from dcr.plots.tables import markdown
@@ -32,12 +32,13 @@ COLUMNS = {  # of the table of standing, as the README names them
 BLOCK = re.compile(r"(<!-- (\w+): written by `dcr readme` -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def written(path: str | Path, tables: str | Path) -> str:
-    """The file's text with each block filled from the tables in a folder.
+def readme(*, check: bool = False) -> Path:
+    """Write README.md's blocks from figures/reference; with `check` only compare.
 
-    Raises DCRError for a block that nobody writes, or a table that is not there.
+    Raises DCRError for a block that nobody writes, a table that is not there, and, when `check`
+    finds one, a block that the tables do not give.
     """
-    folder = Path(tables)
+    path, folder = CHECKOUT / "README.md", CHECKOUT / "figures" / "reference"
 
     def read(name: str) -> pd.DataFrame:
         if not (folder / f"{name}.csv").is_file():
@@ -49,19 +50,11 @@ def written(path: str | Path, tables: str | Path) -> str:
             raise DCRError(f"{path}: block {found[2]!r} is unknown; known: {', '.join(BLOCKS)}.")
         return found[1] + BLOCKS[found[2]](read, folder).rstrip() + "\n" + found[3]
 
-    return BLOCK.sub(fill, Path(path).read_text(encoding="utf-8"))
-
-
-def readme(*, check: bool = False) -> Path:
-    """Write README.md's blocks from figures/reference; with `check` only compare.
-
-    Raises DCRError when `check` finds a block that the tables do not give.
-    """
-    path = CHECKOUT / "README.md"
-    text = written(path, CHECKOUT / "figures" / "reference")
+    before = path.read_text(encoding="utf-8")
+    text = BLOCK.sub(fill, before)
     if not check:
         write_atomic(path, text)
-    elif text != path.read_text(encoding="utf-8"):
+    elif text != before:
         raise DCRError(f"{path} says what figures/reference does not; run: dcr readme.")
     return path
 
@@ -74,19 +67,16 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     if len(seeds) > 1 and (alone := [m for m in methods if m not in on_every_seed(manifest)]):
         said += f" (one seed of {', '.join(alone)})"
     config, asked = manifest["config"], manifest["data"]["test"]["rows"]
-    tokens = config["generation"]["max_new_tokens"]
-    answered = (
-        f"{config['data']['answered'] or 'all'} requests a set are answered in {tokens} tokens"
-    )
+    answered, tokens = config["data"]["answered"] or "all", config["generation"]["max_new_tokens"]
     first = (
         f"Reference run: {manifest['model']['name']} model, {said}; {asked} test prompts are "
-        f"scored (AUROC, thresholds), {answered} (compliance, DSR). DCR less STL, 95 % "
-        "intervals, not corrected for looking at nine; in the second row 0 is as the paper "
-        "says, else above 0."
+        f"scored (AUROC, thresholds), {answered} requests a set are answered in {tokens} tokens "
+        "(compliance, DSR). DCR less STL, 95 % intervals, not corrected for looking at nine; in "
+        "the second row 0 is as the paper says, else above 0."
     )
     less = read("frontier_differences")
-    less = less[(less["method"] == "DCR") & (less["against"] == "STL")]
-    less = less[(less["measure"] == "compliance") & (less["target"] == TARGET)]
+    less = less.query("method == 'DCR' and against == 'STL' and measure == 'compliance'")
+    less = less[less["target"] == TARGET]
     last = (
         f"At one DSR (thresholds from validation prompts, {TARGET:.2f}), forms equal, DCR less STL "
         f"in harmless prompts let through: {number(less.iloc[0], 'difference')}."
@@ -98,9 +88,7 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
 def _practice(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     """What a few methods let through at one DSR, and what they then answer."""
     rows = read("standing")
-    rows = rows[rows["method"].isin(METHODS) & rows["column"].isin(COLUMNS)]
-    rows = rows.assign(place=rows["method"].map(METHODS.index))
-    rows = rows.sort_values("place", kind="stable").drop(columns="place")
+    rows = main_rows(rows[rows["column"].isin(COLUMNS)], METHODS)
     seeds = rows.groupby("method")["seeds"].max().astype(int).astype(str)
     rows = rows.assign(method=rows["method"] + " (" + rows["method"].map(seeds) + ")")
     rows = rows.assign(column=rows["column"].map(COLUMNS))
