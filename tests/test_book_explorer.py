@@ -69,9 +69,7 @@ def test_explorer_shows_readings_escaped_and_offers_a_model_where_there_is_none(
     monkeypatch.setattr(
         explorer, "read_prompt", lambda r, t: asked.append((r, t)) or (readings, nearest)
     )
-    monkeypatch.setattr(
-        "dcr.study.experiment.Experiment", lambda name: SimpleNamespace(runs=(name,))
-    )
+    monkeypatch.setattr(explorer, "Experiment", lambda name: SimpleNamespace(runs=(name,)))
     explore(SimpleNamespace(runs=()))
     (box, button), out = shown[0].children[0].children, shown[0].children[1]
     assert "tables only" in out.value and button.description == "Use the embedded model"

@@ -6,7 +6,7 @@ All text is escaped; toxic prompts are blurred until clicked; no answer to one i
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,7 @@ import pandas as pd
 from dcr.data.forms import form_of, swap_form
 from dcr.errors import DCRError
 from dcr.plots.tables import styled
-
-if TYPE_CHECKING:
-    from dcr.study.experiment import Experiment
+from dcr.study.experiment import Experiment
 
 READ_BY = ("base", "STL", "DCR")
 SHOWN = 12  # prompts a page
@@ -78,12 +76,8 @@ def read_prompt(experiment: Experiment, text: str) -> tuple[pd.DataFrame, pd.Dat
         model, tokenizer = run.model(method)
         trained = run.states(method, known)[layer]  # [pairs, hidden]
         states = hidden_states(model, tokenizer, texts)[layer]  # [forms, hidden]
-        named: dict[str, Any] = {
-            "method": method,
-            "form": [form_of(t) for t in texts],
-            "prompt": texts,
-        }
-        named["refusal score"] = refusal_score(model, tokenizer, texts)
+        named: dict[str, Any] = {"method": method, "form": [form_of(t) for t in texts]}
+        named |= {"prompt": texts, "refusal score": refusal_score(model, tokenizer, texts)}
         named["probe"] = fit_probe(trained, is_toxic(known)).decision_function(states)
         parts.append(pd.DataFrame(named))
         if nearest.empty:
@@ -102,13 +96,7 @@ def explore(experiment: Experiment) -> None:
     button = widgets.Button(description="Read", button_style="primary")
     out, live = widgets.HTML(), [experiment]
 
-    def offer() -> None:
-        button.description = "Use the embedded model"
-        out.value = f"<p>{NO_MODEL}</p>"
-
     def read(_) -> None:
-        from dcr.study.experiment import Experiment
-
         out.value, button.disabled = "<p>reading …</p>", True
         try:
             if not live[0].runs:
@@ -122,7 +110,7 @@ def explore(experiment: Experiment) -> None:
 
     button.on_click(read)
     if not experiment.runs:
-        offer()
+        button.description, out.value = "Use the embedded model", f"<p>{NO_MODEL}</p>"
     display(widgets.VBox([widgets.HBox([box, button]), out]))
 
 

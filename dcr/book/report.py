@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 
 from dcr.data.files import write_atomic
 from dcr.errors import DCRError
@@ -135,7 +135,7 @@ def write_report(root: str | Path) -> Path:
             home["figures"].append(_shown(root, name))
     path, claims = root / "manifest.json", read.get("claims", pd.DataFrame())
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    told = {"effect": "", "claims": "", "methods": ""}
+    told = {}
     if manifest:
         alone = set(manifest["methods"]) - set(on_every_seed(manifest))
         shown = [f"{m} (first seed)" if m in alone else m for m in manifest["methods"]]
@@ -144,8 +144,7 @@ def write_report(root: str | Path) -> Path:
         laid = claims.rename(columns={"reading": "column"})
         told |= {"effect": effect(claims), "claims": styled(laid, CLAIMS).to_html()}
     executed = sorted((root / "notebooks").glob("[0-9]*.ipynb"))
-    folder_of_templates = FileSystemLoader(Path(__file__).parent / "templates")
-    environment = Environment(loader=folder_of_templates, autoescape=select_autoescape(["html"]))
+    environment = Environment(loader=PackageLoader("dcr.book"), autoescape=True)
     page = environment.get_template("report.html").render(
         **told,
         profile=manifest.get("config", {}).get("profile", root.name),

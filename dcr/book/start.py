@@ -8,9 +8,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pandas as pd
-from pandas.io.formats.style import Styler
-
 from dcr.config import near
 from dcr.errors import DCRError
 from dcr.plots.tables import styled
@@ -49,6 +46,4 @@ def start(namespace: Mapping[str, object]) -> Experiment:
     return Experiment(**({"profile": "reference"} | given))
 
 
-def show(table: pd.DataFrame, caption: str = "") -> Styler:
-    """A table for display, every text escaped, laid out by `dcr.plots.tables.layout`."""
-    return styled(table, caption)
+show = styled  # as notebooks call it
