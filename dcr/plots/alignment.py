@@ -31,9 +31,8 @@ def losses(table: pd.DataFrame) -> Figure:
 @drawing
 def refusal_rates(table: pd.DataFrame) -> Figure:
     """Refusal rate of the classes over alignment (paper figure 1; 95 % intervals)."""
-    return curves(
-        table, "value", Curves("step", "label", "method", STEP, "refusal rate", size=FOUR)
-    )
+    how = Curves("step", "label", "method", STEP, "refusal rate", size=FOUR)
+    return curves(table, "value", how)
 
 
 @drawing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -102,13 +103,11 @@ def paired(table: pd.DataFrame) -> Figure:
     mean = rows["benchmark"] == "mean"
     row = rows["benchmark"].mask(mean, "mean, " + rows["label"].map(said))
     panel = rows["method"] + "\n− " + rows["against"]
-    toxic = tuple(row[rows["label"] == "toxic"])
+    toxic = list(row[rows["label"] == "toxic"])
     return _differences(rows.assign(panel=panel, row=row), "of rates", 7, toxic)
 
 
-def _differences(
-    table: pd.DataFrame, what: str, across: int, shade: tuple[str, ...] = ()
-) -> Figure:
+def _differences(table: pd.DataFrame, what: str, across: int, shade: Sequence[str] = ()) -> Figure:
     """Dots around 0, filled where the corrected p is below 0.05."""
     sure = np.where(table["p_holm"] < 0.05, "p < 0.05", "p ≥ 0.05")
     look: Look = {"zero": 0, "across": across, "shade": shade}
@@ -155,7 +154,7 @@ def rates_by_form(table: pd.DataFrame) -> Figure:
     """
     rows = table[table["form"].isin(FORMS)]
     named = rows["benchmark"] + rows["question_share"].map(" ({:.0%})".format)
-    toxic = tuple(named[rows["label"] == "toxic"])
+    toxic = list(named[rows["label"] == "toxic"])
     how = Dots("named", "method", "form", "refusal rate", across=7, width=1.3, shade=toxic)
     return dots(rows.assign(named=named), "value", how)
 
@@ -197,9 +196,8 @@ def categories(table: pd.DataFrame) -> Figure:
 @drawing
 def robustness(table: pd.DataFrame) -> Figure:
     """Refusal of both classes under mild rewording (95 % intervals)."""
-    return dots(
-        table, "value", Dots("wrapper", "method", "label", "refusal rate", across=6, width=1.4)
-    )
+    how = Dots("wrapper", "method", "label", "refusal rate", across=6, width=1.4)
+    return dots(table, "value", how)
 
 
 @drawing

@@ -98,9 +98,8 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
     size = Size(max(how.width, 0.085 * title), height, how.across, margin)
     figure, axes = grid(len(parts), size, sharey=True, sharex=how.limits is not None)
     for ax, (panel, part) in zip(axes, parts, strict=True):
-        for (hue, name), mine in part.dropna(subset=[value]).groupby(
-            [coloured, how.rows], sort=False
-        ):
+        known = part.dropna(subset=[value])
+        for (hue, name), mine in known.groupby([coloured, how.rows], sort=False):
             aside = 0.6 * ((hues.index(hue) + 0.5) / beside - 0.5) if beside > 1 else 0
             style: Look = look[hue] | {"linestyle": "none", "markersize": 4.5, "elinewidth": 0.9}
             hollow = "hollow" in mine and mine["hollow"].any()
@@ -108,8 +107,7 @@ def dots(frame: pd.DataFrame, value: str, how: Dots) -> Figure:
             style |= {"label": said(hue)} if how.hue else {}
             y = np.full(len(mine), names.index(name) + aside)
             ax.errorbar(mine[value], y, xerr=spread(mine, value), **style)
-        for name in (n for n in names if n in how.shade):
-            place = names.index(name)
+        for place in (i for i, name in enumerate(names) if name in how.shade):
             ax.axhspan(place - 0.5, place + 0.5, color="#ececec", linewidth=0, zorder=0)
         if how.zero is not None:
             ax.axvline(how.zero, color="black", linewidth=0.9, zorder=1)

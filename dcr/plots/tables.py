@@ -72,9 +72,8 @@ def styled(frame: pd.DataFrame, caption: str = "") -> Styler:
     texts, bold = layout(frame)
     style = texts.style.format(escape="html").format_index(escape="html", axis=1)
     weight = bold.map(lambda b: "font-weight: bold" if b else "")
-    style = (
-        style.apply(lambda _: weight, axis=None).hide(axis="index").set_uuid(content_key(caption))
-    )
+    style = style.apply(lambda _: weight, axis=None).hide(axis="index")
+    style = style.set_uuid(content_key(caption))
     return style.set_caption(html.escape(caption)).set_table_styles(_STYLES)
 
 
