@@ -15,7 +15,9 @@ LAYER = "layer (blocks run)"
 
 @drawing
 def question_shares(table: pd.DataFrame) -> Figure:
-    """Share of questions in each set: in training (last rows) the form alone gives the label."""
+    """Share of questions in each set: in stage 1 (among the last rows) the form alone gives the
+    label.
+    """
     named = table["set"] + table["n"].map(" (n={})".format)
     how = Dots("named", "", "label", "share of questions in the set", width=4.2)
     return dots(table.assign(named=named), "question_share", how)
