@@ -175,6 +175,15 @@ def test_rare_categories_are_not_drawn_and_seconds_start_at_0():
     assert all(ax.get_xlim()[0] == 0 for ax in cost.axes)
 
 
+@pytest.mark.parametrize("name", ["from $5 to $6", "pay $x^$ now", r"$\foo$ and", "one $"])
+def test_a_name_with_dollars_is_no_mathematics(name):
+    for what, column in (("categories", "category"), ("plane", "method"), ("robustness", "wrapper")):
+        frame = fake_run.tables()[what]
+        named = frame.assign(**{column: frame[column].replace(frame[column].iloc[0], name)})
+        svg = style.picture(FIGURES[what].draw(named), "svg").decode()
+        assert name in svg.replace("&amp;", "&"), what
+
+
 def test_frontier_shows_compliance_and_the_dsr_that_the_threshold_gives():
     frame = fake_run.tables()["frontier"]
     figure = FIGURES["frontier"].draw(frame)

@@ -129,7 +129,8 @@ def drawing(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], 
                 sns.axes_style("whitegrid"),
                 matplotlib.rc_context(STYLE),
             ):
-                return draw(frame)
+                # A dollar is a dollar: what stands between two would be read as mathematics.
+                return draw(frame.replace(r"\$", r"\\$", regex=True))
         except KeyError as error:
             raise DCRError(f"figure {name}: its table lacks {error}; make it again.") from error
 
