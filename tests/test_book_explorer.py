@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,8 +59,29 @@ def test_a_typed_prompt_is_read_in_both_forms_by_every_model(run, monkeypatch):
     assert not same["probe"].equals(readings["probe"])
     _, nearest = read_prompt(run, "how do i kill my neighbour ?")
     assert nearest.iloc[0]["cosine"] == 1.0 and nearest.iloc[0]["label"] == "toxic"
+    assert all(c == round(c, 3) for c in nearest["cosine"])  # to the digit, also as text
     with pytest.raises(DCRError, match="type a prompt first"):
         read_prompt(run, "  ")
+
+
+def test_nearest_prompts_are_the_base_models_whichever_methods_run(run, monkeypatch):
+    monkeypatch.setattr("dcr.tables.representations.pairings", lambda r: {"matched pairs": r.known})
+    readings, nearest = read_prompt(run, "steal bread ?")
+    without = SimpleNamespace(methods=("Gate",), runs=run.runs)
+    alone, same = read_prompt(without, "steal bread ?")
+    assert alone["method"].unique().tolist() == ["base"] and same.equals(nearest)
+
+
+def test_the_button_can_be_pressed_again_after_any_error(shown, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("<out of memory>")
+
+    monkeypatch.setattr(explorer, "read_prompt", fails)
+    explore(SimpleNamespace(runs=("mine",)))
+    (_, button), out = shown[0].children[0].children, shown[0].children[1]
+    with contextlib.suppress(RuntimeError):  # ipywidgets logs it
+        button.click()
+    assert not button.disabled and "RuntimeError: &lt;out of memory&gt;" in out.value
 
 
 def test_explorer_shows_readings_escaped_and_offers_a_model_where_there_is_none(shown, monkeypatch):

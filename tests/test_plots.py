@@ -177,7 +177,11 @@ def test_rare_categories_are_not_drawn_and_seconds_start_at_0():
 
 @pytest.mark.parametrize("name", ["from $5 to $6", "pay $x^$ now", r"$\foo$ and", "one $"])
 def test_a_name_with_dollars_is_no_mathematics(name):
-    for what, column in (("categories", "category"), ("plane", "method"), ("robustness", "wrapper")):
+    for what, column in (
+        ("categories", "category"),
+        ("plane", "method"),
+        ("robustness", "wrapper"),
+    ):
         frame = fake_run.tables()[what]
         named = frame.assign(**{column: frame[column].replace(frame[column].iloc[0], name)})
         svg = style.picture(FIGURES[what].draw(named), "svg").decode()

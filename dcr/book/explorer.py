@@ -72,7 +72,7 @@ def read_prompt(experiment: Experiment, text: str) -> tuple[pd.DataFrame, pd.Dat
     texts = list(dict.fromkeys([text.strip(), swap_form(text.strip())]))
     known = pairings(run)["matched pairs"].reset_index(drop=True)
     layer, parts, nearest = run.layer("DCR"), [], pd.DataFrame()
-    for method in (m for m in READ_BY if m in experiment.methods):
+    for method in (m for m in READ_BY if m in ("base", *experiment.methods)):
         model, tokenizer = run.model(method)
         trained = run.states(method, known)[layer]  # [pairs, hidden]
         states = hidden_states(model, tokenizer, texts)[layer]  # [forms, hidden]
@@ -82,7 +82,7 @@ def read_prompt(experiment: Experiment, text: str) -> tuple[pd.DataFrame, pd.Dat
         parts.append(pd.DataFrame(named))
         if nearest.empty:
             norms = np.linalg.norm(trained, axis=1) * np.linalg.norm(states[0])
-            cosine = pd.Series(trained @ states[0] / norms).round(3)
+            cosine = pd.Series(trained @ states[0] / norms, dtype=float).round(3)
             nearest = known.assign(cosine=cosine).nlargest(5, "cosine")
     return pd.concat(parts, ignore_index=True), nearest[["cosine", "label", "text"]]
 
@@ -106,7 +106,11 @@ def explore(experiment: Experiment) -> None:
             out.value = f"{styled(readings).to_html()}<p>Nearest training prompts</p>{near}"
         except DCRError as error:
             out.value = f"<p>{html.escape(str(error))}</p>"
-        button.description, button.disabled = "Read", False
+        except Exception as error:  # the log has the rest
+            out.value = f"<p>{type(error).__name__}: {html.escape(str(error))}</p>"
+            raise
+        finally:
+            button.description, button.disabled = "Read", False
 
     button.on_click(read)
     if not experiment.runs:
