@@ -19,10 +19,14 @@ def book(tmp_path, monkeypatch):
     """Two small notebooks in place of ours; returns (write one, root of the run)."""
     folder, root = tmp_path / "notebooks", tmp_path / "a run"
     folder.mkdir()
-    config = SimpleNamespace(to_dict=lambda: {"profile": "embedded"})
+    model = SimpleNamespace(name="mine", revision="")
+    config = SimpleNamespace(to_dict=lambda: {"profile": "embedded"}, model=model)
+    (tmp_path / "model").write_text("weights")
+    monkeypatch.setattr(module, "ledger_key", lambda config: ("data", ()))
+    monkeypatch.setattr(module, "identity", lambda *a: (tmp_path / "model").read_text())
     said = {"config": {"profile": "embedded"}, "methods": ["STL", "ours"], "seeds": [0, 1]}
     said["config"]["every_seed"] = ["STL"]
-    made = SimpleNamespace(root=root, seeds=(0, 1), config=config)
+    made = SimpleNamespace(root=root, seeds=(0, 1), config=config, live=True)
     made.manifest = lambda: (root / "manifest.json").write_text(json.dumps(said))
     monkeypatch.setattr(module, "Experiment", lambda *a, **k: made)
     monkeypatch.setattr(module, "notebooks_dir", lambda: folder)
@@ -57,6 +61,32 @@ def test_notebooks_run_in_order_are_kept_and_run_again_when_changed(book, capfd)
     out = capfd.readouterr().out
     assert "01_one: up to date" in out and "02_two: up to date" not in out
     assert "changed" in (root / "notebooks" / "02_two.ipynb").read_text()
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_notebooks_run_again_where_data_or_weights_changed(
+    book, monkeypatch, tmp_path, capfd, what
+):
+    write, _ = book
+    write("01_one", "print('a number')")
+    write("02_two", "print('another')")
+    reproduce("embedded")
+    if what == "model":
+        (tmp_path / "model").write_text("other weights in the same folder")
+    else:
+        monkeypatch.setattr(module, "ledger_key", lambda config: ("a row less in a file", ()))
+    capfd.readouterr()
+    reproduce("embedded")
+    assert "up to date" not in capfd.readouterr().out
+
+
+def test_a_run_of_tables_alone_asks_for_no_data(book, monkeypatch, capfd):
+    write, root = book
+    write("01_one", "print('a table')")
+    made = SimpleNamespace(**{**vars(module.Experiment()), "live": False})
+    monkeypatch.setattr(module, "Experiment", lambda *a, **k: made)
+    monkeypatch.setattr(module, "ledger_key", None)
+    assert reproduce("reference", only=("01",)) == root / "notebooks"
 
 
 def test_a_failing_cell_is_named_and_what_ran_is_kept(book):

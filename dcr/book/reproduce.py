@@ -14,7 +14,9 @@ from tqdm import tqdm
 import dcr
 from dcr.book.report import write_report
 from dcr.data.files import content_key, write_atomic
+from dcr.data.ledger import ledger_key
 from dcr.errors import DCRError
+from dcr.lm.load import identity
 from dcr.study.experiment import Experiment
 
 # What runs unless told otherwise: 06 asks for every method and a grid besides.
@@ -41,9 +43,9 @@ def reproduce(
 ) -> Path:
     """Execute the notebooks into `<run>/notebooks/` and write `<run>/report.html`; its path.
 
-    A notebook that ran with the same source, package and parameters is kept. `only`: numbers of
-    notebooks ("01"; default: `NOTEBOOKS`). Raises DCRError for an unknown number, and naming the
-    notebook, its cell and the error.
+    A notebook that ran with the same source, package, parameters, data and model is kept. `only`:
+    numbers of notebooks ("01"; default: `NOTEBOOKS`). Raises DCRError for an unknown number, and
+    naming the notebook, its cell and the error.
     """
     known = [path.stem for path in sorted(notebooks_dir().glob("[0-9]*.ipynb"))]
     if unknown := set(only) - {n[:2] for n in known}:
@@ -59,7 +61,10 @@ def reproduce(
         "overrides": overrides,
     }
     depends = told | {"config": experiment.config.to_dict(), "package": package_hash()}
-    depends |= {"data": os.environ.get("DCR_DATA_DIR", "")}
+    if experiment.live:  # tables alone need neither
+        model = experiment.config.model
+        depends |= {"data": ledger_key(experiment.config)[0]}
+        depends |= {"model": identity(model.name, model.revision)}
     sources = {n: nbformat.read(notebooks_dir() / f"{n}.ipynb", as_version=4) for n in chosen}
     code = {n: [c.source for c in s.cells if c.cell_type == "code"] for n, s in sources.items()}
     with tqdm(total=sum(map(len, code.values())), unit=" cells", desc="notebooks") as bar:
