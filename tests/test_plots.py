@@ -307,6 +307,8 @@ def test_methods_are_told_apart_by_colour_and_marker_and_new_ones_keep_their_loo
     assert style.method_look("mine") == style.method_look("mine") != style.method_look("yours")
     assert style.in_order(["mine", "DCR", "base", "DCR"]) == ["base", "DCR", "mine"]
     assert set(style.looks(["toxic", "general"])) == {"toxic", "general"}
+    others = style.looks([f"source {i}" for i in range(20)]).values()
+    assert len({tuple(look.values()) for look in others}) == 20
 
 
 def test_a_figure_from_outside_the_package_is_registered_under_its_name():

@@ -93,8 +93,9 @@ def looks(names: Iterable[Any]) -> dict[Any, Look]:
             return {n: known[n] for n in names}
     if set(names) & (set(METHODS) - {"question-mark"}):  # also the name of a baseline
         return {n: method_look(n) for n in names}
+    mark = [MARKERS[(i + i // 8) % 8] for i in range(len(names))]  # a ninth is not the first again
     return {
-        n: {"color": PALETTE[i % 8], "linestyle": DASHES[i % 4], "marker": MARKERS[i % 8]}
+        n: {"color": PALETTE[i % 8], "linestyle": DASHES[i % 4], "marker": mark[i]}
         for i, n in enumerate(names)
     }
 
