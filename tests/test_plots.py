@@ -171,6 +171,11 @@ def test_rare_categories_are_not_drawn_and_seconds_start_at_0():
     assert [t.get_text() for t in labels] == ["s: w & t (5)"]
     few = FIGURES["categories"].draw(frame.assign(n=2)).axes[0].get_yticklabels()
     assert len(few) == 2  # a small run shows what it has
+    alike = frame.assign(category=frame["category"].map("{:_>60}".format), n=9)
+    alike = alike.assign(category="what is asked of a chemist who " + alike["category"])
+    heat = FIGURES["categories"].draw(alike).axes[0]
+    labels = [t.get_text() for t in heat.get_yticklabels()]
+    assert labels == ["s: what is asked of a chemist who … (9)"] * 2
     cost = FIGURES["cost"].draw(fake_run.tables()["cost"])
     assert all(ax.get_xlim()[0] == 0 for ax in cost.axes)
 

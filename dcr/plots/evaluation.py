@@ -180,9 +180,9 @@ def categories(table: pd.DataFrame) -> Figure:
         part = table[table["label"] == label].sort_values("n", ascending=False, kind="stable")
         short = part["category"].map(lambda c: textwrap.shorten(str(c), 40, placeholder=" …"))
         row = part["benchmark"] + ": " + short + part["n"].map(" ({})".format)
-        wide = part.assign(row=row).pivot_table(
-            index="row", columns="method", values="value", sort=False
-        )
+        whole = ["row", "category"]  # two that begin alike stay two rows
+        wide = part.assign(row=row).pivot_table("value", whole, "method", sort=False)
+        wide = wide.droplevel("category")
         blocks[label] = wide.head(MOST)[in_order(table["method"])]
     rows, columns = [len(b) for b in blocks.values()], table["method"].nunique()
     size = Size(0.36 * columns + 3.2, 0.2 * sum(rows) / len(rows) + 0.4, 1)
