@@ -29,7 +29,7 @@ from dcr.train.adapters import Lora, load_trained_state, merged, train_blocks, t
 from dcr.train.examples import Examples
 from dcr.train.loop import StageTrainer
 from dcr.train.losses import SummedCrossEntropy, chunk_rows, routing
-from dcr.train.plan import planned
+from dcr.train.record import planned
 from dcr.train.sampling import length_grouped_batches, training_steps
 
 STEPS_FOLDER = "steps"

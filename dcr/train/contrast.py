@@ -24,7 +24,7 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.device import autocast
 from dcr.train.loop import StageTrainer
 from dcr.train.losses import ContrastiveLoss, drift
-from dcr.train.plan import Plan
+from dcr.train.record import Plan
 
 TOXIC, SEEMINGLY_TOXIC, GENERAL = 1, 0, 2
 CLASS = {"toxic": TOXIC, "seemingly_toxic": SEEMINGLY_TOXIC, "general": GENERAL}

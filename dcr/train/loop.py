@@ -27,8 +27,7 @@ from dcr.data.files import measured_peak, read_jsonl, write_atomic
 from dcr.errors import DCRError
 from dcr.lm.device import autocast, out_of_memory, tokens_that_fit
 from dcr.train.adapters import load_trained_state, trained_state
-from dcr.train.plan import Plan, StageArguments
-from dcr.train.record import Recorder, stopping, whole_checkpoints
+from dcr.train.record import Plan, Recorder, StageArguments, stopping, whole_checkpoints
 
 log = logging.getLogger("dcr")
 WEIGHTS = "trained.safetensors"

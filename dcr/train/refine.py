@@ -33,7 +33,7 @@ from dcr.train.contrast import (
     StageOneModel,
     reference_states,
 )
-from dcr.train.plan import planned
+from dcr.train.record import planned
 from dcr.train.sampling import (
     batch_plan,
     batches_per_epoch,
