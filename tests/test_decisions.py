@@ -28,7 +28,7 @@ from dcr.steering import KINDS, DecisionToken, Gate, Scans, Tied, TokenGate
 from dcr.steering.gate import balanced_auroc, cells, nominal
 from dcr.steering.hooks import template_ends
 from dcr.steering.tied import down_projection, tied
-from dcr.steering.tokens import combined, decision_score, fit_combination
+from dcr.steering.tokens import combined, fit_combination
 
 LIMIT = 5
 
@@ -153,7 +153,7 @@ def test_scores_end_where_learned_positions_do(tiny_tokenizer):
     model, tail = make_model("gpt2"), template_ends(tiny_tokenizer)[1]
     gate = Gate({"layer": 2, "tokens": [-1, None]}, {"weight": unit(), "bias": torch.tensor(0.25)})
     scans = Scans({"tail": tail}, {"transitions": torch.ones(4, 32), "vectors": torch.ones(4, 32)})
-    for scores in (gate.score, decision_score, scans.harmfulness):
+    for scores in (gate.score, DecisionToken({}, {}).score, scans.harmfulness):
         assert np.isfinite(scores(model, tiny_tokenizer, ["the cat " * 200, "how ?"])).all()
 
 
@@ -202,7 +202,7 @@ def test_decision_token_score_threshold_and_answer(planted, tiny_tokenizer):
     rows = encode_prompts(tiny_tokenizer, texts)
     with torch.no_grad():
         logits = torch.stack([model(torch.tensor([r])).logits[0, -1] for r in rows])
-    score = decision_score(model, tiny_tokenizer, texts)
+    score = DecisionToken({}, {}).score(model, tiny_tokenizer, texts)
     np.testing.assert_allclose(score, logits[:, refuse] - logits[:, comply], atol=1e-4)
     threshold = float(np.sort(score)[1])
     token = DecisionToken({"threshold": threshold, "words": ["sorry", "sure"]}, {})

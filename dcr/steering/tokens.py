@@ -22,14 +22,6 @@ from dcr.train.examples import decision_tokens
 WEIGHTS = tuple(round(0.1 * i, 1) for i in range(11))  # of the second score, tried on validation
 
 
-def decision_score(model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
-    """[n] log odds of the word that refuses against the one that complies, first in the answer."""
-    words = decision_tokens(tokenizer)
-    both = [words.refuse, words.comply]
-    logits = last_logits(model, rows_of(model, tokenizer, prompts), both)
-    return (logits[:, 0] - logits[:, 1]).cpu().double().numpy()
-
-
 @dataclass(frozen=True)
 class DecisionToken(Deciding):
     """facts: threshold, the words, and what was measured."""
@@ -37,13 +29,15 @@ class DecisionToken(Deciding):
     @classmethod
     def fitted(cls, on: Material) -> Fit:
         """The one threshold from validation prompts."""
-        scores = decision_score(on.model, on.tokenizer, on.validation["text"].tolist())
         facts = {"words": list(decision_tokens(on.tokenizer).words)}
+        scores = cls(facts, {}).score(on.model, on.tokenizer, on.validation["text"].tolist())
         return facts | nominal(on.validation, scores, on.options), {}
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
-        """[n] log odds of the decision token."""
-        return decision_score(model, tokenizer, prompts)
+        """[n] log odds of the word that refuses against the one that complies, as first token."""
+        words, rows = decision_tokens(tokenizer), rows_of(model, tokenizer, prompts)
+        logits = last_logits(model, rows, [words.refuse, words.comply])
+        return (logits[:, 0] - logits[:, 1]).cpu().double().numpy()
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """The decided word behind each prompt."""
@@ -94,8 +88,8 @@ class TokenGate(DecisionToken):
     def parts(self, model, tokenizer, prompts: Sequence[str]) -> pd.DataFrame:
         """[n, (token, gate)] both scores."""
         gate = Gate(self.facts["gate"], self.tensors, layers_path=self.layers_path)
-        token = decision_score(model, tokenizer, prompts)
-        return pd.DataFrame({"token": token, "gate": gate.score(model, tokenizer, prompts)})
+        scores = {"token": super().score, "gate": gate.score}
+        return pd.DataFrame({k: score(model, tokenizer, prompts) for k, score in scores.items()})
 
     def score(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] the sum of both standardised scores."""
