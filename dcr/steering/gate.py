@@ -107,10 +107,8 @@ class Gate(Deciding):
             "sources": sorted(prompts["source"].unique()),
             "prompts": len(prompts),
         }
-        tensors = {
-            name: torch.tensor(getattr(probe, name), dtype=torch.float32)
-            for name in ("weight", "bias")
-        }
+        kept = {"weight": probe.weight, "bias": probe.bias}
+        tensors = {n: torch.tensor(value, dtype=torch.float32) for n, value in kept.items()}
         gate = cls(facts, tensors, layers_path=on.layers_path)
         scores = gate.score(on.model, on.tokenizer, on.validation["text"].tolist())
         return facts | nominal(on.validation, scores, on.options), tensors
@@ -165,14 +163,12 @@ def nominal(prompts: pd.DataFrame, scores: np.ndarray, options: SteeringConfig) 
     order = np.argsort(-scores[toxic], kind="stable")
     reached = np.cumsum(weights[toxic][order])
     threshold = float(scores[toxic][order][int((reached < options.target - 1e-9).sum())])
-    known = harmless.any()
+    known, refused = harmless.any(), float(weights[harmless & (scores >= threshold)].sum())
     return {
         "threshold": threshold,
         "target": options.target,
         "validation_auroc": balanced_auroc(prompts, scores) if known else None,
-        "validation_refused": float(weights[harmless & (scores >= threshold)].sum())
-        if known
-        else None,
+        "validation_refused": refused if known else None,
     }
 
 

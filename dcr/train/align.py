@@ -145,10 +145,9 @@ class AlignTrainer(StageTrainer):
         """The part's share of the step's mean; DDP averages over processes, so it is scaled up."""
         (step, mine), rows, weight = part, self.plan.rows(abs(part[0])), self.plan.config.routing
         batch = self.rows.collate(mine, self.args.device)
-        whole = self.plan.config.labels == "all"  # then the prompts' first tokens are labels too
-        shared = (
-            0 if whole else common_prefix([self.rows.ids[r][: self.rows.heads[r]] for r in mine])
-        )
+        shared = 0  # where all tokens are labels, the prompts' first ones are too
+        if self.plan.config.labels == "completion":
+            shared = common_prefix([self.rows.ids[r][: self.rows.heads[r]] for r in mine])
         loss, logits = model(batch, shared, weight > 0)
         metrics = {"loss": loss / self.rows.labels(rows)}
         if weight > 0:

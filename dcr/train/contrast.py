@@ -128,9 +128,8 @@ class RefineTrainer(StageTrainer):
         """
         config, rank, world = self.plan.config, self.args.process_index, self.args.world_size
         share = len(part) // world
-        hidden = model(
-            [self.rows.ids[r] for r in part[rank * share : (rank + 1) * share]], self.max_tokens
-        )
+        mine = part[rank * share : (rank + 1) * share]
+        hidden = model([self.rows.ids[r] for r in mine], self.max_tokens)
         if world > 1:
             from torch.distributed.nn.functional import all_gather
 

@@ -63,9 +63,14 @@ class Examples:
         ids, starts = encode_examples(tokenizer, table["text"].tolist(), table["response"].tolist())
         self.decision = decision_tokens(tokenizer) if config.decision else None
         if self.decision:
-            tokens = self._decisions(table, self.decision)
-            for row, start, token in zip(ids, starts, tokens, strict=True):
-                row.insert(start, token)
+            toxic = table["label"] == "toxic"
+            if toxic.nunique() < 2:
+                raise DCRError(
+                    'align.decision="words" needs rows labelled toxic (they refuse) and others in '
+                    'the mix: give it a column "label".'
+                )
+            for row, start, refuse in zip(ids, starts, toxic, strict=True):
+                row.insert(start, self.decision.refuse if refuse else self.decision.comply)
         targets = pd.Series(np.nan, table.index)
         if config.routing:
             with contextlib.suppress(ValueError, TypeError):  # no numbers are no targets
@@ -76,9 +81,7 @@ class Examples:
                     "in the mix: the log odds of refusing that a probe gives each prompt."
                 )
         limit = config.max_length
-        taught = [
-            i for i, start in enumerate(starts) if start < limit
-        ]  # some of the answer is left
+        taught = [i for i, start in enumerate(starts) if start < limit]  # with some of the answer
         self.dropped = len(ids) - len(taught)
         self.truncated = sum(len(ids[i]) > limit for i in taught)
         if not taught:
@@ -98,16 +101,6 @@ class Examples:
                 "is left",
                 *(len(ids), self.truncated, limit, self.dropped),
             )
-
-    @staticmethod
-    def _decisions(table: pd.DataFrame, decision: Decision) -> list[int]:
-        toxic = (table["label"] == "toxic").tolist()
-        if all(toxic) or not any(toxic):
-            raise DCRError(
-                'align.decision="words" needs rows labelled toxic (they refuse) and others in the '
-                'mix: give it a column "label".'
-            )
-        return [decision.refuse if t else decision.comply for t in toxic]
 
     def facts(self) -> list:
         """What training sees, as plain values."""

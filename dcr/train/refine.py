@@ -90,7 +90,6 @@ def refine(  # noqa: PLR0913
     work folder of another training, or a loss that is not finite.
     """
     config = config or RefineConfig()
-    trained_before = {n for n, p in model.named_parameters() if p.requires_grad}
     table = prompt_table(toxic, seemingly_toxic, general)
     overlaps = overlap_report(table, evaluation)
     train, held_out = hold_out(table, config.eval_share, seed)
@@ -130,8 +129,6 @@ def refine(  # noqa: PLR0913
         history = trainer.fit()
     log.info("refine: stopped at step %d: %s", len(history), watcher.reason)
     refined = merged(trainable) if merge else trainable.eval()
-    for name, parameter in refined.named_parameters() if merge else ():
-        parameter.requires_grad_(name in trained_before)  # as it came: any training can follow
     return RefineResult(refined, history, watcher.rows, watcher.reason, layer, overlaps, layers)
 
 
