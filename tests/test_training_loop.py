@@ -72,6 +72,14 @@ def test_the_reference_trajectory(stage):
         assert {k: row[k] for k in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-9), row["step"]
 
 
+def test_the_history_tells_the_rate_that_a_step_was_taken_at(tmp_path):
+    config = ALIGN.replaced(max_steps=4, lr=1e-2, schedule="linear")
+    rates = [row["lr"] for row in aligned(config=config, work_dir=tmp_path).history]
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    warm = aligned(config=config.replaced(warmup=0.5, schedule="constant")).history
+    assert [row["lr"] for row in warm] == pytest.approx([0.0, 5e-3, 1e-2, 1e-2])
+
+
 def write_trajectory() -> None:
     """`PYTHONPATH=tests python -c "from test_training_loop import *; write_trajectory()"`."""
     names = ("loss", "grad_norm")

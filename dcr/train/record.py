@@ -139,16 +139,15 @@ class Recorder(TrainerCallback):
         self.next_save = self._clock() + SAVE_SECONDS
 
     def on_step_begin(self, args, state, control, **_) -> None:
-        """Note the time."""
-        self.begun = time.perf_counter()
+        """Note the time, and the rate of this step: at its end the next one's is set."""
+        self.begun, self.lr = time.perf_counter(), self.trainer.lr_scheduler.get_last_lr()[0]
 
     def on_step_end(self, args, state, control, **_) -> None:
         """Do what is due behind this step."""
         now, step = time.perf_counter(), state.global_step
         self.step_seconds = now - self.begun
         self.tokens += sum(self.trainer.rows.lengths[r] for r in self.trainer.plan.rows(step))
-        scheduler: Any = self.trainer.lr_scheduler
-        row = {"step": step, **self.metrics, "lr": scheduler.get_last_lr()[0]}
+        row = {"step": step, **self.metrics, "lr": self.lr}
         row |= {"tokens": self.tokens, "seconds": round(now - self.started, 3)}
         self.waiting.append(row)
         control.should_training_stop |= self.trainer.stop_signal > 0 or step == state.max_steps
