@@ -190,6 +190,10 @@ def test_recording_steps_changes_nothing_and_steps_reload(tmp_path):
         load_step(again, tmp_path, 3)
 
 
+def test_without_a_folder_no_step_is_said_to_be_recorded():
+    assert aligned(config=ALIGN.replaced(max_steps=1)).steps == []
+
+
 def test_adapters_only_above_the_layer():
     before = weights(make_model())
     after = weights(aligned(config=ALIGN.replaced(above_layer=True), layer=2).model)

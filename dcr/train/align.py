@@ -99,7 +99,8 @@ def align(  # noqa: PLR0913
             trainer.add_callback(StepRecorder(trainer, recorded))
         history = trainer.fit()
     done = merged(trainable) if merge else trainable.eval().requires_grad_(False)
-    return AlignResult(done, history, recorded, rows.truncated, rows.dropped)
+    kept = recorded if plan.keep else []
+    return AlignResult(done, history, kept, rows.truncated, rows.dropped)
 
 
 class AnswerModel(nn.Module):
