@@ -109,6 +109,14 @@ def test_weights_that_ran_away_are_one_clear_error_at_a_reading_too():
         refined(config=config)
 
 
+def test_a_model_that_is_broken_before_training_is_not_told_to_train_slower():
+    model = make_model()
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(DCRError, match="the model as it was given are not finite") as caught:
+        refined(model)
+    assert "lr" not in str(caught.value)
+
+
 def test_tables_are_read_from_their_paths(tmp_path):
     paths = {k: tmp_path / f"{k}.csv" for k in texts()}
     for name, path in paths.items():

@@ -216,6 +216,11 @@ class HeldOutWatcher(TrainerCallback):
         with autocast(trainer.args.device, trainer.plan.precision):
             states = pooled_states(trainer.stage, self.prompts, range(len(self.toxic)))
         if not states.isfinite().all():
+            if not step:
+                raise DCRError(
+                    "refine: hidden states of the model as it was given are not finite. Look at "
+                    'its weights, or load it in fp32 and pass precision="fp32".'
+                )
             trainer.give_up("hidden states are no longer finite", step)
         measures = held_out_measures(states[:n], self.toxic[:n], states[n:], self.toxic[n:])
         self.rows.append({"step": step, **measures})
