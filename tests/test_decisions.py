@@ -25,7 +25,7 @@ from dcr.lm.chat import encode_prompts
 from dcr.lm.generate import generate
 from dcr.lm.states import residuals
 from dcr.steering import KINDS, DecisionToken, Gate, Scans, Tied, TokenGate
-from dcr.steering.gate import balanced_auroc, cells, nominal
+from dcr.steering.gate import balanced_auroc, cells, check_sources, nominal
 from dcr.steering.hooks import template_ends
 from dcr.steering.tied import down_projection, tied
 from dcr.steering.tokens import combined, fit_combination
@@ -171,6 +171,17 @@ def test_a_source_of_one_class_or_form_is_refused(column, value, tiny_llama, tin
     for kind in (Gate, Tied):
         with pytest.raises(DCRError, match=f"source 'bad' holds {column} '{value}' only"):
             kind.fit(tiny_llama, tiny_tokenizer, {"pairs": rows}, rows, SteeringConfig())
+
+
+@pytest.mark.parametrize("harmless", ["question", "statement"])
+def test_a_source_whose_classes_differ_in_form_is_refused(harmless):
+    """Both classes and two forms, and yet the form gives the class away."""
+    rows = pairs()
+    asked = rows["form"] == "question"
+    rows = rows[asked == (rows["label"] == "seemingly_toxic")].replace({"question": harmless})
+    with pytest.raises(DCRError, match=f"form '{harmless}' only in its seemingly_toxic prompts"):
+        check_sources(rows)
+    check_sources(pairs())
 
 
 def test_nominal_threshold_weighs_sets_and_forms_equally():

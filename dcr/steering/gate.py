@@ -79,7 +79,7 @@ class Gate(Deciding):
     def fitted(cls, on: Material) -> Fit:
         """The probe from anchors of role pairs (text, label, form, source, request).
 
-        Raises DCRError for a source that holds one class or one form only.
+        Raises DCRError for a source with one class only, or a class in one form only.
         """
         prompts = on.anchors["pairs"].reset_index(drop=True)
         check_sources(prompts)
@@ -128,13 +128,18 @@ class Gate(Deciding):
 
 
 def check_sources(prompts: pd.DataFrame) -> None:
-    """Raise DCRError where a source has one class or one form only: a fit would read that."""
+    """Raise DCRError where a source has one class, or a class one form: a fit would read that."""
     for source, rows in prompts.groupby("source"):
-        for column in ("label", "form"):
-            if rows[column].nunique() < 2:
+        parts = [("label", "", rows)]
+        parts += [
+            ("form", f" in its {label} prompts", part) for label, part in rows.groupby("label")
+        ]
+        for column, where, part in parts:
+            found = part[column].unique()
+            if len(found) < 2 or (column == "form" and not set(FORMS) <= set(found)):
                 raise DCRError(
-                    f"source {source!r} holds {column} {rows[column].iloc[0]!r} only: what is "
-                    "fitted on it reads the source or the form, not harm; take both."
+                    f"source {source!r} holds {column} {', '.join(map(repr, found))} only{where}: "
+                    "what is fitted on it reads the source or the form, not harm; take both."
                 )
 
 

@@ -43,7 +43,7 @@ class Tied(Steering):
     def fitted(cls, on: Material) -> Fit:
         """The edit from anchors of role pairs; the model itself is as before afterwards.
 
-        Raises DCRError for a source that holds one class or one form only.
+        Raises DCRError for a source with one class only, or a class in one form only.
         """
         prompts = on.anchors["pairs"].reset_index(drop=True)
         check_sources(prompts)
