@@ -121,7 +121,7 @@ class RefineConfig(Section):
     max_steps: Count = 0  # 0: from epochs
     lr: Weight = 2e-4
     warmup: Share = 0.1  # share of steps
-    lora_rank: Count = 16  # 0 trains all parameters below ℓ
+    lora_rank: Count = 16  # 0 trains the blocks' own weights (embeddings stay)
     lora_targets: Names = ()  # () = every linear layer of the block
     target: Real = -1.0  # stop when held-out cross-class cosine is at or below; -1 never stops
     eval_steps: Size = 10
@@ -151,7 +151,7 @@ class AlignConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # keeps checkpoints comparable
     warmup: Share = 0.03
     weight_decay: Weight = 0.0
-    lora_rank: Count = 8  # 0 trains all parameters
+    lora_rank: Count = 8  # 0 trains the blocks' own weights
     lora_alpha: Size = 16
     lora_dropout: Share = 0.0
     lora_targets: Names = ("q_proj", "k_proj", "v_proj")

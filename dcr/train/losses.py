@@ -31,9 +31,10 @@ class ContrastiveLoss(nn.Module):
 
     margin: m of Circle loss (O_p = 1 + m, O_n = -m, Δ_p = 1 - m, Δ_n = m) or the triplet margin.
     gamma: γ of Circle loss; supcon and infonce use the temperature 8 / γ (γ = 80 → 0.1).
-    Anchors without a positive or a negative give 0. The reducer is the mean over all anchors (the
-    library's default averages non-zero anchors only, no mean that processes could share). Rows
-    labelled -1 take no part; computed in fp32. Source: paper "Method"; Sun et al. 2020, eq. 6.
+    Anchors without a positive or a negative give 0. The reducer is the mean over all anchors, of
+    infonce over positive pairs, of triplet over triplets (the library's default leaves out those
+    that are 0: no mean that processes could share). Rows labelled -1 take no part; computed in
+    fp32. Source: paper "Method"; Sun et al. 2020, eq. 6.
     """
 
     def __init__(self, name: str = "circle", *, margin: float = 0.4, gamma: float = 80.0) -> None:

@@ -71,7 +71,10 @@ def batch_plan(config: RefineConfig) -> BatchPlan:
 
 
 def batches_per_epoch(table: pd.DataFrame, plan: BatchPlan) -> int:
-    """Batches that show every toxic and every seemingly toxic prompt at least once."""
+    """Batches that show every toxic and every seemingly toxic prompt at least once.
+
+    Not so with `balance_forms`: of a class's commoner form only as many come as batches take.
+    """
     counts = table["label"].value_counts()
     places = (("toxic", plan.toxic), ("seemingly_toxic", plan.harmless))
     return max(1, *(math.ceil(counts.get(label, 0) / n) for label, n in places))
@@ -93,7 +96,7 @@ def contrastive_batches(
 def epoch_batches(
     table: pd.DataFrame, plan: BatchPlan, *, seed: int, epoch: int
 ) -> list[list[int]]:
-    """The batches of one epoch: each prompt is dealt before any comes again."""
+    """The batches of one epoch: of what is dealt together, each comes before any comes again."""
     rng = np.random.default_rng([seed, epoch, 0xDC4])
     extra = plan.general + plan.retention
     deals = [(_dealer([[r] for r in _rows(table, "general", extra)], rng), extra)]
