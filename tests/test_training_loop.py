@@ -87,8 +87,11 @@ def write_trajectory() -> None:
     TRAJECTORY.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_without_memory_the_batch_is_halved_once_then_one_clear_error(stage, monkeypatch, caplog):
+def test_without_memory_the_batch_is_halved_once_then_one_clear_error(
+    stage, accumulation, monkeypatch, caplog
+):
     room = {"tokens": 60}
     forward = torch.nn.Embedding.forward
 
@@ -101,7 +104,7 @@ def test_without_memory_the_batch_is_halved_once_then_one_clear_error(stage, mon
         SETTINGS[stage].replaced(batch_size=8, max_steps=2, eval_steps=2)
         if stage == "refine"
         else ALIGN
-    )
+    ).replaced(accumulation=accumulation)
     whole = STAGES[stage](config=config).history
     monkeypatch.setattr(torch.nn.Embedding, "forward", scarce)
     monkeypatch.setattr(

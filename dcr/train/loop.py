@@ -102,14 +102,15 @@ class StageTrainer(Trainer):
         return totals
 
     def _halve(self, model: nn.Module, step: int, reason: str) -> None:
-        title, rows = self.plan.title, self.plan.rows(step)
+        title, lengths = self.plan.title, self.rows.lengths
         if self.halved or self.args.world_size > 1:
             raise DCRError(
                 f"{title}: out of memory with {self.max_tokens} tokens at a time ({reason}). Lower "
                 f"{title}.max_tokens_per_batch or {title}.max_length, or set "
                 f"{title}.gradient_checkpointing=true."
             )
-        padded = len(rows) * max(self.rows.lengths[r] for r in rows)
+        batches = self.plan.steps[step - 1]  # stage 1 runs them one by one
+        padded = max(len(rows) * max(lengths[r] for r in rows) for rows in batches)
         self.halved, self.max_tokens = True, max(1, min(self.max_tokens, padded) // 2)
         log.warning("%s: out of memory; from now on %d tokens at a time", title, self.max_tokens)
         model.zero_grad()
