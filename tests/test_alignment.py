@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES, make_model, make_tokenizer
-from tiny_training import ALIGN, aligned, mix, refined, weights
+from tiny_training import ALIGN, REFINE, aligned, mix, refined, weights
 
 from dcr.errors import DCRError
 from dcr.lm.batches import common_prefix
@@ -215,6 +215,14 @@ def test_stage_two_follows_stage_one():
     before = weights(model)
     after = weights(aligned(model).model)
     assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_an_adapter_does_not_train_on_top_of_another():
+    """What `refine(merge=False)` returns: one clear error, whatever the next stage is."""
+    config = REFINE.replaced(max_steps=1)
+    for train in (aligned, refined):
+        with pytest.raises(DCRError, match="holds an adapter that is not merged.*merge_and_unload"):
+            train(refined(config=config, merge=False).model)
 
 
 def test_every_row_is_seen_once_a_pass():

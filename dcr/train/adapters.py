@@ -39,7 +39,8 @@ def train_blocks(
 
     precision: "fp32" lifts a half-precision model; with "bf16" its frozen weights stay as they
         are, while whatever trains (adapters, or the whole model at rank 0) is held in fp32.
-    Seed before the call: LoRA's initialisation is random. Raises DCRError for an unknown target.
+    Seed before the call: LoRA's initialisation is random. Raises DCRError for an unknown target,
+    and for a model that holds an adapter already.
     """
     if lora.rank == 0 or precision == "fp32":
         model.float()
@@ -48,6 +49,11 @@ def train_blocks(
     if lora.rank == 0:
         blocks[first:last].requires_grad_(True)
         return model
+    if hasattr(model, "peft_config"):
+        raise DCRError(
+            "the model holds an adapter that is not merged, and a second one cannot train on top "
+            "of it. Give model.merge_and_unload(), or refine with merge=True."
+        )
     from peft import LoraConfig, get_peft_model
 
     path = next(n for n, m in model.named_modules() if m is blocks)
