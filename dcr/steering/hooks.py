@@ -109,7 +109,7 @@ class Steering:
         return {"method": type(self).__name__, "strength": self.strength, "fit": fit}
 
     def at(self, strength: float) -> Self:
-        """The same at another strength; 0 leaves the model as it is."""
+        """The same at another strength; at 0 nothing is moved and nothing refused."""
         return replace(self, strength=strength)
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
