@@ -3,6 +3,8 @@ untouched."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ from dcr.config import SteeringConfig
 from dcr.errors import DCRError
 from dcr.lm.blocks import decoder_layers, edited
 from dcr.lm.chat import encode_prompts
+from dcr.lm.device import keeping
 from dcr.lm.generate import generate
 from dcr.lm.states import residuals
 from dcr.steering import Scans, Surgical
@@ -56,12 +59,22 @@ def plant(model, tokenizer, words: str, block: int, direction, size: float = 30.
     ]
 
 
+@dataclass(frozen=True)
+class Judged(Scans):
+    """SCANS whose prompts are judged beforehand."""
+
+    signs: dict[str, float] = field(default_factory=dict)
+
+    def harmfulness(self, model, tokenizer, prompts):
+        return np.array([self.signs[p] for p in prompts])
+
+
 def scans_of(tokenizer, signs: dict[str, float], alpha: float = 40.0) -> Scans:
     """Random directions; prompts are already judged."""
     generator = torch.Generator().manual_seed(1)
     vectors = torch.nn.functional.normalize(torch.randn(4, 32, generator=generator), dim=-1)
     facts = {"alpha": alpha, "threshold": 0.0, "tail": template_ends(tokenizer)[1]}
-    return Scans(facts, {"vectors": vectors, "transitions": vectors}, known=signs)
+    return Judged(facts, {"vectors": vectors, "transitions": vectors}, signs=signs)
 
 
 def surgical_of(direction) -> Surgical:
@@ -304,6 +317,41 @@ def test_scans_recovers_a_planted_direction_and_classifies(tiny_tokenizer):
     assert scans.facts["auroc"] > 0.9 and scans.facts["n"] == 32
     again = Scans.load(dict(scans.facts), dict(scans.tensors))
     assert again.settings == scans.settings != scans.at(0.5).settings
+
+
+def test_what_scans_says_does_not_hang_on_what_it_was_asked_before(tiny_tokenizer):
+    first, second, prompts = make_model(seed=4), make_model(seed=9), sentences("list")
+    anchors, held = {"harmful": frame("steal"), "harmless": frame("bake")}, frame("steal", "fix")
+    scans = Scans.fit(first, tiny_tokenizer, anchors, held, SteeringConfig())
+    fresh = Scans.load(scans.facts, scans.tensors).harmfulness(second, tiny_tokenizer, prompts)
+    assert not np.allclose(scans.harmfulness(first, tiny_tokenizer, prompts), fresh)
+    np.testing.assert_array_equal(scans.harmfulness(second, tiny_tokenizer, prompts), fresh)
+
+
+def test_a_killed_score_of_scans_goes_on_where_its_prompts_had_been_answered(
+    tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Kept batches are found by the order of the passes: the one who goes on runs the same ones."""
+    model, read = make_model(seed=4), refusal.log_odds
+    prompts = [text for verb in ("list", "kill", "bake", "tell") for text in sentences(verb)]
+    anchors, held = {"harmful": frame("steal"), "harmless": frame("bake")}, frame("steal", "fix")
+    scans = Scans.fit(model, tiny_tokenizer, anchors, held, SteeringConfig())
+    again = Scans.load(scans.facts, scans.tensors)
+    whole = scans.score(model, tiny_tokenizer, prompts)
+    calls: list[int] = []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(refusal, "log_odds", killed)
+    with pytest.raises(KeyboardInterrupt), keeping(tmp_path):
+        scans.score(model, tiny_tokenizer, prompts)
+    assert list(tmp_path.glob("batches/*"))
+    with keeping(tmp_path):
+        np.testing.assert_allclose(again.score(model, tiny_tokenizer, prompts), whole, atol=1e-6)
 
 
 def test_surgical_recovers_a_planted_direction_orthogonal_to_refusal(tiny_tokenizer):

@@ -198,7 +198,7 @@ class Training(Recipes):
         from dcr.steering import KINDS
 
         fit = self.fitted(method)
-        if fit.path not in self._steering:  # one object, so that a prompt is read once
+        if fit.path not in self._steering:  # its tensors are read once
             facts, tensors = fit.manifest["fit"], load_file(fit.path / TENSORS)
             path = self.config.model.layers_path
             self._steering[fit.path] = KINDS[name].load(facts, tensors, layers_path=path)

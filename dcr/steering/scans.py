@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ class Scans(Steering):
     """facts: threshold, alpha, tail; tensors: vectors and transitions, both [layers, hidden]."""
 
     ANCHORS = ("harmful", "harmless")
-    known: dict[str, float] = field(default_factory=dict, compare=False)  # a prompt is judged once
 
     @classmethod
     def fitted(cls, on: Material) -> Fit:
@@ -71,13 +70,9 @@ class Scans(Steering):
 
     def harmfulness(self, model, tokenizer, prompts: Sequence[str]) -> np.ndarray:
         """[n] score in [−1, 1] of each prompt."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
-        if new:
-            moved = self.transitions(model, tokenizer, new)
-            cosine = cosine_similarity(moved, self.tensors["transitions"][:, None], dim=-1)
-            scores = cosine[self.steered.start :].mean(0)  # [layers, n] -> [n]
-            self.known.update(zip(new, scores.tolist(), strict=True))
-        return np.array([self.known[p] for p in prompts])
+        moved = self.transitions(model, tokenizer, prompts)
+        cosine = cosine_similarity(moved, self.tensors["transitions"][:, None], dim=-1)
+        return cosine[self.steered.start :].mean(0).double().numpy()  # [layers, n] -> [n]
 
     def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
         """Each prompt judged, and shifted by its own sign."""
