@@ -276,10 +276,6 @@ def data_verify() -> None:
         raise typer.Exit(1)
 
 
-def _stop(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point: one clear line for a DCRError (exit status 2) or a stop (130)."""
     handler = logging.StreamHandler(sys.stderr)
@@ -289,7 +285,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     # Waiting threads that spin take the cores of whatever else runs here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except DCRError as error:
