@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -83,21 +82,18 @@ class Grid:
         files of their data and models. What is not at hand counts as the reason."""
         from dcr.lm.load import identity as identity_of_model
 
-        every = [self.config(c) for c in self.cells]
-        models = sorted({(c.model.name, c.model.revision) for c in every})
-        calls: list[Callable[[], object]]
-        calls = [functools.partial(identity_of_model, *model) for model in models]
-        calls += [
-            functools.partial(identity, j) for j in sorted({c.evaluation.judge for c in every})
-        ]
-        calls.append(functools.partial(ledger_key, every[0], of=every))
-        facts: list[object] = [c.to_dict() for c in every]
-        for call in calls:
+        def fact(of: Callable[..., object], *given: object) -> object:
             try:
-                facts.append(call())
+                return of(*given)
             except DCRError as error:
-                facts.append(str(error))
-        return content_key(facts)
+                return str(error)
+
+        every = [self.config(c) for c in self.cells]
+        facts: list[object] = [c.to_dict() for c in every]
+        models = sorted({(c.model.name, c.model.revision) for c in every})
+        facts += [fact(identity_of_model, *model) for model in models]
+        facts += [fact(identity, judge) for judge in sorted({c.evaluation.judge for c in every})]
+        return content_key([*facts, fact(ledger_key, every[0], every)])
 
     def row_path(self, root: Path, cell: Cell, phase: str) -> Path:
         """Where a cell's row of a phase stands in the run directory."""
@@ -227,10 +223,9 @@ def _chosen(grid: Grid, root: Path) -> list[Cell]:
     passed = [c for c, row in zip(grid.cells, screens, strict=True) if row.get("status") == "done"]
     if grid.align == "all":
         return passed
-    found: dict[str, list[float]] = {c.name: [] for c in passed}
-    for cell in passed:
-        found[cell.name].append(grid.row(root, cell, "screen")["probe_auroc"])
-    best = sorted(found, key=lambda name: -np.mean(found[name]))[: int(grid.align)]
+    read = [grid.row(root, c, "screen")["probe_auroc"] for c in passed]
+    by_name = pd.Series(read, [c.name for c in passed], dtype=float).groupby(level=0, sort=False)
+    best = by_name.mean().nlargest(int(grid.align))
     return [c for c in passed if c.name in best]
 
 
