@@ -86,17 +86,16 @@ def load_all() -> None:
 
 def table_entry(name: str) -> Table:
     """The table's entry. Raises DCRError listing near names."""
-    load_all()
     return _known(TABLES, name, "table")
 
 
 def figure_entry(name: str) -> Drawing:
     """The figure's entry. Raises DCRError listing near names."""
-    load_all()
     return _known(FIGURES, name, "figure")
 
 
 def _known(registry: dict, name: str, what: str):
+    load_all()
     if name not in registry:
         near = difflib.get_close_matches(name, registry, 3)
         listed = ", ".join(near or sorted(registry))

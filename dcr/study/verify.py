@@ -61,7 +61,8 @@ def misfit(artifact: Artifact) -> str:
     manifest = artifact.manifest
     try:
         _holds(manifest, MANIFEST)
-        if artifact.path.name != (name := _folder(manifest)):
+        name = f"{manifest['name']}-{content_key(manifest['dependencies'])}"
+        if artifact.path.name != name:
             return f"manifest.json is that of {name}"
     except ValueError as error:
         return f"manifest.json: {error}"
@@ -72,10 +73,6 @@ def misfit(artifact: Artifact) -> str:
             except ValueError as error:
                 return f"{file}, row {number}: {error}"
     return ""
-
-
-def _folder(manifest: dict) -> str:
-    return f"{manifest['name']}-{content_key(manifest['dependencies'])}"
 
 
 def _holds(row: dict, fields: dict[str, type]) -> None:
