@@ -78,10 +78,8 @@ def longer_answers(experiment: Experiment) -> pd.DataFrame:
 @table("ability", notebook=NOTEBOOK)
 def ability(experiment: Experiment) -> pd.DataFrame:
     """General ability of every method with its own weights; paired changes from base and STL."""
-    mine = dict.fromkeys(
-        ["base", *methods_of(experiment, "align"), *methods_of(experiment, "edit")]
-    )
-    items = stacked(experiment, lambda run, m: run.ability(m), list(mine))
+    mine = ["base", *methods_of(experiment, "align"), *methods_of(experiment, "edit")]
+    items = stacked(experiment, lambda run, m: run.ability(m), mine)
     against = [m for m in ("base", "STL") if m in mine]
     return pd.concat([measured.ability_rows(items, a).assign(against=a) for a in against])
 

@@ -30,7 +30,7 @@ PAPER = Path(data.__file__).parent / "bundled" / "paper_table1.csv"
 PAPER_SETS = ("xstest-safe", "coconot", "or-bench", "oktest", "phtest")
 SAFETY = ("i-malicious", "i-cona", "i-controversial", "q-harm", "advbench")  # inferred (mark I)
 PAPER_TRAINED = {("DCR", "xstest-safe"), ("Surgical", "or-bench")}
-FORMS = {"published": ("published", "all"), "equal": ("both", "balanced")}
+FORMS = {"published, all": "published", "both, balanced": "equal"}  # version, form of rate rows
 HEADS = {"compliance": "compliance", "dsr": "DSR", "general": "general answered"}
 SHOWN = {"published": "as published", "equal": "forms equal", "matched": "forms equal, at DSR .80"}
 ORDER = [("published", "compliance"), ("published", "dsr"), ("equal", "compliance")]
@@ -47,10 +47,9 @@ CLAIMS = {
 def headline(rows: pd.DataFrame) -> pd.DataFrame:
     """Compliance, DSR and (metric) general answered of rate rows, `forms` {published, equal}."""
     rows = rows[rows["metric"].isin(["compliance", "dsr"])]
-    at = pd.Series(list(zip(rows["version"], rows["form"], strict=True)), rows.index)
-    rows = rows.assign(forms=at.map({pair: name for name, pair in FORMS.items()}))
+    forms = (rows["version"] + ", " + rows["form"]).map(FORMS)
     metric = rows["metric"].mask(rows["label"] == "general", "general")
-    return rows.assign(metric=metric).dropna(subset="forms").reset_index(drop=True)
+    return rows.assign(forms=forms, metric=metric).dropna(subset="forms").reset_index(drop=True)
 
 
 def rates_of(experiment: Experiment, prompts: pd.DataFrame) -> pd.DataFrame:
@@ -201,8 +200,8 @@ def claims(experiment: Experiment) -> pd.DataFrame:
     for reading, (forms, chosen) in readings.items():
         rows = prompts[chosen].reset_index(drop=True)
         heard = prompts[chosen & answered].reset_index(drop=True)
-        table = rates.rate_differences(heard, said, ["STL"]).query("benchmark == 'mean'")
-        table = table[(table["version"] == FORMS[forms][0]) & (table["form"] == FORMS[forms][1])]
+        table = headline(rates.rate_differences(heard, said, ["STL"]))
+        table = table[(table["benchmark"] == "mean") & (table["forms"] == forms)]
         by = "source" if reading == "sources controlled" else "all"
         ranked = auroc_differences(rows, read, ["STL"], by=by).assign(label="auroc")
         found += [table.assign(reading=reading), ranked.assign(reading=reading)]
