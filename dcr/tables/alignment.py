@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 
 import numpy as np
 import pandas as pd
@@ -11,11 +11,9 @@ from dcr.config import methods_file
 from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.kernels import class_matrix
 from dcr.evaluate.rates import rates
-from dcr.run.readings import Run
-from dcr.run.training import Point
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, joined, methods_of, stacked
+from dcr.tables.gather import followed_prompts, joined, methods_of
 
 NOTEBOOK = "03_alignment"
 
@@ -40,16 +38,16 @@ def same_rows(experiment: Experiment) -> pd.DataFrame:
     aligned = [m for m, recipe in methods_file().items() if "align" in recipe.get("stages", [])]
     found = []
     for run in experiment.runs:
-        rows = {m: run.sets(m).mix.query("part == 'safe'")["id"].str.rstrip("~") for m in aligned}
+        safe = {m: run.sets(m).mix.query("part == 'safe'") for m in aligned}
         sources = {m: run.recipe(m).data.align_toxic for m in aligned}
-        for method, mine in ((m, set(ids)) for m, ids in rows.items()):
-            for other, theirs in ((m, set(ids)) for m, ids in rows.items()):
-                shared = len(mine & theirs)
-                relation = "subset" if mine < theirs else "superset" if mine > theirs else "partly"
-                named = {"method": method, "other": other, "n": len(mine), "n_other": len(theirs)}
-                named |= {"shared": shared, "share": shared / max(1, len(mine))}
-                named |= {"relation": "same" if mine == theirs else relation}
-                found.append(named | {"same_source": sources[method] == sources[other]})
+        ids = {m: set(rows["id"].str.rstrip("~")) for m, rows in safe.items()}
+        for (method, mine), (other, theirs) in itertools.product(ids.items(), repeat=2):
+            shared = len(mine & theirs)
+            relation = "subset" if mine < theirs else "superset" if mine > theirs else "partly"
+            named = {"method": method, "other": other, "n": len(mine), "n_other": len(theirs)}
+            named |= {"shared": shared, "share": shared / max(1, len(mine))}
+            named |= {"relation": "same" if mine == theirs else relation}
+            found.append(named | {"same_source": sources[method] == sources[other]})
     worst = pd.DataFrame(found).sort_values("share", kind="stable")
     return worst.drop_duplicates(["method", "other"]).sort_index().reset_index(drop=True)
 
@@ -57,18 +55,15 @@ def same_rows(experiment: Experiment) -> pd.DataFrame:
 @table("curves", notebook=NOTEBOOK)
 def curves(experiment: Experiment) -> pd.DataFrame:
     """Mean rates at each point (step, strength) of every aligned or steered method's curve."""
-    run, parts = experiment.runs[0], []
-    for method in (m for m in methods_of(experiment) if len(run.points(m)) > 1):
-        for point in run.points(method):
-            said = stacked(experiment, functools.partial(_verdicts, point), [method])
-            found = rates(experiment.curve_prompts, said)
+    first, parts = experiment.runs[0], []
+    for method in (m for m in methods_of(experiment) if len(first.points(m)) > 1):
+        runs = experiment.runs_of(method)
+        for point in first.points(method):
+            said = [r.verdicts(method, *point).assign(method=method, seed=r.seed) for r in runs]
+            found = rates(experiment.curve_prompts, joined(said))
             found = found[found["benchmark"] == "mean"]  # few prompts: sets alone tell nothing
             parts.append(found.assign(step=point.step, strength=point.strength))
     return joined(parts)
-
-
-def _verdicts(point: Point, run: Run, method: str) -> pd.DataFrame:
-    return run.verdicts(method, *point)
 
 
 @table("refusal_rates", notebook=NOTEBOOK)

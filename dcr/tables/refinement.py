@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from dcr.analysis.probes import map_2d
-from dcr.run.readings import Run
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
 from dcr.tables.gather import (
@@ -46,14 +45,12 @@ def refinement(experiment: Experiment) -> pd.DataFrame:
 @table("losses", notebook=NOTEBOOK)
 def losses(experiment: Experiment) -> pd.DataFrame:
     """Training loss of both stages, a row a method, seed and step."""
-    parts = []
-    for stage in ("refine", "align"):
-        if methods := methods_of(experiment, stage):
-
-            def read(run: Run, method: str, stage: str = stage) -> pd.DataFrame:
-                return run.history(method, stage)
-
-            parts.append(stacked(experiment, read, methods).assign(stage=stage))
+    parts = [
+        run.history(method, stage).assign(method=method, seed=run.seed, stage=stage)
+        for stage in ("refine", "align")
+        for method in methods_of(experiment, stage)
+        for run in experiment.runs_of(method)
+    ]
     return joined(parts)[["method", "seed", "stage", "step", "loss"]]
 
 
@@ -62,11 +59,8 @@ def refinement_maps(experiment: Experiment) -> pd.DataFrame:
     """Two principal components of ℓ's states before and after DCR's stage 1, each with own axes."""
     run, method = experiment.runs[0], needed(experiment, "DCR", "refinement_maps")
     rows, parts, layer = followed_prompts(experiment, PER_CLASS), [], run.layer(method)
-    for when, states in (
-        ("before", run.states("base", rows)),
-        ("after", run.states(method, rows, 0)),
-    ):
-        x, y = map_2d(states, layer).T
+    for when, owner in {"before": "base", "after": method}.items():
+        x, y = map_2d(run.states(owner, rows, 0), layer).T
         parts.append(rows[["id", "label", "form"]].assign(when=when, x=x, y=y))
     return pd.concat(parts, ignore_index=True).assign(method=method, layer=layer)
 
@@ -79,12 +73,8 @@ def refinement_drift(experiment: Experiment) -> pd.DataFrame:
         for run in experiment.runs_of(method):
             old, new = run.states("base", rows), run.states(method, rows, 0)
             moved = ((new - old) ** 2).sum(-1) / (old**2).sum(-1)  # [layers + 1, n]
-            wide = pd.DataFrame(moved.T).groupby(rows["label"].to_numpy()).mean()
-            long = (
-                wide.rename_axis("label")
-                .reset_index()
-                .melt("label", range(1, run.depth + 1), "layer", "drift")
-            )
+            wide = pd.DataFrame(moved.T).groupby(rows["label"]).mean().reset_index()
+            long = wide.melt("label", range(1, run.depth + 1), "layer", "drift")
             parts.append(long.assign(method=method, seed=run.seed, refined_at=run.layer(method)))
     keys = ["method", "layer", "label", "refined_at"]
     return range_over_seeds(joined(parts), keys, "drift")
@@ -95,10 +85,10 @@ def similarity(experiment: Experiment) -> pd.DataFrame:
     """Cosines at ℓ (seeds' range) and toxic prompts' kernel with each class (95 % intervals),
     before and after (figure 5).
     """
-    steps = (
-        experiment.table("refinement").sort_values("step", kind="stable").rename(columns=FOLLOWED)
-    )
-    ends = steps.groupby(["method", "seed"], sort=False)[list(FOLLOWED.values())]
+    steps = experiment.table("refinement").rename(columns=FOLLOWED)
+    ends = steps.sort_values("step", kind="stable").groupby(["method", "seed"], sort=False)[
+        list(FOLLOWED.values())
+    ]
     both = pd.concat({"before": ends.first(), "after": ends.last()}, names=["when"]).reset_index()
     long = both.melt(["when", "method", "seed"], var_name="measure", value_name="value")
     cosines = range_over_seeds(long, ["method", "measure", "when"])

@@ -58,11 +58,8 @@ def question_shares(experiment: Experiment) -> pd.DataFrame:
     published = experiment.prompts[experiment.prompts["version"] == "published"]
     sets = experiment.runs[0].sets("DCR")
     parts = [published.assign(set=published["benchmark"], use="test")]
-    for use, rows in (
-        ("stage 1", sets.toxic),
-        ("stage 1", sets.seemingly_toxic),
-        ("stage 2", sets.mix),
-    ):
+    first = pd.concat([sets.toxic, sets.seemingly_toxic])
+    for use, rows in {"stage 1": first, "stage 2": sets.mix}.items():
         parts.append(rows.assign(set=use + ", " + rows["label"].str.replace("_", " "), use=use))
     rows = pd.concat(parts).assign(asks=lambda t: t["form"] == "question")
     grouped = rows.groupby(["set", "use", "label"], sort=False)["asks"]
@@ -155,10 +152,8 @@ def map_points(experiment: Experiment) -> pd.DataFrame:
     """Two principal components of each pairing's prompts at a few layers; ids, no text."""
     run, parts = experiment.runs[0], []
     for name, rows in pairings(run).items():
-        states, facts = (
-            run.states("base", rows),
-            rows[["id", "label", "form", "source", "category"]],
-        )
+        states = run.states("base", rows)
+        facts = rows[["id", "label", "form", "source", "category"]]
         for layer in spread(run, 3):
             x, y = probes.map_2d(states, layer).T
             parts.append(facts.assign(pairing=name, layer=layer, x=x, y=y))
