@@ -401,6 +401,26 @@ def test_a_package_outside_adds_a_table_and_its_figure(tmp_path, monkeypatch, st
         sys.modules.pop("their_tables", None), registry.load_all.cache_clear()
 
 
+def test_seeds_whose_alignment_ends_at_different_steps_are_read_at_their_last(stub, monkeypatch):
+    """As an audit leaves them: it drops other rows of each seed's mix."""
+    names = ("curves", "refusal_probability", "kernel_trajectory")
+    expected = {name: stub.table(name).query("method == 'STL'") for name in names}
+    kept = {0: [0, 2, 8], 1: [0, 2, 4, 7]}
+    known = stub_experiment.StubRun.verdicts
+
+    def verdicts(run, method, step=-1, strength=1.0):
+        assert step == -1 or step in kept[run.seed], f"step {step} was not recorded"
+        return known(run, method, 8 if step == 7 else step, strength)
+
+    monkeypatch.setattr(stub_experiment.StubRun, "steps", lambda run, method: kept[run.seed])
+    monkeypatch.setattr(stub_experiment.StubRun, "verdicts", verdicts)
+    other = StubExperiment(root=stub.root)
+    for name, rows in expected.items():
+        found = other.table(name).query("method == 'STL'")
+        pd.testing.assert_frame_equal(*(t.reset_index(drop=True) for t in (found, rows)))
+        assert found["step"].max() == 8
+
+
 def test_a_run_without_what_a_table_shows_is_told(stub):
     with pytest.raises(DCRError, match="no method of this run"):
         gather.stacked(stub, lambda run, m: run.scores(m), [])

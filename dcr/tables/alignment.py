@@ -13,7 +13,7 @@ from dcr.evaluate.kernels import class_matrix
 from dcr.evaluate.rates import rates
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, joined, methods_of
+from dcr.tables.gather import followed_prompts, joined, methods_of, steps_of
 
 NOTEBOOK = "03_alignment"
 
@@ -57,12 +57,13 @@ def curves(experiment: Experiment) -> pd.DataFrame:
     """Mean rates at each point (step, strength) of every aligned or steered method's curve."""
     first, parts = experiment.runs[0], []
     for method in (m for m in methods_of(experiment) if len(first.points(m)) > 1):
-        runs = experiment.runs_of(method)
-        for point in first.points(method):
-            said = [r.verdicts(method, *point).assign(method=method, seed=r.seed) for r in runs]
+        runs, asked = experiment.runs_of(method), {-1: -1, **steps_of(experiment, method)}
+        for step, strength in (p for p in first.points(method) if p.step in asked):
+            said = [run.verdicts(method, asked[step], strength) for run in runs]
+            said = [s.assign(method=method, seed=r.seed) for s, r in zip(said, runs, strict=True)]
             found = rates(experiment.curve_prompts, joined(said))
             found = found[found["benchmark"] == "mean"]  # few prompts: sets alone tell nothing
-            parts.append(found.assign(step=point.step, strength=point.strength))
+            parts.append(found.assign(step=step, strength=strength))
     return joined(parts)
 
 
@@ -81,13 +82,13 @@ def refusal_probability(experiment: Experiment) -> pd.DataFrame:
     prompts = followed_prompts(experiment, experiment.config.evaluation.trajectory_prompts)
     found = []
     for method in methods_of(experiment, "align"):
-        for step in experiment.runs[0].steps(method):
+        for step, asked in steps_of(experiment, method).items():
             runs = experiment.runs_of(method)
-            read = [run.refusal_probability(method, prompts, step) for run in runs]
+            read = [run.refusal_probability(method, prompts, asked) for run in runs]
             rows = pd.DataFrame(np.stack(read, axis=1))  # [n, seeds]
             for label, part in rows.groupby(prompts["label"], sort=False):
-                asked = prompts.loc[part.index, "request"]
-                value, low, high = mean_interval(part.to_numpy(), asked)
+                names = prompts.loc[part.index, "request"]
+                value, low, high = mean_interval(part.to_numpy(), names)
                 named = {"method": method, "step": step, "label": label, "value": value}
                 named |= {"low": low, "high": high, "n": len(part), "seeds": len(read)}
                 found.append(named)
@@ -100,13 +101,13 @@ def kernel_trajectory(experiment: Experiment) -> pd.DataFrame:
     options, parts = experiment.config.evaluation, []
     prompts = followed_prompts(experiment, options.kernel_prompts)
     for method in methods_of(experiment, "align"):
-        steps = experiment.runs[0].steps(method)
+        steps = list(steps_of(experiment, method).items())
         count = min(len(steps), max(2, options.kernel_steps or len(steps)))
         for at in np.linspace(0, len(steps) - 1, count).round().astype(int):
-            runs = experiment.runs_of(method)
-            norms = [run.kernel(method, prompts, steps[at]) for run in runs]
+            (step, asked), runs = steps[at], experiment.runs_of(method)
+            norms = [run.kernel(method, prompts, asked) for run in runs]
             found = class_matrix(norms, prompts["label"], prompts["request"])
-            parts.append(found.assign(method=method, step=steps[at], seeds=len(norms)))
+            parts.append(found.assign(method=method, step=step, seeds=len(norms)))
     rows = joined(parts)
     rows = rows[(rows["class_a"] == "toxic") & (rows["class_b"] == "seemingly_toxic")]
     numbers = ["normalised", "normalised_low", "normalised_high"]

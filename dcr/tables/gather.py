@@ -40,6 +40,17 @@ def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def steps_of(experiment: Experiment, method: str) -> dict[int, int]:
+    """Alignment steps whose weights every seed kept → the step to ask a run for, -1 of the last.
+
+    Seeds end at different steps where an audit leaves them mixes of different size; the last is
+    called by the first seed's.
+    """
+    first, *others = (run.steps(method) for run in experiment.runs_of(method))
+    shared = set(first[:-1]).intersection(*(steps[:-1] for steps in others))
+    return {step: step for step in first if step in shared} | {first[-1]: -1}
+
+
 def verdicts(experiment: Experiment, methods: Sequence[str] | None = None) -> pd.DataFrame:
     """Verdicts on the test prompts: prompt_id, method, seed, verdict, finish where known."""
     return stacked(experiment, lambda run, m: run.verdicts(m), methods)
