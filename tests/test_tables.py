@@ -421,6 +421,32 @@ def test_seeds_whose_alignment_ends_at_different_steps_are_read_at_their_last(st
         assert found["step"].max() == 8
 
 
+def test_a_class_whose_every_source_was_met_keeps_its_prompts_in_the_claims():
+    """As AdvBench alone, whose other prompts are anchors, beside OKTest, which nobody met."""
+    stub = StubExperiment(methods=("base", "STL", "DCR"))
+    stub.prompts.loc[stub.prompts["label"] == "toxic", "met"] = True
+    claims = stub.table("claims").set_index(["reading", "claim"])["n"]
+    toxic = "and refuses toxic prompts as often (DSR)"
+    assert claims["sources controlled", toxic] == claims["forms equal", toxic]
+
+
+@pytest.mark.parametrize("name", ["transfer", "source_shortcut", "gap"])
+def test_a_run_of_sets_that_are_trained_on_alone_says_so(name):
+    """Not in a traceback, which would end `dcr run` before its other tables."""
+    stub = StubExperiment(methods=("STL", "DCR"), seeds=(0,))
+    for run in stub.runs:
+        run.prompts = run.prompts[run.prompts["benchmark"].str.startswith("xstest")]
+    with pytest.raises(DCRError, match="no test set is unseen.*XSTest.*Name another"):
+        stub.table(name)
+
+
+def test_longer_answers_are_longer(stub):
+    experiment = StubExperiment(root=stub.root)
+    experiment.config = stub.config.override({"generation.max_new_tokens": 256})
+    with pytest.raises(DCRError, match="longer_tokens=128: answers have 256 tokens already"):
+        experiment.table("longer_answers")
+
+
 def test_a_run_without_what_a_table_shows_is_told(stub):
     with pytest.raises(DCRError, match="no method of this run"):
         gather.stacked(stub, lambda run, m: run.scores(m), [])

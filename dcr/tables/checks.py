@@ -67,8 +67,15 @@ def robustness(experiment: Experiment) -> pd.DataFrame:
 def longer_answers(experiment: Experiment) -> pd.DataFrame:
     """What short answers hide: verdicts at the run's length against longer answers."""
     methods, prompts = answering(experiment), few(experiment, "longer_prompts")
-    if not (tokens := experiment.config.evaluation.longer_tokens):
+    tokens = experiment.config.evaluation.longer_tokens
+    usual = experiment.config.generation.max_new_tokens
+    if not tokens:
         raise DCRError("evaluation.longer_tokens=0: this table is skipped. Give a number above 0.")
+    if tokens <= usual:
+        raise DCRError(
+            f"evaluation.longer_tokens={tokens}: answers have {usual} tokens already "
+            "(generation.max_new_tokens). Give a larger number."
+        )
     long = stacked(experiment, lambda run, m: run.judged(m, prompts, tokens=tokens), methods)
     # Asked again in the same batches, so that length alone differs.
     short = stacked(experiment, lambda run, m: run.judged(m, prompts), methods)

@@ -184,17 +184,19 @@ def template_effect(experiment: Experiment) -> pd.DataFrame:
 def claims(experiment: Experiment) -> pd.DataFrame:
     """The paper's claims, DCR less STL (above 0: as it says): published, forms, sources controlled.
 
-    Controlled: sets of sources that no method met in training, AUROC averaged over harmless
-    sources. The other AUROCs pool sources, as is usual. Nine intervals, not corrected for that.
+    Controlled: sets of sources that no method met in training (of a class that has none, all),
+    AUROC averaged over harmless sources. The other AUROCs pool sources, as is usual. Nine
+    intervals, not corrected for that.
     """
     pair = [needed(experiment, m, "claims") for m in ("DCR", "STL")]
     said, read, prompts = verdicts(experiment, pair), scores(experiment, pair), experiment.prompts
     answered = prompts["id"].isin(experiment.answered["id"])
     test, met = prompts["role"] == "test", prompts["met"].astype(bool)
+    all_met = met.where(test, True).groupby(prompts["label"]).transform("all")
     readings = {
         "as published": ("published", test & (prompts["version"] == "published")),
         "forms equal": ("equal", test),
-        "sources controlled": ("equal", test & (~met | bool(met.all()))),
+        "sources controlled": ("equal", test & (~met | all_met)),
     }
     found = []
     for reading, (forms, chosen) in readings.items():

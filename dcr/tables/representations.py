@@ -11,6 +11,7 @@ import pandas as pd
 
 from dcr.analysis import probes
 from dcr.data.forms import swap_table
+from dcr.errors import DCRError
 from dcr.evaluate.auroc import auroc
 from dcr.evaluate.intervals import mean_interval
 from dcr.evaluate.kernels import bound_check, bound_pairs, class_matrix
@@ -42,8 +43,16 @@ def pairings(run: Run) -> dict[str, pd.DataFrame]:
 
 
 def unseen(run: Run, per_set: int) -> pd.DataFrame:
-    """Test prompts of both classes, all versions of `per_set` requests a set; no training set."""
+    """Test prompts of both classes, all versions of `per_set` requests a set; no training set.
+
+    Raises DCRError where there is none.
+    """
     rows = run.prompts[(run.prompts["role"] == "test") & (run.prompts["label"] != "general")]
+    if rows.empty:
+        raise DCRError(
+            "no test set is unseen: those of data.benchmarks are trained on (XSTest) or general. "
+            "Name another one, such as oktest or advbench."
+        )
     return first_of_each(rows, per_set, ("label", "benchmark"))
 
 
