@@ -407,8 +407,16 @@ def test_verify_sees_a_changed_table_a_flipped_bit_and_what_is_missing(
     shutil.copytree(root, copy)
     table = copy / "tables" / "dummy.csv"
     table.write_text(table.read_text().replace("NA", "NB", 1))
+
+    @registry.table("a_first")  # made before the other one, from it
+    def first(experiment):
+        return experiment.table("dummy")[["prompt_id"]]
+
+    (copy / "tables" / "a_first.csv").write_text("prompt_id\n")
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     found = verify(copy).set_index("what")["status"]
     assert "differs" in found["tables/dummy.csv"]
+    assert before == {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
     scores = next((copy / "score").glob("base-*")) / "values.npy"
     scores.write_bytes(scores.read_bytes()[:-1] + b"x")
     found = verify(copy).set_index("what")["status"]

@@ -137,16 +137,18 @@ class Experiment:
         """
         entry = registry.table_entry(name)
         if name not in self._tables:
-            path = self.table_path(name)
+            path, text = self.table_path(name), ""
             if self.live:
-                write_atomic(path, entry.make(self).to_csv(index=False))
+                text = entry.make(self).to_csv(index=False)
+                if not self.store.complete:  # verify compares with what was written
+                    write_atomic(path, text)
             elif not path.is_file():
                 raise DCRError(
                     f"{path} is missing. Experiment({self.config.profile!r}, "
                     f"seeds={self.seeds}).table({name!r}) makes it, or: dcr table {name} "
                     f"--profile {self.config.profile}."
                 )
-            self._tables[name] = registry.read_table(path)
+            self._tables[name] = registry.read_table(path, text)
         return self._tables[name].copy()
 
     def table_path(self, name: str) -> Path:

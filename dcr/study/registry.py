@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -105,17 +106,17 @@ def _known(registry: dict, name: str, what: str):
     return registry[name]
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A table as it was written: floats to the bit, "" and nothing else missing.
+def read_table(path: Path, text: str = "") -> pd.DataFrame:
+    """A table as it was written (or is, in `text`): floats to the bit, "" alone is missing.
 
     Raises DCRError naming the file where it is missing or no table.
     """
     import pandas as pd
 
     try:
-        return pd.read_csv(
-            path, float_precision="round_trip", keep_default_na=False, na_values=[""]
-        )
+        source = io.StringIO(text) if text else path
+        how: dict[str, Any] = {"float_precision": "round_trip", "keep_default_na": False}
+        return pd.read_csv(source, na_values=[""], **how)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DCRError(
