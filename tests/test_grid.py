@@ -60,6 +60,17 @@ def test_a_grid_is_every_combination_and_the_recipes_of_every_seed(tmp_path, fol
     assert len({grid.row_path(tmp_path, c, "screen") for c in grid.cells}) == 10
 
 
+def test_a_recipes_section_is_laid_over_the_bases_field_by_field(tmp_path, folder):
+    path = written(tmp_path, folder, recipes={"x": {"refine": {"layer": 2}}})
+    content = yaml.safe_load(path.read_text())
+    content["base"]["refine"] = {"eval_steps": 3, "margin": 0.1}
+    path.write_text(yaml.safe_dump(content))
+    grid = load_grid(path, overrides={"refine": {"margin": 0.2}})
+    refine = grid.config(grid.cells[0]).refine
+    assert (refine.layer, refine.eval_steps, refine.margin, refine.max_steps) == (2, 3, 0.2, 2)
+    assert grid.cells[0].recipe == {"refine.layer": 2}
+
+
 WRONG = [
     ({"grids": {}}, "unknown key 'grids'; known: profile"),
     ({}, "neither grid nor recipes"),

@@ -147,7 +147,7 @@ def load_grid(
     number = isinstance(align, int) and not isinstance(align, bool) and align >= 0
     if align not in ("none", "all") and not number:
         raise DCRError(f"{path}: align={align!r}; write none, all or the number of cells to align.")
-    base = {**(content.get("base") or {}), **parse_overrides(overrides)}
+    base = {**_dotted(content.get("base") or {}), **_dotted(parse_overrides(overrides))}
     name = profile or content.get("profile") or path.stem
     grid = Grid(path.stem, name, base, tuple(_cells(path, content)), align)
     for cell in grid.cells:  # a misspelt parameter is told before anything runs
@@ -180,7 +180,17 @@ def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:
             raise DCRError(
                 f"{path}: {name}: method {method!r} is unknown; known: {', '.join(known)}."
             )
-        yield Cell(name, method, seed, {k: v for k, v in recipe.items() if k != "method"})
+        own = {k: v for k, v in _dotted(recipe).items() if k != "method"}
+        yield Cell(name, method, seed, own)
+
+
+def _dotted(overrides: Mapping[str, Any]) -> dict[str, object]:
+    """Sections with mappings of their own as dotted keys: else one would take another's place."""
+    found: dict[str, object] = {}
+    for key, value in overrides.items():
+        section = isinstance(value, Mapping) and "." not in key
+        found |= {f"{key}.{field}": v for field, v in value.items()} if section else {key: value}
+    return found
 
 
 def run_grid(
