@@ -144,3 +144,8 @@ def test_a_stop_ends_within_seconds_and_says_how_to_go_on(folder, tmp_path, kind
 def test_committed_tables_change_by_no_option(what):
     found = ask("table", "plane", what)
     assert isinstance(found.exception, DCRError) and "holds tables only" in str(found.exception)
+
+
+def test_what_holds_tables_only_exports_nothing(tmp_path):
+    found = ask("export", "DCR", tmp_path / "out", "--profile", "reference")
+    assert isinstance(found.exception, DCRError) and "holds tables only" in str(found.exception)

@@ -114,7 +114,7 @@ def export(experiment, method: str, out: str | Path) -> Path:
     and a script that uses them; where another model answers what it lets through, that one lies in
     `answers/`. Raises DCRError for a rule, or a folder that holds something.
     """
-    run, out = experiment.runs[0], Path(out).expanduser().absolute()
+    run, out = experiment.first, Path(out).expanduser().absolute()
     if "rule" in run.stages(method):
         raise DCRError(f"{method} is a rule and has no weights; export another method.")
     check_out(out)

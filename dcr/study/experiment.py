@@ -103,7 +103,9 @@ class Experiment:
 
     # ---- prompts -------------------------------------------------------------------------------
 
-    def _first(self) -> Run:
+    @property
+    def first(self) -> Run:
+        """The run of the first seed. Raises DCRError where the directory holds tables only."""
         if not self.runs:
             raise DCRError(f"{self.root} holds tables only; an Experiment of a profile computes.")
         return self.runs[0]
@@ -111,22 +113,22 @@ class Experiment:
     @property
     def prompts(self) -> pd.DataFrame:
         """Test prompts, the same for every seed and method."""
-        return self._first().prompts
+        return self.first.prompts
 
     @property
     def validation(self) -> pd.DataFrame:
         """Validation prompts: thresholds and choices are made on these."""
-        return self._first().validation
+        return self.first.validation
 
     @property
     def answered(self) -> pd.DataFrame:
         """The test prompts that are answered and judged; all are scored."""
-        return self._first().answered
+        return self.first.answered
 
     @property
     def curve_prompts(self) -> pd.DataFrame:
         """The test prompts asked at each point of a curve."""
-        return self._first().curve_prompts
+        return self.first.curve_prompts
 
     # ---- tables and figures --------------------------------------------------------------------
 
@@ -167,7 +169,7 @@ class Experiment:
 
         engine, jobs: see `dcr.study.engine.run_all`.
         """
-        _ = self._first().base_model.key  # a wrong model is told once, before anything is made
+        _ = self.first.base_model.key  # a wrong model is told once, before anything is made
         with writing(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         task = functools.partial(_complete, self._asked)
@@ -205,7 +207,7 @@ class Experiment:
 
     def manifest(self) -> dict[str, Any]:
         """What this run is, written to manifest.json: configuration, machine, data, artifacts."""
-        first = self._first()
+        first = self.first
         tables = {"test": first.prompts, "validation": first.validation}
         left_out = dropped(self.config, of=first.of)
         read = set(ledger(self.config, of=first.of)["table"]) & set(SOURCES)
