@@ -447,6 +447,16 @@ def test_longer_answers_are_longer(stub):
         experiment.table("longer_answers")
 
 
+def test_a_plane_without_curves_has_its_points(stub, monkeypatch):
+    """As with align.checkpoints=last."""
+    nominal = stub.table("plane").query("nominal and method != 'SCANS'").reset_index(drop=True)
+    monkeypatch.setattr(stub_experiment.StubRun, "steps", lambda run, method: [8])
+    other = StubExperiment(methods=("base", "STL", "DCR"), root=stub.root)
+    pd.testing.assert_frame_equal(other.table("plane"), nominal)
+    with pytest.raises(DCRError, match="no method of this run"):
+        other.table("curves")
+
+
 def test_a_run_without_what_a_table_shows_is_told(stub):
     with pytest.raises(DCRError, match="no method of this run"):
         gather.stacked(stub, lambda run, m: run.scores(m), [])

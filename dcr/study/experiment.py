@@ -125,11 +125,6 @@ class Experiment:
         """The test prompts that are answered and judged; all are scored."""
         return self.first.answered
 
-    @property
-    def curve_prompts(self) -> pd.DataFrame:
-        """The test prompts asked at each point of a curve."""
-        return self.first.curve_prompts
-
     # ---- tables and figures --------------------------------------------------------------------
 
     def table(self, name: str) -> pd.DataFrame:

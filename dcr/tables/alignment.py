@@ -13,7 +13,7 @@ from dcr.evaluate.kernels import class_matrix
 from dcr.evaluate.rates import rates
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
-from dcr.tables.gather import followed_prompts, joined, methods_of, steps_of
+from dcr.tables.gather import curved, followed_prompts, joined, methods_of, steps_of
 
 NOTEBOOK = "03_alignment"
 
@@ -56,12 +56,12 @@ def same_rows(experiment: Experiment) -> pd.DataFrame:
 def curves(experiment: Experiment) -> pd.DataFrame:
     """Mean rates at each point (step, strength) of every aligned or steered method's curve."""
     first, parts = experiment.runs[0], []
-    for method in (m for m in methods_of(experiment) if len(first.points(m)) > 1):
+    for method in curved(experiment):
         runs, asked = experiment.runs_of(method), {-1: -1, **steps_of(experiment, method)}
         for step, strength in (p for p in first.points(method) if p.step in asked):
             said = [run.verdicts(method, asked[step], strength) for run in runs]
             said = [s.assign(method=method, seed=r.seed) for s, r in zip(said, runs, strict=True)]
-            found = rates(experiment.curve_prompts, joined(said))
+            found = rates(first.curve_prompts, joined(said))
             found = found[found["benchmark"] == "mean"]  # few prompts: sets alone tell nothing
             parts.append(found.assign(step=step, strength=strength))
     return joined(parts)

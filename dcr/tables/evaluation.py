@@ -22,7 +22,7 @@ from dcr.evaluate.rates import CORRECTED
 from dcr.study.experiment import Experiment
 from dcr.study.registry import table
 from dcr.tables.frontier import baselines
-from dcr.tables.gather import needed, scores, verdicts
+from dcr.tables.gather import curved, needed, scores, verdicts
 
 log = logging.getLogger("dcr")
 NOTEBOOK = "04_evaluation"
@@ -156,10 +156,12 @@ def table1_paper(experiment: Experiment) -> pd.DataFrame:
 @table("plane", notebook=NOTEBOOK)
 def plane(experiment: Experiment) -> pd.DataFrame:
     """DSR and compliance: nominal points on all test prompts, others on the curve's."""
-    last = experiment.table("rates").assign(step=-1, strength=1.0, nominal=True)
-    way = experiment.table("curves").assign(nominal=False)
-    ends = way["step"] == way.groupby("method")["step"].transform("max")
-    rows = headline(pd.concat([way[~ends | (way["strength"] != 1)], last]))
+    parts = [experiment.table("rates").assign(step=-1, strength=1.0, nominal=True)]
+    if curved(experiment):
+        way = experiment.table("curves").assign(nominal=False)
+        ends = way["step"] == way.groupby("method")["step"].transform("max")
+        parts.insert(0, way[~ends | (way["strength"] != 1)])
+    rows = headline(pd.concat(parts))
     rows = rows[(rows["benchmark"] == "mean") & (rows["metric"] != "general")]
     keys = ["method", "step", "strength", "nominal", "forms", "seeds"]
     wide = rows.pivot(index=keys, columns="metric", values=NUMBERS).dropna()

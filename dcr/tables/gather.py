@@ -40,6 +40,11 @@ def joined(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def curved(experiment: Experiment) -> list[str]:
+    """The methods that have a curve: more points than the one that they are read at."""
+    return [m for m in methods_of(experiment) if len(experiment.runs[0].points(m)) > 1]
+
+
 def steps_of(experiment: Experiment, method: str) -> dict[int, int]:
     """Alignment steps whose weights every seed kept → the step to ask a run for, -1 of the last.
 
