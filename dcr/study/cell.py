@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,19 +18,22 @@ from dcr.run.readings import Run
 from dcr.run.store import Store
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One recipe with one seed."""
+
+    name: str
+    method: str
+    seed: int
+    recipe: dict[str, object]
+
+
 class CellRun(Run):
     """A run of one method whose recipe stands above the method's own."""
 
-    def __init__(
-        self,
-        method: str,
-        config: Config,
-        recipe: Mapping[str, object],
-        store: Store,
-        of: Sequence[Config],
-    ) -> None:
+    def __init__(self, cell: Cell, config: Config, store: Store, of: Sequence[Config]) -> None:
         super().__init__(config, store, Base(config.model), of=of)
-        self.method, self._recipe = method, recipe
+        self.method, self._recipe = cell.method, cell.recipe
 
     def recipe(self, method: str) -> Config:
         """The method's configuration with the cell's overrides on top; of another method, its own

@@ -22,7 +22,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +43,13 @@ from dcr.data.ledger import ledger_key
 from dcr.errors import DCRError
 from dcr.evaluate.judges import identity
 from dcr.run.store import Store
-from dcr.study.cell import CellRun, outcome, screened
+from dcr.study.cell import Cell, CellRun, outcome, screened
 from dcr.study.engine import run_all
 
 log = logging.getLogger("dcr")
 GRIDS = PROFILE_DIR / "grids"
 KEYS = ("profile", "method", "seeds", "base", "grid", "recipes", "align")
 PHASES = ("screen", "align")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One recipe with one seed."""
-
-    name: str
-    method: str
-    seed: int
-    recipe: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -218,7 +208,7 @@ def run_grid(
 def _run_cell(grid: Grid, root: Path, phase: str, cell: Cell) -> None:
     clock = time.monotonic()
     every = [grid.config(c).replaced(seed=0) for c in grid.cells]
-    run = CellRun(cell.method, grid.config(cell), cell.recipe, Store(root), of=every)
+    run = CellRun(cell, grid.config(cell), Store(root), of=every)
     found = screened(run) if phase == "screen" else outcome(run)
     found[f"{phase}_seconds"] = round(time.monotonic() - clock, 1)
     grid.write(root, cell, phase, {"status": "done", "error": "", **found})

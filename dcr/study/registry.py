@@ -49,25 +49,15 @@ FIGURES: dict[str, Drawing] = {}
 
 def table(name: str, *, notebook: str = "") -> Callable[[F], F]:
     """Register `experiment -> DataFrame` under `name`. Raises DCRError for a name that is taken."""
-
-    def register(make: F) -> F:
-        _add(TABLES, name, Table(make, notebook), make)
-        return make
-
-    return register
+    return lambda make: _added(make, TABLES, name, Table(make, notebook))
 
 
 def figure(name: str, *, caption: str) -> Callable[[F], F]:
     """Register `DataFrame -> Figure` under its table's name. Raises DCRError for a taken one."""
-
-    def register(draw: F) -> F:
-        _add(FIGURES, name, Drawing(draw, caption), draw)
-        return draw
-
-    return register
+    return lambda draw: _added(draw, FIGURES, name, Drawing(draw, caption))
 
 
-def _add(registry: dict, name: str, entry: object, function: Callable) -> None:
+def _added(function: F, registry: dict, name: str, entry: object) -> F:
     known = registry.get(name)
     if known is not None:
         before = getattr(known, "make", None) or known.draw
@@ -76,6 +66,7 @@ def _add(registry: dict, name: str, entry: object, function: Callable) -> None:
                 f"{name!r} is registered already, by {before.__module__}; choose another name."
             )
     registry[name] = entry
+    return function
 
 
 @functools.cache
