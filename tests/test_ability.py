@@ -168,6 +168,18 @@ def test_change_is_paired_with_the_base_model_over_seeds():
     assert alone[["change", "change_low", "change_high"]].tolist() == [0, 0, 0]
 
 
+def test_both_forms_of_a_request_are_drawn_together():
+    """Answers held out in both forms are no more requests than in one: as wide an interval."""
+    losses = np.random.default_rng(0).normal(20, 8, 50)
+    one = items("base", [1.0], losses)
+    twins = one.query("metric == 'perplexity'").assign(item=lambda t: t["item"] + "~")
+    tables = (ability.ability_rows(rows) for rows in (one, pd.concat([one, twins])))
+    alone, both = (t.query("metric == 'perplexity'").iloc[0] for t in tables)
+    assert both[["value", "low", "high"]].tolist() == pytest.approx(
+        alone[["value", "low", "high"]].tolist()
+    )
+
+
 def test_one_model_is_measured_on_what_is_asked(task_data, tiny_llama, tiny_tokenizer):
     held = pd.DataFrame({"id": ["a"], "text": ["list the dog ."], "response": ["the dog ."]})
     options = EvaluationConfig(capability_tasks=("arc_easy",), capability_limit=2)

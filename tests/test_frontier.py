@@ -290,9 +290,10 @@ def simulated(prompts: pd.DataFrame, spread: float, worlds: int) -> pd.DataFrame
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
 def test_intervals_cover_and_are_no_wider_than_needed(spread):
-    """500 worlds, 5 seeds, shared prompts: coverage in [.93, .97], width at most 1.1 of the ideal.
+    """500 worlds, 5 seeds, shared prompts: coverage in [.93, .97], width at most 1.2 of the ideal.
 
-    Ideal: 3.92 standard deviations of the estimate over worlds.
+    Ideal: 3.92 standard deviations of the estimate over worlds, which five seeds do not know: where
+    they differ, Student's t needs a little more than the 1.1 that a normal had (and covered less).
     """
     prompts = prompts_of(60)
     drawn = simulated(prompts, spread, 500)
@@ -317,4 +318,4 @@ def test_intervals_cover_and_are_no_wider_than_needed(spread):
         covered = ((part["low"] <= truth[measure]) & (truth[measure] <= part["high"])).mean()
         width = (part["high"] - part["low"]).mean() / (3.92 * part["value"].std())
         print(f"{measure}: spread {spread}, coverage {covered:.3f}, width {width:.2f} of the ideal")
-        assert 0.93 <= covered <= 0.97 and width <= 1.1, (measure, covered, width)
+        assert 0.93 <= covered <= 0.97 and width <= 1.2, (measure, covered, width)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta, binomtest
+from scipy.stats import beta, binomtest, t
 from statsmodels.stats.contingency_tables import mcnemar
 
 from dcr.errors import DCRError
@@ -17,6 +17,7 @@ from dcr.evaluate.intervals import (
     mcnemar_exact,
     mean_interval,
     request_weights,
+    shares,
     wilson,
 )
 
@@ -89,8 +90,21 @@ def test_seeds_that_differ_widen_and_noise_of_requests_is_not_counted_twice():
     apart = (rng.random((300, 5)) < [0.2, 0.35, 0.5, 0.65, 0.8]).astype(float)
     width = [np.diff(mean_interval(v)[1:])[0] for v in (noise, apart)]
     assert width[0] < 1.25 * 3.92 * 0.5 / np.sqrt(1500)
-    assert width[1] == pytest.approx(3.92 * apart.mean(0).std(ddof=1) / np.sqrt(5), rel=0.15)
+    few = 2 * t.ppf(0.975, 4) * apart.mean(0).std(ddof=1) / np.sqrt(5)
+    assert width[1] == pytest.approx(few, rel=0.15)
     assert mean_interval(np.repeat(noise[:, :1], 5, 1)) == pytest.approx(mean_interval(noise[:, 0]))
+
+
+def test_few_seeds_that_differ_are_covered_and_nothing_is_no_finding():
+    """Two methods of 5 seeds whose true rates differ by chance alone, 150 shared requests."""
+    rng, samples = np.random.default_rng(4), 1000
+    rate = (0.5 + 0.1 * rng.standard_normal((2, samples * 5))).clip(0, 1)
+    hits = (rng.random((150, 2, samples * 5)) < rate).astype(float)
+    weights = shares(request_weights(np.arange(150).astype(str)))
+    draws = np.tensordot(weights, hits[:, 0] - hits[:, 1], (1, 0)).reshape(1001, samples, 5)
+    found = interval(draws.swapaxes(1, 2), 150, (-1.0, 1.0))  # a normal: .87, .13, .025
+    assert ((found["low"] <= 0) & (found["high"] >= 0)).mean() > 0.92
+    assert (found["p"] < 0.05).mean() < 0.08 and (found["p"] < 0.001).mean() < 0.02
 
 
 def test_p_values_and_holm():

@@ -188,7 +188,8 @@ def ability_rows(
         frame, table = pd.DataFrame({"id": names}), part.rename(columns={"item": "prompt_id"})
         text = metric == PERPLEXITY[1]
         values = aligned(frame, table, "loss" if text else "hit", ("id",))
-        weights = request_weights(names.astype(str), n_boot)
+        requests = names.astype(str).str.rstrip("~")  # both forms of a request are drawn together
+        weights = request_weights(requests, n_boot)
         tokens = part.drop_duplicates("item")["tokens"].to_numpy() if text else np.ones(len(names))
         total = (weights @ tokens)[:, None]
         if against not in values:
