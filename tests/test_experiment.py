@@ -16,6 +16,7 @@ from conftest import make_model
 import dcr.steering
 from dcr.config import ModelConfig
 from dcr.data.files import sha256_of
+from dcr.data.sets import table_hash
 from dcr.errors import DCRError
 from dcr.evaluate import judges
 from dcr.lm.chat import rendered_example
@@ -307,6 +308,37 @@ def test_a_fit_reads_the_model_in_the_precision_in_which_it_acts(
     )
     make(folder, tmp_path, **{"model.precision": precision}).runs[0].fitted("SCANS")
     assert seen == [DTYPES[precision]]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_guide_is_read_in_the_precision_in_which_it_decides(
+    folder, tmp_path, monkeypatch, precision
+):
+    score, seen = Shift.score, []
+    monkeypatch.setattr(dcr.steering, "KINDS", {"gate": Shift, "token": Shift})
+    monkeypatch.setattr(
+        Shift, "score", lambda s, m, t, p: seen.append((len(p), m.dtype)) or score(s, m, t, p)
+    )
+    small = {"align.n_safe": 16, "align.n_general": 16, "model.precision": precision}
+    run = make(folder, tmp_path, **small).runs[0]
+    run.aligned("STL-routed")
+    assert seen == [(len(run.sets("STL-routed").mix), DTYPES[precision])]
+
+
+def test_every_method_is_fitted_on_the_validation_prompts_of_the_run(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def get(self, kind, name, key, build):
+        asked.append(key.get("validation"))
+        raise KeyError
+
+    monkeypatch.setattr("dcr.run.store.Store.get", get)
+    run = make(folder, tmp_path, **{"data.bundled_forms": "published"}).runs[0]
+    monkeypatch.setattr(run, "weights_key", lambda *_: {})
+    for method in ("SCANS", "STL-token", "DCR-token", "Gate"):
+        with pytest.raises(KeyError):
+            run.fitted(method)
+    assert asked == [table_hash(run.validation, "benchmark")] * 4
 
 
 def test_an_edit_of_weights_is_an_ordinary_model(run, kinds):

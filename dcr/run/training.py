@@ -122,6 +122,7 @@ class Training(Recipes):
 
     def aligned(self, method: str = "STL") -> Artifact:
         """Stage 2: `model/` (adapter), `steps/` (weights at recorded steps), `history.jsonl`."""
+        from dcr.lm.blocks import in_precision
         from dcr.train.align import align
 
         options, mix = self.recipe(method).align, self.sets(method).mix
@@ -132,7 +133,9 @@ class Training(Recipes):
         def train(base: nn.Module, tokenizer: Any, how: dict) -> tuple[nn.Module, dict]:
             rows = mix
             if guide:
-                score = self.steering(guide).score(*self.model(guide), mix["text"].tolist())
+                model, _ = self.model(guide)
+                with in_precision(model, self.base_model.precision):  # as it decides
+                    score = self.steering(guide).score(model, tokenizer, mix["text"].tolist())
                 rows = mix.assign(target=score)
             own = set(changed_by(first.path)) if first else set()
             model = shared_copy(base, own if options.lora_rank else None)
@@ -166,7 +169,7 @@ class Training(Recipes):
             raise DCRError(f"{method} fits nothing; methods that do: {', '.join(steered)}.")
         kind, on = KINDS[entry["steering"]], entry.get("steers", method)
         tables = self.trained_on(method)["fit"]
-        validation = validation_prompts(recipe, of=self.of)
+        validation = validation_prompts(self.config, of=self.of)  # for all alike
         options = recipe.steering.model_dump(exclude={"strengths"})
         dependencies = {
             "weights": self.weights_key(on),

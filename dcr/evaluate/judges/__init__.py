@@ -9,10 +9,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from dcr.data import forms
+from dcr.data.read import prompts_of
 from dcr.errors import DCRError
 from dcr.evaluate.judges.degenerate import is_degenerate
 from dcr.lm import chat
@@ -23,20 +25,21 @@ VERDICTS = ("comply", "partial", "refuse", "degenerate", "unscored")
 JUDGES = ("phrases", "guard:<hub id or folder>")
 
 
-def judge(prompts: pd.DataFrame, generations: pd.DataFrame, name: str = "phrases") -> pd.DataFrame:
-    """Verdict rows prompt_id, judge, verdict, score for every prompt (columns id, text, label).
+def judge(prompts: Any, generations: pd.DataFrame, name: str = "phrases") -> pd.DataFrame:
+    """Verdict rows prompt_id, judge, verdict, score for every prompt (texts, or a prompt table).
 
-    Closed reasoning (<think> ... </think>) is no part of an answer; what is missing or was cut
-    inside its reasoning is `unscored`. Raises DCRError for an unknown judge or one whose model is
-    missing, answers to unknown prompts, or two answers to one prompt.
+    generations: prompt_id, response, as `dcr.generate` gives for the same prompts. Closed reasoning
+    (<think> ... </think>) is no part of an answer; what is missing or was cut inside its reasoning
+    is `unscored`. Raises DCRError for bad prompts, an unknown judge or one whose model is missing,
+    answers to unknown prompts, or two answers to one prompt.
     """
     check(name)
+    prompts = prompts_of(prompts)
     answers = align_answers(prompts, generations)
-    labels = prompts["label"] if "label" in prompts else pd.Series("", index=prompts.index)
-    rows = score(name, prompts["text"].tolist(), answers, labels.tolist())
+    rows = score(name, prompts["text"].tolist(), answers, prompts["label"].tolist())
     if missing := sum(verdict == "unscored" for verdict, _ in rows):
         log.warning("%s: %d of %d answers are unscored", name, missing, len(rows))
-    verdicts, scores = zip(*rows, strict=True) if rows else ((), ())
+    verdicts, scores = zip(*rows, strict=True)
     return pd.DataFrame(
         {"prompt_id": prompts["id"].tolist(), "judge": name, "verdict": verdicts, "score": scores}
     )
@@ -55,7 +58,7 @@ def identity(name: str) -> dict:
     if name != "phrases":
         from dcr.lm.load import identity as weights_of
 
-        found["model"] = weights_of(name.removeprefix("guard:"))
+        found["model"] = weights_of(name.removeprefix("guard:").partition("#")[0])
     return found
 
 
@@ -111,6 +114,8 @@ def score(
 
 def align_answers(prompts: pd.DataFrame, generations: pd.DataFrame) -> list[str | None]:
     """The answer to each prompt or None. Raises DCRError on repeated or unknown ids."""
+    if missing := [c for c in ("prompt_id", "response") if c not in generations]:
+        raise DCRError(f"answers: column {missing[0]!r} is missing; dcr.generate gives it.")
     ids, known = generations["prompt_id"], set(prompts["id"])
     if ids.duplicated().any():
         raise DCRError(f"answers: prompt_id {ids[ids.duplicated()].iloc[0]!r} occurs twice.")

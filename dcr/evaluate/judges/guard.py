@@ -162,6 +162,8 @@ def _classify(
             f"{', '.join(labels.values())}). Use one with a refusal or rejection label, or set "
             "id2label in its config.json."
         )
+    if len(labels) == 1:  # whose share among its labels is always 1
+        raise DCRError(f"guard:{name}: this classifier has one label; use one with two or more.")
     values: list[float] = []
     for start in range(0, len(answers), BATCH):
         batch = tokenizer(
