@@ -3,8 +3,6 @@
 Names load on first use, so `import dcr` costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 

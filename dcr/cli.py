@@ -1,7 +1,5 @@
 """The `dcr` command: experiments, grids, methods on your own data, export, data."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

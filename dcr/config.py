@@ -4,8 +4,6 @@ Nothing is coerced and nothing is guessed: an unknown name, a wrong type, a valu
 choices or bounds raises one DCRError that lists what is known.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import itertools
@@ -227,7 +225,7 @@ class Config(Section):
         """Plain nested dict, for manifests and keys."""
         return self.model_dump()
 
-    def override(self, overrides: str | Mapping[str, object]) -> Config:
+    def override(self, overrides: str | Mapping[str, object]) -> Self:
         """A copy with values replaced: "refine.layer=0.4,align.epochs=2", or a mapping.
 
         A mapping has dotted keys, or sections with mappings of their own.

@@ -1,7 +1,5 @@
 """The one error type users meet: it names what is wrong, where, and the mend."""
 
-from __future__ import annotations
-
 
 def printable(text: str) -> str:
     """Text that a terminal shows and does not obey: line ends, escapes and the like as codes."""

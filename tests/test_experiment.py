@@ -496,6 +496,12 @@ def test_the_depth_is_known_without_weights(folder, path, monkeypatch):
     assert Base(ModelConfig(name=str(folder), layers_path=path)).depth == 3
 
 
+def test_committed_tables_are_of_all_their_seeds():
+    assert Experiment("reference", seeds="0-4").seeds == (0, 1, 2, 3, 4)
+    with pytest.raises(DCRError, match=r"tables of seeds \[0, 1, 2, 3, 4\] together"):
+        Experiment("reference", seeds=3)
+
+
 def test_reference_without_its_tables_says_so(tmp_path):
     with pytest.raises(DCRError, match="figures/reference"):
         Experiment("reference", run_dir=tmp_path)

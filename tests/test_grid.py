@@ -110,7 +110,7 @@ def test_every_grid_of_the_kit_and_the_one_of_every_profile_loads():
     for path in grids.GRIDS.glob("*.yaml"):
         assert load_grid(path.stem).cells
     for profile in profiles():
-        assert grid_for(profile).profile == profile
+        assert grid_for(load_config(profile)).profile == profile
 
 
 def test_cells_are_screened_the_best_aligned_failures_are_rows_and_a_second_call_does_the_rest(
@@ -237,18 +237,33 @@ def test_a_grid_without_both_forms_says_what_to_turn_on(tmp_path, folder):
 
 
 def test_a_profile_without_a_grid_takes_the_ablations():
-    assert {c.name for c in grid_for("llama-3-8b").cells} == {
+    assert {c.name for c in grid_for(load_config("llama-3-8b")).cells} == {
         c.name for c in load_grid("ablations").cells
     }
     assert load_config("llama-3-8b").methods
 
 
+def test_what_a_run_changes_of_its_profile_holds_for_the_cells_of_its_grid(tmp_path):
+    """Else the grid of a run on a model of one's own was one on the profile's."""
+    asked = {"model.name": "own", "align.max_steps": 5, "model.precision": "fp32"}
+    config = load_config("quick", overrides=asked)
+    for cell in (grid := grid_for(config)).cells:
+        found = grid.config(cell)
+        assert found.model.name == "own" and found.align.max_steps == 5
+        assert found.model.precision == load_config("quick").model.precision
+    plain = load_grid("quick")
+    assert grid_for(load_config("quick")).shared == plain.shared
+    other = SimpleNamespace(config=load_config("llama-3-8b", overrides=asked), root=tmp_path)
+    with pytest.raises(DCRError, match='--overrides "model.name=own,align.max_steps=5" runs it'):
+        table_entry("ablations").make(other)
+
+
 def test_a_large_grid_is_never_run_for_a_table_unasked(tmp_path):
-    asked = SimpleNamespace(config=SimpleNamespace(profile="llama-3-8b"), root=tmp_path)
+    asked = SimpleNamespace(config=load_config("llama-3-8b"), root=tmp_path)
     with pytest.raises(DCRError, match="dcr grid ablations --profile llama-3-8b --run-dir"):
         table_entry("ablations").make(asked)
     assert not list(tmp_path.iterdir())
-    grid = grid_for("llama-3-8b")
+    grid = grid_for(asked.config)
     path = grid.row_path(tmp_path, grid.cells[0], "screen")
     path.parent.mkdir(parents=True)
     path.write_text('{"status": "done", "error": "", "probe_auroc": 0.5}')

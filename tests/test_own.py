@@ -145,6 +145,14 @@ def test_a_users_own_folder_beside_the_model_stays(folder, files, tmp_path):
     assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["align.n_safe=3", "data.audited=true", "generation.temperature=0.5"])
+def test_a_parameter_that_own_tables_do_not_have_is_refused(folder, files, tmp_path, name):
+    field = name.partition("=")[0]
+    with pytest.raises(DCRError, match=f"{field} says nothing.*Leave it out"):
+        train(folder, files, tmp_path / "out", overrides=f"{SMALL},{name}")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_frames_and_a_missing_answer(folder, files, tmp_path):
     frames = {name: pd.read_csv(path) for name, path in files.items()}
     frames["toxic"].loc[3, "response"] = float("nan")

@@ -3,8 +3,6 @@
 All text is escaped; toxic prompts are blurred until clicked; no answer to one is kept or shown.
 """
 
-from __future__ import annotations
-
 import html
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The README's numbers: blocks between two comments, written from a run's tables alone."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """All figures of a run drawn from its tables, and one self-contained page that tells the story."""
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path

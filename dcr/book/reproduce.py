@@ -1,7 +1,5 @@
 """`make reproduce`: the notebooks through papermill in order, then the report; resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -3,8 +3,6 @@
 A sentence that is typed with a direction is wrong for the next run; here the interval chooses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What every notebook starts with: its checked parameters, and tables with every text escaped."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import sys

@@ -1,7 +1,5 @@
 """A tokenizer for the notebooks' toys: the words of a few sentences, and no file to read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files: atomic writes, JSON lines, checksums, the cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import glob

@@ -6,8 +6,6 @@ refusal), so there are several, dealt by a hash of the text. Of 120 swaps that w
 meaning and grammar; the others led to the rules that mend them (`bundled/form_check.csv`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 

@@ -4,8 +4,6 @@ A role hangs on the request's words and the registry's shares alone: not on meth
 limits or company.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

@@ -1,7 +1,5 @@
 """Which prompts ask for one thing: twins in the other form, members of a pair, near-duplicates."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter, defaultdict

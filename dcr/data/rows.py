@@ -3,8 +3,6 @@
 Broken input is refused with the file, the row (the first is row 0) and the mend.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

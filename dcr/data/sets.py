@@ -3,8 +3,6 @@
 `of` is everywhere as for `ledger`: an experiment gives its own configuration.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How a row of an upstream file becomes rows of ours; a column that is missing is a KeyError."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from dcr.data.rows import Row

@@ -3,8 +3,6 @@
 A file comes from `DCR_DATA_DIR`, else the cache, else a checked download over https.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ sides), so that a model reads the row without a gap: positions, causal masks and
 those of the row alone.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence

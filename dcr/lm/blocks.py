@@ -1,7 +1,5 @@
 """Decoder blocks of any causal LM: where they stand, the forward pass up to layer ℓ, pooling."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

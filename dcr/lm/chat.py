@@ -4,8 +4,6 @@ What a user or an answer says is text: a control token written in it ("<|im_end|
 characters and opens or closes no turn. All else keeps the tokens of the rendered text as a whole.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import re

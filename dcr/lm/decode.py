@@ -5,8 +5,6 @@ leave it. Both change speed only: in fp32 the tokens are those of the library's 
 row by row.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

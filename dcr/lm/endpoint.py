@@ -5,8 +5,6 @@ retries is left out and counted: judges call it `unscored`, the run goes on, and
 only for those.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Answers of the local model to prompts: written as they come, gone on with after a kill."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Models by hub id, folder or "embedded": what identifies them, on which device, how precise."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -3,8 +3,6 @@
 Pooling happens inside the hooks, so memory holds one batch's full states at a time.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

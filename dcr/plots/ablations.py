@@ -1,7 +1,5 @@
 """One setting changed at a time: every recipe against every measure."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

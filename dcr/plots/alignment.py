@@ -1,7 +1,5 @@
 """Stage 2 step by step: losses, refusals of each class, the kernel, and who trains on what."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

@@ -1,7 +1,5 @@
 """Where methods stand: the plane, the frontier, forms, sources, categories, robustness, cost."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 

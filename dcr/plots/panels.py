@@ -3,8 +3,6 @@
 Each takes a tidy frame; `low` and `high` are the ends of an interval wherever they are known.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Stage 1: what it trains, how held-out prompts part meanwhile, and what it moved."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 

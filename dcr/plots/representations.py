@@ -1,7 +1,5 @@
 """What the base model tells apart: sentence form, separability by layer, sources, the kernel."""
 
-from __future__ import annotations
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator

@@ -4,8 +4,6 @@ Colours are Okabe and Ito's, a hue a family of methods; line and marker tell mem
 A marker that two methods share is of hues far apart, to the colour-blind too.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import zlib

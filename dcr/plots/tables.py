@@ -5,8 +5,6 @@ a method, "value / corrected" in a cell; any other is shown as it is. Every text
 medium.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from pathlib import Path

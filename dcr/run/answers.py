@@ -1,7 +1,5 @@
 """What a run asks of what it trained: answers to prompts, and verdicts on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The model card of an exported model."""
 
-from __future__ import annotations
-
 import html
 import json
 import os

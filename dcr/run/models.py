@@ -1,7 +1,5 @@
 """The base model of a run, loaded once a process, and models of methods that share its tensors."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import re

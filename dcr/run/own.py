@@ -1,7 +1,5 @@
 """Your own model and data: refine and align in one call; a method as a transformers folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -13,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from dcr.config import Config
+from dcr.config import AlignConfig, Config
 from dcr.data.files import write_atomic, writing
 from dcr.data.read import prompts_of
 from dcr.data.sets import TrainingSets
@@ -25,6 +23,7 @@ from dcr.run.store import Store, is_main
 from dcr.run.training import Training
 from dcr.steering.hooks import SCRIPT
 
+UNUSED = ("data", "generation", "evaluation", "steering")  # sections that training does not read
 STAGES = {"refine": "stage 1", "align": "stage 2", "fit": "anchors"}  # as a card calls them
 
 
@@ -80,6 +79,7 @@ def train_own(  # noqa: PLR0913 (the public call)
     check_out(out)
     config = Config(profile="own", seed=seed)  # no profile: profiles carry limits of our runs
     config = config.override({"model.name": model, "align.checkpoints": "last"}).override(overrides)
+    check_overrides(config)
     asked = {n: "align" in stages and n != "seemingly_toxic" for n in given}
     tables = {n: prompts_of(t, what=n, label=n, answers=asked[n]) for n, t in given.items()}
     store = Store(out.with_name(out.name + ".work"))
@@ -105,6 +105,20 @@ def train_own(  # noqa: PLR0913 (the public call)
         with contextlib.suppress(OSError):
             store.root.rmdir()
     return out
+
+
+def check_overrides(config: Config) -> None:
+    """Raises DCRError for a parameter that says how prompts are drawn, asked or read."""
+    plain = Config()
+    fields = {s: type(getattr(config, s)).model_fields for s in UNUSED}
+    fields["align"] = {f: v for f, v in AlignConfig.model_fields.items() if f.startswith("n_")}
+    for section, names in fields.items():
+        for name in names:
+            if getattr(getattr(config, section), name) != getattr(getattr(plain, section), name):
+                raise DCRError(
+                    f"{section}.{name} says nothing about training on your own tables, which are "
+                    "taken whole. Leave it out."
+                )
 
 
 def export(experiment, method: str, out: str | Path) -> Path:

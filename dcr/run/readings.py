@@ -1,7 +1,5 @@
 """What is read off a run's models: scores, hidden states, kernels, general ability, losses."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

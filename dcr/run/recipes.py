@@ -1,7 +1,5 @@
 """What a method is in a run: its entry in methods.yaml, its recipe, its sets, its base model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

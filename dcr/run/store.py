@@ -6,8 +6,6 @@ not at all, and its checksums are read again before it is used. A lock an artifa
 processes share one folder; the system releases it when its holder dies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

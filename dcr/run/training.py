@@ -1,7 +1,5 @@
 """What a run trains: stage 1, stage 2, steering fits, each kept under all that it depends on."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections.abc import Callable

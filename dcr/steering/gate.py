@@ -6,8 +6,6 @@ instruction token, mean over the instruction) by cross-validation on training pr
 from validation prompts. Refused prompts get a plain refusal, the others the model's own answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

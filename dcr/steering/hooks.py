@@ -3,8 +3,6 @@
 No weight is written. Blocks are those of `dcr.lm.blocks.decoder_layers`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

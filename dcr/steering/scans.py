@@ -6,8 +6,6 @@ mean over layers of cos(t_ℓ, mean t_ℓ of harmful anchors). Score ≥ thresho
 else −α v; from the end-of-instruction token on.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ refusal score on held-out pseudo-harmful prompts, among the first 80 % of layers
 moves harmless first-token distributions by at most 0.2 nats.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

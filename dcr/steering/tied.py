@@ -7,8 +7,6 @@ v_a's scale, so that the decision to answer follows harm. Directions from traini
 forms; strength and blocks from validation prompts; repeated while validation improves.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Sequence

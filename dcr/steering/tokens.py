@@ -5,8 +5,6 @@ refusing against complying are its score, and any threshold can be set at infere
 put behind the prompt, so that the shown answer begins after it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

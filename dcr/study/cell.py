@@ -1,7 +1,5 @@
 """One cell of a grid: a run with a recipe of its own, read on validation prompts alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

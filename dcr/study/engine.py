@@ -1,7 +1,5 @@
 """Many tasks through joblib (this machine) or Ray (a cluster); a failure is told, not raised."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

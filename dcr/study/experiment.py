@@ -1,7 +1,5 @@
 """Experiment: a profile, its seeds and methods in one run directory; tables, figures by name."""
 
-from __future__ import annotations
-
 import functools
 import json
 import logging
@@ -73,6 +71,11 @@ class Experiment:
                 raise DCRError(
                     f"{self.root} holds tables only, which overrides and methods cannot change; "
                     "give a profile that computes (--profile)."
+                )
+            if parse_seeds(seeds) not in ((0,), tuple(kept["seeds"])):
+                raise DCRError(
+                    f"{self.root} holds tables of seeds {kept['seeds']} together; leave seeds out, "
+                    "or give a profile that computes (--profile)."
                 )
             self.config = Config().override(kept["config"])
             self.seeds, self.methods = tuple(kept["seeds"]), tuple(kept["methods"])
@@ -153,7 +156,7 @@ class Experiment:
         folder = self.root / "tables"
         return (folder if self.live or folder.is_dir() else self.root) / f"{name}.csv"
 
-    def figure(self, name: str) -> Figure:
+    def figure(self, name: str) -> "Figure":
         """The figure drawn from the table of that name."""
         return registry.figure_entry(name).draw(self.table(name))
 

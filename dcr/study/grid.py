@@ -13,8 +13,6 @@ The grid is a YAML file:
 All cells are read on validation prompts alone: test prompts stay untouched by a search.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -145,10 +143,21 @@ def load_grid(
     return grid
 
 
-def grid_for(profile: str) -> Grid:
-    """The grid of ablations that ships for a profile; one without its own takes `ablations`."""
-    name = profile if (GRIDS / f"{profile}.yaml").exists() else "ablations"
-    return load_grid(name, profile=profile)
+def changes(config: Config) -> dict[str, object]:
+    """Dotted parameters in which a run is not its profile; not the precision, which may be resolved
+    in it."""
+    plain = _dotted(load_config(config.profile, seed=config.seed).to_dict())
+    asked = _dotted(config.to_dict()).items()
+    return {k: v for k, v in asked if "." in k and v != plain[k] and k != "model.precision"}
+
+
+def grid_for(config: Config) -> Grid:
+    """The grid of ablations that ships for a run's profile; one without its own takes `ablations`.
+
+    What a run changes of its profile holds for every cell.
+    """
+    name = config.profile if (GRIDS / f"{config.profile}.yaml").exists() else "ablations"
+    return load_grid(name, profile=config.profile, overrides=changes(config))
 
 
 def _cells(path: Path, content: Mapping[str, Any]) -> Iterator[Cell]:

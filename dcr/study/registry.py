@@ -4,8 +4,6 @@ Notebooks, report, README and tests go through these; nothing else knows the nam
 register are entry points of the group "dcr.registry", so a package outside can add its own.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import io
@@ -31,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Table:
     """How one table is made, and which notebook shows it."""
 
-    make: Callable[[Any], pd.DataFrame]
+    make: Callable[[Any], "pd.DataFrame"]
     notebook: str
 
 
@@ -39,7 +37,7 @@ class Table:
 class Drawing:
     """How the figure of a table is drawn; the caption names what an interval or band is."""
 
-    draw: Callable[[pd.DataFrame], Figure]
+    draw: Callable[["pd.DataFrame"], "Figure"]
     caption: str
 
 
@@ -97,7 +95,7 @@ def _known(registry: dict, name: str, what: str):
     return registry[name]
 
 
-def read_table(path: Path, text: str = "") -> pd.DataFrame:
+def read_table(path: Path, text: str = "") -> "pd.DataFrame":
     """A table as it was written (or is, in `text`): floats to the bit, "" alone is missing.
 
     Raises DCRError naming the file where it is missing or no table.

@@ -1,7 +1,5 @@
 """Whether a run directory holds what it says: checksums, form, tables that follow from the rest."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Notebook 06: grids of recipes (validation prompts only), and where each method stands."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dcr.errors import DCRError
@@ -24,14 +22,17 @@ def ablations(experiment: Experiment) -> pd.DataFrame:
     Raises DCRError naming the command where a profile without a grid of its own has run none.
     """
     profile = experiment.config.profile
-    wanted = grid.grid_for(profile)
+    wanted = grid.grid_for(experiment.config)
     if (grid.GRIDS / f"{profile}.yaml").exists() and not experiment.store.complete:
         return grid.run_grid(wanted, experiment.root)
     rows = grid.collect(wanted, experiment.root)
     if (rows["status"] == "missing").all():
+        changed = ",".join(f"{k}={v}" for k, v in grid.changes(experiment.config).items())
         raise DCRError(
             f"no grid of recipes has run in {experiment.root}: dcr grid ablations "
-            f"--profile {profile} --run-dir {experiment.root} runs it (hours)."
+            f"--profile {profile} --run-dir {experiment.root}"
+            + (f' --overrides "{changed}"' if changed else "")
+            + " runs it (hours)."
         )
     return rows
 

@@ -1,7 +1,5 @@
 """Notebook 03: what stage 2 learns from, and how refusals and kernel move while it learns."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Notebook 04, checks: categories, rewording, ability, quality, judges, short answers, cost."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dcr.config import methods_file

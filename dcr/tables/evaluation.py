@@ -5,8 +5,6 @@ Beside every rate stands what a judge without error would give (`corrected`, Rog
 difference of two methods that is smaller than this correction may be the judge's error alone.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Notebook 04, scores: methods at equal safety, by source, and between refusals and probe."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dcr.analysis.probes import fit_probe, is_toxic

@@ -1,7 +1,5 @@
 """What tables ask of an experiment: its seeds below one another; few prompts for dear measures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pandas as pd

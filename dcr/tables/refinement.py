@@ -1,7 +1,5 @@
 """Notebook 02: what stage 1 moves and what it costs the rest, before (base) and after it."""
 
-from __future__ import annotations
-
 import pandas as pd
 
 from dcr.analysis.probes import map_2d

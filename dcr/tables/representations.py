@@ -4,8 +4,6 @@ The first seed is read: seeds choose only the training sample here. Requests tha
 fitted on are scored by the fold that held them out.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """What trains (LoRA or whole weights in a range of decoder blocks) and how it is kept on disk."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass

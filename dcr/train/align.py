@@ -5,8 +5,6 @@ With `align.decision` the first token of an answer says whether it refuses, and 
 its log odds to those of a frozen probe.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

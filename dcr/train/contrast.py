@@ -1,7 +1,5 @@
 """Stage 1's view of the model: prompts in, pooled hidden states at ℓ out, and how they part."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Stage 2's rows: prompts and answers as token ids, labels among them, the decision token."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ the library's optimiser, scheduler and random state: a run killed at any moment 
 last one and ends with the same weights.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

@@ -10,8 +10,6 @@ of 32: pairs across the two are never seen. What holds, and is tested:
   and its mean over all anchors is the same number in every process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

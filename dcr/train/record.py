@@ -3,8 +3,6 @@
 A training is stopped by a signal behind its running step, and goes on from the last point.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -4,8 +4,6 @@ Toxic and seemingly toxic prompts are pulled apart at hidden state ℓ. Blocks f
 head are not executed at all, so they cannot move (τ_ℓ = 0) and cost nothing.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sized
 from dataclasses import dataclass, field

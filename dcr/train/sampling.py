@@ -4,8 +4,6 @@ Contrastive batches are balanced over class and form and keep minimal pairs toge
 drawn from (seed, epoch) alone. No global random state is touched.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence

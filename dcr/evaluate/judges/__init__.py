@@ -3,8 +3,6 @@
 `phrases` (rules) or `guard:<hub id or folder>` (a guard or classifier model).
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ kept. κ is for refuse against comply with people's partial refusals apart; `kap
 as refusals.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import product

@@ -4,8 +4,6 @@ Each cue of `cues.yaml` is a speech act of the answer, no topic and no word of t
 where it stands: an act in the first sentence decides more than one after three hundred characters.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

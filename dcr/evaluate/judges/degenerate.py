@@ -1,7 +1,5 @@
 """Text that is no answer: empty, a loop, an echo of the prompt. Every judge asks this first."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

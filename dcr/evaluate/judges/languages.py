@@ -3,8 +3,6 @@
 Only the opening is read. An answer in a language without a row, or without a cue, is `unscored`.
 """
 
-from __future__ import annotations
-
 import re
 
 from dcr.evaluate.judges.cues import LISTS, patterns

@@ -6,8 +6,6 @@ the prompt only `forms.core` is read, which a prompt shares with its form-swappe
 know no `partial`: on published completions they met one in five that people call so.
 """
 
-from __future__ import annotations
-
 from dcr.data.forms import core
 from dcr.evaluate.judges import cues, languages
 
