@@ -145,7 +145,9 @@ def test_a_users_own_folder_beside_the_model_stays(folder, files, tmp_path):
     assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("name", ["align.n_safe=3", "data.audited=true", "generation.temperature=0.5"])
+@pytest.mark.parametrize(
+    "name", ["align.n_safe=3", "data.audited=true", "generation.temperature=0.5"]
+)
 def test_a_parameter_that_own_tables_do_not_have_is_refused(folder, files, tmp_path, name):
     field = name.partition("=")[0]
     with pytest.raises(DCRError, match=f"{field} says nothing.*Leave it out"):

@@ -75,9 +75,11 @@ def _claims(read: Callable[[str], pd.DataFrame], folder: Path) -> str:
     less = read("frontier_differences")
     less = less.query("method == 'DCR' and against == 'STL' and measure == 'compliance'")
     less = less[less["target"] == TARGET]
+    given = read("frontier").query("target == @TARGET").set_index("method")["dsr"]
     last = (
-        f"At one DSR (thresholds from validation prompts, {TARGET:.2f}), forms equal, DCR less STL "
-        f"in harmless prompts let through: {number(less.iloc[0], 'difference')}."
+        f"At one DSR (thresholds from validation prompts, {TARGET:.2f}; on test prompts they give "
+        f"DCR {given['DCR']:.2f}, STL {given['STL']:.2f}), forms equal, DCR less STL in harmless "
+        f"prompts let through: {number(less.iloc[0], 'difference')}."
     )
     table = markdown(claims.rename(columns={"reading": "column"})).rstrip()
     return f"{first}\n\n{table}\n\n{last}"

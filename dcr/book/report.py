@@ -20,7 +20,9 @@ MAIN = (  # what the index of figures shows; the others it names
     *("source_shortcut", "separability", "similarity", "refusal_rates", "kernel_trajectory"),
     "same_rows",
 )
-BY_COMMAND = {"search": "dcr grid search"}  # tables that no notebook makes
+BY_COMMAND = {  # tables that no notebook makes
+    "search": "dcr grid search --run-dir RUN, then dcr table search --profile P --run-dir RUN"
+}
 PEOPLE = ("table1", "table1_sets", "table1_paper", "quality")
 CLAIMS = (
     "The paper's claims in this run: differences with 95 % intervals; above 0 is as the paper "

@@ -135,8 +135,9 @@ def auroc_by_source(table: pd.DataFrame) -> Figure:
 @drawing
 def gap(table: pd.DataFrame) -> Figure:
     """Where each method stands between its refusals and its probe: AUROC of its refusal score and
-    of a probe on its hidden states at ℓ (open), harmless sources averaged, forms equal (95 %
-    intervals). Between the two lies harm that is read and not used.
+    of a probe on its hidden states at ℓ (open), both on the first requests of each set, harmless
+    sources averaged, forms equal (95 % intervals). Between the two lies harm that is read and not
+    used.
     """
     probe = table["reader"] == "probe"
     mark = ("probe " + table["stage"]).where(probe, "refusal")
