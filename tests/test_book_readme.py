@@ -41,9 +41,8 @@ def checkout(tmp_path, monkeypatch):
     folder = tmp_path / "figures" / "reference"
     folder.mkdir(parents=True)
     fake_run.tables()["claims"].to_csv(folder / "claims.csv", index=False)
-    fake_run.tables()["frontier_differences"].to_csv(
-        folder / "frontier_differences.csv", index=False
-    )
+    for name in ("frontier", "frontier_differences"):
+        fake_run.tables()[name].to_csv(folder / f"{name}.csv", index=False)
     standing().to_csv(folder / "standing.csv", index=False)
     manifest = {"model": {"name": "embedded"}, "methods": ["a", "b"], "seeds": [0, 1]}
     config = {"every_seed": ["c", "b"], "data": {"answered": 24}}
