@@ -61,7 +61,9 @@ def test_data_stands_beside_each_figure_and_the_index_lists_all(run):
         assert (f"![{name}]" in index) == (name in report.MAIN)
         told = ". ".join(entry.caption.split(". ")[:2]).rstrip(".")
         assert (told in index) == (name in report.MAIN)
-    assert "- not drawn: search (no table; run dcr grid search --run-dir RUN, then dcr table" in index
+    assert (
+        "- not drawn: search (no table; run dcr grid search --run-dir RUN, then dcr table" in index
+    )
     assert len(report.MAIN) == 12 and set(report.MAIN) <= set(FIGURES)
 
 

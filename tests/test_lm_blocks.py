@@ -3,6 +3,8 @@ they share."""
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -210,6 +212,14 @@ def test_pooling_by_mask():
     assert pool(hidden, mask, "mean").flatten().tolist() == [1.5, 3.5]
     with pytest.raises(DCRError, match="pooling"):
         pool(hidden, mask, "first")
+
+
+def test_a_fingerprint_is_the_same_wherever_the_folder_lies(folder, tmp_path):
+    found = set()
+    for place in (folder, shutil.copytree(folder, tmp_path / "elsewhere")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(place)
+        found.add(fingerprint(model, transformers.AutoTokenizer.from_pretrained(place)))
+    assert len(found) == 1
 
 
 def test_a_fingerprint_holds_the_configuration(tiny_llama, tiny_tokenizer):

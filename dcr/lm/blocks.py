@@ -226,7 +226,8 @@ def fingerprint(model: nn.Module, tokenizer) -> str:
         sums = float(flat.sum(dtype=torch.float64)), float(flat.float().norm())
         part = flat[:: max(1, len(flat) // 4096)].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {sums}".encode() + part.numpy().tobytes())
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, str(tokenizer)]
+    said = str(tokenizer).replace(repr(tokenizer.name_or_path), "")  # wherever the folder lies
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, said]
     config: Any = model.config
     known = config.to_diff_dict().items()
     words.append({k: str(v) for k, v in known if k not in ("_name_or_path", "use_cache")})

@@ -58,7 +58,7 @@ def generate(  # noqa: PLR0913
         precision = resolve_precision(precision, model.device)
     settings = {
         "method": method,
-        "seed": seed,
+        "seed": int(seed),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "max_tokens_per_batch": max_tokens_per_batch,
@@ -67,7 +67,7 @@ def generate(  # noqa: PLR0913
         **({"steering": steering.settings} if steering else {}),
         **({"model": fingerprint(model, tokenizer)} if out else {}),
     }
-    answers = Answers(prompts, {"method": method, "seed": seed}, settings, out)
+    answers = Answers(prompts, {"method": method, "seed": int(seed)}, settings, out)
     texts = answers.todo["text"].tolist()
     if not texts:
         return answers.frame()
