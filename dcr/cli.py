@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -83,17 +83,24 @@ def run_command(
 def table_command(
     name: str,
     profile: Profile = "reference",
-    seeds: Seeds = "0",
+    seeds: Annotated[str, typer.Option(help="Default: the run's, where there is one.")] = "",
     run_dir: RunDir = "",
     overrides: Overrides = "",
     methods: Methods = "",
 ) -> None:
-    """Print one table as CSV, computed where it has to be; `reference` reads the committed one."""
-    from dcr.study.experiment import Experiment
+    """Print one table as CSV, computed where it has to be; `reference` reads the committed one.
 
-    experiment = Experiment(
-        profile, seeds=seeds, run_dir=run_dir, overrides=overrides, methods=_names(methods)
-    )
+    In the directory of a finished run it is that run's, unless seeds, methods or overrides are
+    given.
+    """
+    from dcr.study.experiment import Experiment, run_manifest
+    from dcr.study.verify import as_run
+
+    how: Any = {"seeds": seeds or "0", "overrides": overrides, "methods": _names(methods)}
+    experiment = Experiment(profile, run_dir=run_dir, **how)
+    kept = run_manifest(experiment.root) if experiment.live else {}
+    if not (seeds or overrides or methods) and kept and kept["config"]["profile"] == profile:
+        experiment = as_run(experiment.root)
     show(experiment.table(name).to_csv(index=False))
 
 

@@ -112,6 +112,8 @@ def test_run_table_and_verify(folder, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "tables" / "answered.csv").is_file()
     table = ask("table", "answered", *common)
     assert table.stdout == (tmp_path / "run" / "tables" / "answered.csv").read_text()
+    plain = ask("table", "answered", "--profile", "quick", "--run-dir", tmp_path / "run")
+    assert plain.stdout == table.stdout, "the finished run's, where nothing else is asked for"
     found = ask("verify", tmp_path / "run")
     assert found.exit_code == 0 and "tables/answered.csv ok" in " ".join(found.stdout.split())
     (tmp_path / "run" / "tables" / "answered.csv").write_text("prompt_id\n")

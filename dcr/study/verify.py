@@ -30,18 +30,9 @@ def verify(root: str | Path) -> pd.DataFrame:
         {"what": f"{a.path.parent.name}/{a.path.name}", "status": a.broken() or misfit(a) or "ok"}
         for a in Store(root).artifacts()
     ]
-    kept = run_manifest(root)
-    if not rows or not kept:
+    if not rows or not run_manifest(root):
         raise DCRError(f"{root} holds no finished run: no manifest.json or no artifact.")
-    named = ("profile", "seed", "methods")  # what the call itself says
-    values = {k: v for k, v in kept["config"].items() if k not in named}
-    experiment = Experiment(
-        kept["config"]["profile"],
-        seeds=kept["seeds"],
-        run_dir=root,
-        overrides={**values, "model.precision": kept["model"]["precision"]},
-        methods=kept["methods"],
-    )
+    experiment = as_run(root)
     experiment.store.complete = True
     for path in sorted(root.glob("tables/*.csv")):
         try:
@@ -52,6 +43,20 @@ def verify(root: str | Path) -> pd.DataFrame:
             status = f"cannot be made again: {error}"
         rows.append({"what": f"tables/{path.name}", "status": status})
     return pd.DataFrame(rows)
+
+
+def as_run(root: Path) -> Experiment:
+    """The experiment of a finished run, with all that its manifest says it was run with."""
+    kept = run_manifest(root)
+    named = ("profile", "seed", "methods")  # what the call itself says
+    values = {k: v for k, v in kept["config"].items() if k not in named}
+    return Experiment(
+        kept["config"]["profile"],
+        seeds=kept["seeds"],
+        run_dir=root,
+        overrides={**values, "model.precision": kept["model"]["precision"]},
+        methods=kept["methods"],
+    )
 
 
 def misfit(artifact: Artifact) -> str:
