@@ -23,7 +23,6 @@ from dcr.lm import batches, states
 from dcr.lm.chat import encode_prompts
 from dcr.lm.device import keeping
 from dcr.lm.states import last_logits, residuals
-from dcr.steering import Scans
 
 OPENINGS = ("sorry ,", "can't", "i cannot help", "sorry , i", "can't help me", "i can't do that")
 
@@ -237,26 +236,6 @@ def test_a_killed_score_goes_on_from_its_batches(
     np.testing.assert_array_equal(np.asarray(again), np.asarray(whole))
     assert calls[2] == calls[3] and not set(calls[:2]) & set(calls[3:])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_score_goes_on_where_less_is_known(tiny_llama, tiny_tokenizer, prompts, tmp_path):
-    """SCANS reads a prompt once a process: after the kill its pass comes before those kept."""
-    vectors = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    vectors = vectors / vectors.norm(dim=-1, keepdim=True)
-    facts = {"alpha": 1.0, "tail": 3, "threshold": 0.0}
-
-    def steering():
-        return Scans(facts, {"vectors": vectors, "transitions": vectors})
-
-    asked = tiny_llama, tiny_tokenizer, prompts
-    whole, first = steering().score(*asked), steering()
-    first.start(*asked)  # as its answers had
-    with pytest.raises(KeyboardInterrupt), keeping(tmp_path):
-        first.score(*asked)
-        raise KeyboardInterrupt
-    assert list((tmp_path / "batches").iterdir())
-    with keeping(tmp_path):
-        np.testing.assert_array_equal(steering().score(*asked), whole)
 
 
 def test_a_model_that_drops_activations_is_refused(tiny_tokenizer, openings):

@@ -3,10 +3,11 @@
 import contextlib
 import gc
 import io
+import itertools
 import logging
 import os
 import shutil
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -21,7 +22,7 @@ from dcr.errors import DCRError
 log = logging.getLogger("dcr")
 Result = TypeVar("Result")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_KEPT: ContextVar[tuple[Path, Counter[str]] | None] = ContextVar("kept", default=None)
+_KEPT: ContextVar[tuple[Path, Iterator[int]] | None] = ContextVar("kept", default=None)
 
 
 def pick_device(device: str) -> str:
@@ -152,11 +153,10 @@ def in_memory(
 def keeping(folder: Path) -> Iterator[None]:
     """Within it each batch's array is kept below `folder`, for the same call after a kill.
 
-    That call must run the passes of each function in the same order; it may leave out a function
-    whose results it has. What was kept goes away at the end.
+    That call must run the same passes in the same order. What was kept goes away at the end.
     """
     kept = Path(folder) / "batches"
-    token = _KEPT.set((kept, Counter()))
+    token = _KEPT.set((kept, itertools.count()))
     try:
         yield
     finally:
@@ -168,12 +168,10 @@ def _kept(run: Callable[[list[int]], Any]) -> Callable[[list[int]], Any]:
     """`run`, but a batch that was kept is read; arrays in place of tensors."""
     if not (place := _KEPT.get()):
         return run
-    folder, passes = place
-    passes[run.__qualname__] += 1
-    this = run.__qualname__, passes[run.__qualname__]
+    folder, number = place[0], next(place[1])
 
     def read(batch: list[int]) -> np.ndarray:
-        path = folder / f"{content_key([this, batch])}.npy"
+        path = folder / f"{number}-{content_key(batch)}.npy"
         if path.exists():
             return np.load(path, allow_pickle=False)
         values, content = np.asarray(torch.as_tensor(run(batch)).cpu()), io.BytesIO()
