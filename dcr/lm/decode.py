@@ -10,6 +10,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 from unittest import mock
 
 import torch
@@ -41,6 +42,15 @@ class Unsteered:
         """Passes over the prompts' rows; what they share is read now, and under steering."""
         with self.during(None, True):
             return Passes(model, rows, common_prefix(rows, keep=max(1, self.tail)))
+
+
+class Steering(Protocol):
+    """What changes answers beside the weights (see `dcr.steering`)."""
+
+    settings: dict  # plain values that tell one steering from another
+
+    def start(self, model, tokenizer, prompts: list[str]) -> Unsteered:
+        """Steering of these prompts, once before they are decoded."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dcr.errors import DCRError
 from dcr.lm.batches import fitted
 from dcr.lm.blocks import fingerprint, in_precision
 from dcr.lm.chat import encode_prompts, render, stop_tokens, strip_thinking
-from dcr.lm.decode import Decoder, Decoding, Unsteered
+from dcr.lm.decode import Decoder, Decoding, Steering, Unsteered
 from dcr.lm.device import resolve_precision
 
 log = logging.getLogger("dcr")
@@ -35,7 +35,7 @@ def generate(  # noqa: PLR0913
     temperature: float = 0.0,
     precision: str = "",
     out: str | Path | None = None,
-    steering=None,
+    steering: Steering | None = None,
 ) -> pd.DataFrame:
     """Answers to prompts (texts, or a prompt table): one row a prompt, columns `COLUMNS`.
 
